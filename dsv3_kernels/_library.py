@@ -1,0 +1,141 @@
+"""The table of ops, and the one way an op is made.
+
+The table is plain data and needs no torch; `define` registers an op with torch.library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+NAMESPACE = "dsv3_kernels"
+FAMILIES = ("quant", "gemm", "mla", "moe", "ep")
+
+
+@dataclass(frozen=True)
+class Op:
+    """One registered op: where it lives and which implementations ship. Every op has an eager one."""
+
+    family: str
+    module: str = ""  # file in the family's folders; the op's own name when empty
+    cuda: bool = False  # a hand-written sm_90a kernel ships
+    triton: bool = False  # a Triton kernel ships
+    out: bool = False  # a caller may give the output: a second schema, <op>_out
+    grad: str = ""  # the op that computes its gradient, when it is differentiable
+    internal: bool = False  # no public function of this name: a backward, or half of a public op
+
+
+OPS: dict[str, Op] = {
+    # quant
+    "quantize_1x128": Op("quant", cuda=True, out=True),
+}
+
+
+def module_of(op: str) -> str:
+    """Dotted name of the module that defines `op`."""
+    row = OPS[op]
+    return f"{NAMESPACE}.{row.family}.{row.module or op}"
+
+
+class Definition:
+    """A registered op: call it for fresh outputs; `.out(*args, *outputs)` writes into given ones."""
+
+    __slots__ = ("_functional", "name", "out")
+
+    def __init__(self, name: str, functional: Callable[..., Any], out: Callable[..., Any] | None) -> None:
+        self.name = name
+        self._functional = functional
+        self.out = out
+
+    def __call__(self, *args: Any) -> Any:
+        return self._functional(*args)
+
+
+_library: Any = None
+
+
+def define(schema: str, *, allocate: Callable[..., Any] | None, out: str | None = None) -> Definition:
+    """Register an op, and its out variant, for CPU, CUDA, Meta and fake tensors.
+
+    `allocate` takes the op's arguments and returns its empty outputs: it is the fake implementation, and the
+    outputs that a kernel backend fills. `None` for an op that only mutates its arguments (a schema `-> ()`).
+
+    Implementations are found by convention, at the first call, in the family's folder: `_eager.<op>(*args)` returns
+    the outputs; `_cuda.<op>(*args, *outputs)` and `_triton_<module>.<op>(*args, *outputs)` fill them. All of them run
+    without autograd: a gradient is a `torch.autograd.Function` outside the op, so that eager cannot hide a
+    missing backward.
+    """
+    import torch
+
+    global _library
+    if _library is None:
+        _library = torch.library.Library(NAMESPACE, "FRAGMENT")
+    name = schema.partition("(")[0]
+    if name not in OPS:
+        raise ValueError(f"define: op {name!r} has no row in _library.OPS")
+    functional = _register(torch, name, schema, _functional_call(torch, name, allocate), allocate or _nothing)
+    if (out is not None) != OPS[name].out:
+        raise ValueError(f"define: op {name!r} and its row in _library.OPS disagree about an out variant")
+    if out is None:
+        return Definition(name, functional, None)
+    arity = len(functional._schema.arguments)
+    return Definition(name, functional, _register(torch, f"{name}_out", out, _out_call(torch, name, arity), _nothing))
+
+
+def _register(torch: Any, name: str, schema: str, call: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    _library.define(schema)
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, call, key)
+    # Autograd must not see the op: neither record through it nor mark its outputs.
+    _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+def _functional_call(torch: Any, name: str, allocate: Callable[..., Any] | None) -> Callable[..., Any]:
+    from . import backends
+
+    def compute(args: tuple[Any, ...]) -> Any:
+        chosen, implementation = backends.implementation(name, args)
+        if chosen == "eager":
+            return implementation(*args)
+        if allocate is None:
+            backends.launch(chosen, implementation, args)
+            return None
+        outputs = allocate(*args)
+        backends.launch(chosen, implementation, (*args, *outputs) if isinstance(outputs, tuple) else (*args, outputs))
+        return outputs
+
+    def call(*args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return compute(args)
+        with torch.no_grad():
+            return compute(args)
+
+    return call
+
+
+def _out_call(torch: Any, name: str, arity: int) -> Callable[..., Any]:
+    from . import backends
+
+    def compute(args: tuple[Any, ...]) -> None:
+        inputs = args[:arity]
+        chosen, implementation = backends.implementation(name, inputs)
+        if chosen != "eager":
+            return backends.launch(chosen, implementation, args)
+        results = implementation(*inputs)
+        for target, result in zip(args[arity:], results if isinstance(results, tuple) else (results,), strict=True):
+            target.copy_(result)
+
+    def call(*args: Any) -> None:
+        if not torch.is_grad_enabled():
+            return compute(args)
+        with torch.no_grad():
+            return compute(args)
+
+    return call

@@ -1,0 +1,287 @@
+"""Which implementation of an op runs: chosen per call from the device, the tensors and what the caller forced.
+
+`eager` is plain PyTorch and runs anywhere; `triton` needs a GPU of compute capability 8.0 (8.9 for FP8); `cuda` needs
+9.0 (H100, H200, H800); `sim` executes the very kernels of `cuda` and `triton` from their PTX on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from . import env
+from ._library import NAMESPACE, OPS
+
+NAMES = ("eager", "triton", "cuda", "sim", "sim:cuda", "sim:triton")
+_local = threading.local()
+
+
+@contextlib.contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Force a backend for the calls of this thread inside the `with` block; `None` gives the choice back.
+
+    Raises:
+        ValueError: `name` is not one of `eager`, `triton`, `cuda`, `sim`, `sim:cuda`, `sim:triton`.
+        RuntimeError: from the op, when the forced backend cannot serve the call; it says what is missing.
+    """
+    _check_name("backend", name)
+    before = getattr(_local, "name", None)
+    _local.name = name
+    try:
+        yield
+    finally:
+        _local.name = before
+
+
+def forced() -> str | None:
+    """The backend that this thread or the process asks for, `None` when the choice is free."""
+    name = getattr(_local, "name", None)
+    if name is None:
+        name = env.get("DSV3_KERNELS_BACKEND")
+        _check_name("DSV3_KERNELS_BACKEND", name)
+    return name
+
+
+def _check_name(argument: str, name: str | None) -> None:
+    if name is not None and name not in NAMES:
+        raise ValueError(f"{argument}: got {name!r}, wanted one of {', '.join(NAMES)}")
+
+
+def save_for_backward(ctx: Any) -> None:
+    """Remember the forced backend: the backward pass may run in a thread of autograd's, where nothing is forced."""
+    import torch
+
+    if not torch.compiler.is_compiling():  # compiled graphs read the thread's choice when they run
+        ctx.backend = forced()
+
+
+def restored(ctx: Any) -> contextlib.AbstractContextManager[None]:
+    """The `with` block of a backward pass: the backend that its forward pass saved."""
+    name = getattr(ctx, "backend", None)
+    return backend(name) if name is not None else contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a call would take, and why the other backends would not."""
+
+    op: str
+    backend: str
+    reason: str
+    kernels: tuple[str, ...] = ()
+    passed_over: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.backend} ({self.reason})"]
+        lines += [f"  kernel {name}" for name in self.kernels]
+        lines += [f"  not {name}: {why}" for name, why in self.passed_over.items()]
+        return "\n".join(lines)
+
+
+def explain(op: str, *args: Any) -> Explanation:
+    """Say which backend and kernel `op(*args)` would take on these tensors, and why. Nothing is run.
+
+    `args` are those of the torch op (`torch.ops.dsv3_kernels.<op>`); with none, a CPU tensor is assumed.
+    """
+    _known("explain", op)
+    name, reason, passed_over = _choose(op, args, _device_of(args))
+    kernels = tuple(k for k in _host_kernels() if k.startswith(op)) if name.endswith("cuda") else ()
+    return Explanation(op, name, reason, kernels, passed_over)
+
+
+def is_supported(op: str, device: Any, backend: str | None = None) -> bool:
+    """Whether `op` runs on `device` (a torch.device or its name), on any backend or on the one named."""
+    import torch
+
+    _known("is_supported", op)
+    _check_name("backend", backend)
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        return False
+    return backend in (None, "eager") or any(missing(op, name, device) is None for name in _expand(op, backend or ""))
+
+
+def preload(device: Any) -> list[str]:
+    """Load every CUDA image on `device` now, so that a CUDA graph capture need not. Returns the kernels' names.
+
+    Raises:
+        RuntimeError: the native module, the driver or a Hopper GPU is missing; the message says which.
+    """
+    import torch
+
+    device = torch.device(device)
+    why = _cuda_missing(device)
+    if why is not None:
+        raise RuntimeError(f"preload: {why}")
+    host = importlib.import_module(f"{NAMESPACE}._host")
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    host.preload(index)
+    return sorted(_host_kernels())
+
+
+def launch_counts() -> dict[str, int]:
+    """Launches so far in this process, by kernel name."""
+    host = _host()
+    return dict(host.launch_counts()) if isinstance(host, ModuleType) else {}
+
+
+# The choice. Everything below is read inside the opaque op, so that torch.compile neither breaks on it nor bakes it in.
+
+
+def implementation(op: str, args: tuple[Any, ...]) -> tuple[str, Callable[..., Any]]:
+    """The backend that serves this call, and its function."""
+    device = _device_of(args)
+    name = forced()
+    if name == "eager" or (name is None and device.type == "cpu"):
+        return "eager", _function(op, "eager")
+    chosen = _choose(op, args, device)[0]
+    return chosen, _function(op, chosen.removeprefix("sim:"))
+
+
+def launch(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Run a kernel backend's function with its device current (a launcher in C++ takes the device itself)."""
+    if name == "triton":
+        import torch
+
+        with torch.cuda.device(_device_of(args)):
+            return function(*args)
+    if name.startswith("sim"):
+        from . import _simulator
+
+        with _simulator.active(name.removeprefix("sim:")):
+            return function(*args)
+    function(*args)
+
+
+def _choose(op: str, args: tuple[Any, ...], device: Any) -> tuple[str, str, dict[str, str]]:
+    name = forced()
+    candidates = _expand(op, name) if name else ("cuda", "triton", "eager")
+    passed_over = {}
+    for candidate in candidates:
+        why = missing(op, candidate, device) or _cannot(op, candidate, args)
+        if why is None:
+            return candidate, "forced" if name else _default_reason(candidate, device), passed_over
+        passed_over[candidate] = why
+    reasons = "; ".join(f"{candidate}: {why}" for candidate, why in passed_over.items())
+    raise RuntimeError(f"{op}: backend {name!r} cannot serve this call ({reasons})")
+
+
+def _expand(op: str, name: str) -> tuple[str, ...]:
+    """`sim` means the CUDA kernel where there is one, else Triton's."""
+    return ("sim:cuda" if OPS[op].cuda else "sim:triton",) if name == "sim" else (name,) if name else ("cuda", "triton")
+
+
+def _default_reason(name: str, device: Any) -> str:
+    if name == "eager":
+        return "CPU tensors" if device.type == "cpu" else "no kernel serves this call"
+    return f"fastest on {device}"
+
+
+def missing(op: str, name: str, device: Any) -> str | None:
+    """What `name` lacks to serve `op` on `device`; `None` when nothing."""
+    if name == "eager":
+        return None
+    simulated, kind = name.startswith("sim"), name.removeprefix("sim:")
+    if kind == "cuda" and not OPS[op].cuda:
+        return "no CUDA kernel for this op yet"
+    if kind == "triton" and not OPS[op].triton:
+        return "no Triton kernel for this op yet"
+    if simulated:
+        from . import _simulator
+
+        if device.type != "cpu":
+            return f"the simulator takes CPU tensors, got {device.type}"
+        return _simulator.missing() or (_host_missing() if kind == "cuda" else _triton_missing())
+    return _cuda_missing(device) if kind == "cuda" else _triton_missing() or _triton_device(op, device)
+
+
+def _cuda_missing(device: Any) -> str | None:
+    if device.type != "cuda":
+        return f"needs a CUDA device, got {device.type}"
+    why = _host_missing()
+    if why is not None:
+        return why
+    capability = _capability(device)
+    return None if capability == (9, 0) else f"needs compute capability 9.0 (Hopper), got {capability[0]}.{capability[1]}"
+
+
+def _triton_device(op: str, device: Any) -> str | None:
+    if device.type != "cuda":
+        return f"needs a CUDA device, got {device.type}"
+    wanted = (8, 9) if OPS[op].family in ("quant", "gemm") else (8, 0)
+    capability = _capability(device)
+    return None if capability >= wanted else f"needs compute capability {wanted[0]}.{wanted[1]}, got {capability}"
+
+
+def _cannot(op: str, name: str, args: tuple[Any, ...]) -> str | None:
+    """A kernel module may define `<op>_cannot(*args)`: why it does not serve these shapes, or `None`."""
+    if name == "eager" or not args:
+        return None
+    check = getattr(_module(op, name.removeprefix("sim:")), f"{op}_cannot", None)
+    return check(*args) if check is not None else None
+
+
+@functools.cache
+def _module(op: str, kind: str) -> ModuleType:
+    row = OPS[op]
+    file = {"eager": "_eager", "cuda": "_cuda", "triton": f"_triton_{row.module or op}"}[kind]
+    return importlib.import_module(f"{NAMESPACE}.{row.family}.{file}")
+
+
+@functools.cache
+def _function(op: str, kind: str) -> Callable[..., Any]:
+    return getattr(_module(op, kind), op)
+
+
+@functools.cache
+def _host() -> ModuleType | str:
+    """The native module, or why it is not here."""
+    try:
+        return importlib.import_module(f"{NAMESPACE}._host")
+    except ImportError as error:
+        return f"the native module is not built ({error}); see `dsv3 info`"
+
+
+def _host_missing() -> str | None:
+    host = _host()
+    return host if isinstance(host, str) else None
+
+
+def _host_kernels() -> tuple[str, ...]:
+    host = _host()
+    return () if isinstance(host, str) else tuple(host.kernels())
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    return None if importlib.util.find_spec("triton") is not None else "triton is not installed"
+
+
+@functools.cache
+def _capability(device: Any) -> tuple[int, int]:
+    import torch
+
+    return torch.cuda.get_device_capability(device)
+
+
+def _device_of(args: tuple[Any, ...]) -> Any:
+    import torch
+
+    for value in args:
+        if isinstance(value, torch.Tensor):
+            return value.device
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
+            return value[0].device
+    return torch.device("cpu")
+
+
+def _known(function: str, op: str) -> None:
+    if op not in OPS:
+        raise ValueError(f"{function}: op: got {op!r}, wanted one of {', '.join(OPS)}")

@@ -1,0 +1,1 @@
+"""The ep family: one file per op."""

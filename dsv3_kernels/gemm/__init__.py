@@ -1,0 +1,1 @@
+"""The gemm family: one file per op."""

@@ -1,0 +1,1 @@
+"""The mla family: one file per op."""

@@ -1,0 +1,1 @@
+"""The moe family: one file per op."""

@@ -1,0 +1,1 @@
+"""The quant family: one file per op."""

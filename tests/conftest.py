@@ -1,0 +1,63 @@
+"""Shared by all tests: which backends a test runs on, poison, and the op checks of torch."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+import dsv3_kernels as dk
+from dsv3_kernels import backends
+from dsv3_kernels._library import OPS
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu", action="store_true", help="run on the GPU: a GPU that is missing is a failure")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in ("slow: longer than a few seconds; left out of `make test-fast`", "gpu: needs a GPU"):
+        config.addinivalue_line("markers", line)
+    torch.set_num_threads(max(1, min(2, os.cpu_count() or 1)))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` belong to `make test-gpu` alone: elsewhere they are not collected, rather than skipped."""
+    if not config.getoption("--gpu"):
+        deselected = [item for item in items if item.get_closest_marker("gpu")]
+        if deselected:
+            config.hook.pytest_deselected(items=deselected)
+            items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device("cuda" if request.config.getoption("--gpu") else "cpu")
+
+
+def backends_of(op: str, gpu: bool) -> list[str]:
+    """The backends on which `op` has an implementation that can run here."""
+    names = ["eager"]
+    if gpu:
+        return names + [name for name in ("triton", "cuda") if getattr(OPS[op], name)]
+    return names + [name for name in ("sim:cuda", "sim:triton") if backends.missing(op, name, torch.device("cpu")) is None]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that asks for `backend` runs on every backend that implements the op of its file."""
+    if "backend" in metafunc.fixturenames:
+        op = getattr(metafunc.module, "OP", None)
+        if op not in OPS:
+            raise pytest.UsageError(f"{metafunc.module.__name__} asks for `backend` and must name its op in OP")
+        metafunc.parametrize("backend", backends_of(op, metafunc.config.getoption("--gpu")), indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest):
+    """Force a backend; a kernel backend must have launched something by the end, or the test proved nothing."""
+    before = sum(dk.launch_counts().values())
+    with dk.backend(request.param):
+        yield request.param
+    if request.param != "eager" and "triton" not in request.param:
+        assert sum(dk.launch_counts().values()) > before, f"no kernel ran on {request.param}"
