@@ -26,6 +26,8 @@ def shape(op: str, argument: str, tensor: Tensor, wanted: Sequence[Any]) -> None
     """ValueError unless the shape fits: an int must be equal, a str names a free dimension, ... takes any leading ones."""
     got = tensor.shape
     fits = tuple(wanted)
+    if got == fits:
+        return
     if fits and fits[0] is Ellipsis:
         fits = fits[1:]
         ok = len(got) >= len(fits)
@@ -84,7 +86,9 @@ def overlap(op: str, argument: str, output: Tensor, **inputs: Tensor | None) -> 
     if torch.compiler.is_compiling():
         return  # functionalisation gives outputs storage of their own
     for other, tensor in inputs.items():
-        if tensor is not None and tensor.device == output.device and _spans_meet(output, tensor):
+        if tensor is None or tensor.untyped_storage().data_ptr() != output.untyped_storage().data_ptr():
+            continue
+        if _spans_meet(output, tensor):
             raise ValueError(f"{op}: {argument}: shares memory with {other}, wanted memory of its own")
 
 

@@ -100,22 +100,16 @@ def _nothing(*_: Any) -> None:
 def _functional_call(torch: Any, name: str, allocate: Callable[..., Any] | None) -> Callable[..., Any]:
     from . import backends
 
-    def compute(args: tuple[Any, ...]) -> Any:
+    def call(*args: Any) -> Any:
         chosen, implementation = backends.implementation(name, args)
         if chosen == "eager":
-            return implementation(*args)
+            with torch.no_grad():
+                return implementation(*args)
         if allocate is None:
-            backends.launch(chosen, implementation, args)
-            return None
+            return backends.launch(chosen, implementation, args)
         outputs = allocate(*args)
         backends.launch(chosen, implementation, (*args, *outputs) if isinstance(outputs, tuple) else (*args, outputs))
         return outputs
-
-    def call(*args: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return compute(args)
-        with torch.no_grad():
-            return compute(args)
 
     return call
 
@@ -123,19 +117,14 @@ def _functional_call(torch: Any, name: str, allocate: Callable[..., Any] | None)
 def _out_call(torch: Any, name: str, arity: int) -> Callable[..., Any]:
     from . import backends
 
-    def compute(args: tuple[Any, ...]) -> None:
+    def call(*args: Any) -> None:
         inputs = args[:arity]
         chosen, implementation = backends.implementation(name, inputs)
         if chosen != "eager":
             return backends.launch(chosen, implementation, args)
-        results = implementation(*inputs)
-        for target, result in zip(args[arity:], results if isinstance(results, tuple) else (results,), strict=True):
-            target.copy_(result)
-
-    def call(*args: Any) -> None:
-        if not torch.is_grad_enabled():
-            return compute(args)
         with torch.no_grad():
-            return compute(args)
+            results = implementation(*inputs)
+            for target, result in zip(args[arity:], results if isinstance(results, tuple) else (results,), strict=True):
+                target.copy_(result)
 
     return call

@@ -43,9 +43,13 @@ def backend(name: str | None) -> Iterator[None]:
 def forced() -> str | None:
     """The backend that this thread or the process asks for, `None` when the choice is free."""
     name = getattr(_local, "name", None)
-    if name is None:
-        name = env.get("DSV3_KERNELS_BACKEND")
-        _check_name("DSV3_KERNELS_BACKEND", name)
+    return name if name is not None else _process_wide()
+
+
+@functools.cache
+def _process_wide() -> str | None:
+    name = env.get("DSV3_KERNELS_BACKEND")  # once: a look at the environment costs as much as a launch
+    _check_name("DSV3_KERNELS_BACKEND", name)
     return name
 
 
