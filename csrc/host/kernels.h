@@ -1,0 +1,35 @@
+// The table of shipped kernels. A row belongs to one `extern "C"` kernel of one image (csrc/<family>/<image>.cu);
+// tests hold it against what the images really contain.
+#pragma once
+
+#include <cstddef>
+#include <string_view>
+
+namespace dsv3 {
+
+struct Kernel {
+  const char* name;
+  const char* image;
+  unsigned threads;       // per CTA, along x
+  unsigned shared_bytes;  // dynamic shared memory per CTA
+  unsigned cluster;       // CTAs per cluster, along x
+  const char* tile;       // what one CTA works on, in words for `explain`
+};
+
+inline constexpr Kernel kKernels[] = {
+    {"quantize_1x128_f32", "quantize_1x128", 256, 0, 1, "64 blocks of 128"},
+    {"quantize_1x128_bf16", "quantize_1x128", 256, 0, 1, "64 blocks of 128"},
+    {"quantize_1x128_f16", "quantize_1x128", 256, 0, 1, "64 blocks of 128"},
+};
+
+inline constexpr size_t kNumKernels = sizeof(kKernels) / sizeof(kKernels[0]);
+
+// The row of a kernel; a name that is not in the table does not compile.
+constexpr const Kernel& kernel(std::string_view name) {
+  for (const Kernel& row : kKernels) {
+    if (name == row.name) return row;
+  }
+  throw "no such kernel";
+}
+
+}  // namespace dsv3
