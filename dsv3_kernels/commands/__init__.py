@@ -1,0 +1,5 @@
+"""What `dsv3` does, one module per command: info, validate, demo."""
+
+
+class UserError(Exception):
+    """Something the user can put right: one line on stderr and exit code 2, no traceback."""
