@@ -19,6 +19,7 @@ _EXPORTS: dict[str, str] = {
     "is_supported": "backends",
     "launch_counts": "backends",
     "preload": "backends",
+    "yarn_cos_sin": "mla.rope",
 }
 _SUBPACKAGES = ("model", "parallel", "pipeline", "compat")
 

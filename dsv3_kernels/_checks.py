@@ -75,6 +75,20 @@ def value(op: str, argument: str, ok: bool, got: Any, wanted: str) -> None:
         raise ValueError(f"{op}: {argument}: got {got!r}, wanted {wanted}")
 
 
+def integer(op: str, argument: str, got: Any, least: int) -> None:
+    """TypeError unless `got` is an int (and no bool), ValueError if it is below `least`."""
+    if isinstance(got, bool) or not isinstance(got, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {argument}: got {type(got).__name__}, wanted an int")
+    if got < least:
+        raise ValueError(f"{op}: {argument}: got {got}, wanted at least {least}")
+
+
+def number(op: str, argument: str, got: Any) -> None:
+    """TypeError unless `got` is a Python number (and no bool)."""
+    if isinstance(got, bool) or not isinstance(got, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{op}: {argument}: got {type(got).__name__}, wanted a number")
+
+
 def one_of(op: str, argument: str, got: Any, *wanted: Any) -> None:
     """ValueError unless `got` is one of `wanted`."""
     if got not in wanted:

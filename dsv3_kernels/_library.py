@@ -29,6 +29,13 @@ class Op:
 OPS: dict[str, Op] = {
     # quant
     "quantize_1x128": Op("quant", cuda=True, out=True),
+    "quantize_128x128": Op("quant", out=True),
+    "dequantize": Op("quant"),
+    "rms_norm": Op("quant", grad="rms_norm_backward"),
+    "rms_norm_backward": Op("quant", module="rms_norm", internal=True),
+    # mla
+    "rope": Op("mla", grad="rope"),
+    # moe
 }
 
 
@@ -46,7 +53,7 @@ class Definition:
     def __init__(self, name: str, functional: Callable[..., Any], out: Callable[..., Any] | None) -> None:
         self.name = name
         self._functional = functional
-        self.out = out
+        self.out: Any = out  # None when the op has no out variant
 
     def __call__(self, *args: Any) -> Any:
         return self._functional(*args)
@@ -95,6 +102,13 @@ def _register(torch: Any, name: str, schema: str, call: Callable[..., Any], fake
 
 def _nothing(*_: Any) -> None:
     return None
+
+
+def records(*inputs: Any) -> bool:
+    """Whether autograd must see a call with these inputs: the public function then takes its autograd.Function."""
+    import torch
+
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
 
 
 def _functional_call(torch: Any, name: str, allocate: Callable[..., Any] | None) -> Callable[..., Any]:
