@@ -29,7 +29,9 @@ def close(got: Tensor, wanted: Tensor, bound: Tensor | float, what: str = "resul
     assert got.shape == wanted.shape, f"{what}: shape {list(got.shape)}, wanted {list(wanted.shape)}"
     finite = wanted.isfinite()
     assert torch.equal(got.isfinite(), finite), f"{what}: not finite at other places than wanted"
-    assert torch.equal(got[~finite].nan_to_num(nan=7.0), wanted[~finite].nan_to_num(nan=7.0)), f"{what}: wrong inf or NaN"
+    assert torch.equal(got[~finite].nan_to_num(nan=7.0), wanted[~finite].nan_to_num(nan=7.0)), (
+        f"{what}: wrong inf or NaN"
+    )
     limit = bound if isinstance(bound, Tensor) else torch.tensor(bound, dtype=torch.float64)
     limit = limit.detach().double().cpu().expand(wanted.shape)
     excess = torch.where(finite, (got - wanted).abs() - limit, torch.zeros((), dtype=torch.float64))
@@ -73,9 +75,11 @@ def no_mutation(op: Any, args: Sequence[Any]) -> None:
 
 
 def no_gradient_leaks(op: Any, args: Sequence[Any]) -> None:
-    """Called with inputs that require grad, the bare op records nothing: its gradient is an autograd.Function outside."""
+    """Called with inputs that require grad, the bare op records nothing: gradients are made outside it."""
     ours = [
-        a.detach().clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() and a.dtype not in FLOAT8 else a
+        a.detach().clone().requires_grad_()
+        if isinstance(a, Tensor) and a.is_floating_point() and a.dtype not in FLOAT8
+        else a
         for a in args
     ]
     if any(spec.alias_info and spec.alias_info.is_write for spec in op._schema.arguments):
@@ -103,3 +107,23 @@ def compiles(function: Any, *args: Any) -> Any:
     plain = function(*args)
     assert same_bits(compiled, plain), "torch.compile gives other bits"
     return compiled
+
+
+def compiles_with_gradients(function: Any, *args: Any) -> None:
+    """As `compiles`, and the gradients of the result's sum (weighted by position) have the bits of the plain ones."""
+
+    def run(call: Any) -> list[Tensor]:
+        ours = [a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args]
+        result = call(*ours)
+        results = [r for r in (result if isinstance(result, (tuple, list)) else (result,)) if r.requires_grad]
+        weights = [torch.linspace(-1, 1, r.numel(), device=r.device).view(r.shape).to(r.dtype) for r in results]
+        wanted = [a for a in ours if isinstance(a, Tensor) and a.requires_grad]
+        return [*(r.detach() for r in results), *torch.autograd.grad(results, wanted, weights)]
+
+    torch._dynamo.reset()
+    assert same_bits(run(torch.compile(function, fullgraph=True, backend="aot_eager")), run(function))
+
+
+def roundoff(dtype: torch.dtype) -> float:
+    """Largest relative error of one rounding to `dtype` in its normal range."""
+    return torch.finfo(dtype).eps / 2

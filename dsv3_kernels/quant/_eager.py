@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .quantize_1x128 import empty_scale
+from .quantize_1x128 import blocks, empty_scale
 
 E4M3_MAX = 448.0
 AMAX_FLOOR = 1e-4  # an all-zero block gets a finite scale, and zeros
@@ -29,7 +31,62 @@ def encode(x: Tensor, scale: Tensor) -> Tensor:
 
 def quantize_1x128(x: Tensor, pow2_scale: bool, scale_layout: str) -> tuple[Tensor, Tensor]:
     columns = x.shape[-1]
-    padded = F.pad(x.float(), (0, -columns % 128)).unflatten(-1, (-1, 128)) if columns else x.new_empty(*x.shape[:-1], 0, 128).float()
+    padded = F.pad(x.float(), (0, -columns % 128)).unflatten(-1, (blocks(columns), 128))
     scale = scale_of(padded.abs().amax(-1), pow2_scale)
     q = encode(padded, scale[..., None]).flatten(-2)[..., :columns].contiguous()
     return q, empty_scale(x, columns, scale_layout).copy_(scale)
+
+
+def quantize_128x128(w: Tensor, pow2_scale: bool) -> tuple[Tensor, Tensor]:
+    rows, columns = w.shape[-2:]
+    padded = F.pad(w.float(), (0, -columns % 128, 0, -rows % 128))
+    tiles = padded.unflatten(-1, (blocks(columns), 128)).unflatten(-3, (blocks(rows), 128))
+    scale = scale_of(tiles.abs().amax((-3, -1)), pow2_scale)
+    q = encode(tiles, scale[..., :, None, :, None]).flatten(-2).flatten(-3, -2)
+    return q[..., :rows, :columns].contiguous(), scale
+
+
+@functools.cache
+def _table(dtype: torch.dtype) -> Tensor:
+    return torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).to(dtype)
+
+
+def decode(q: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The numbers that E4M3 codes stand for. On a CPU a table look-up is several times faster than `Tensor.to`."""
+    if q.device.type != "cpu":
+        return q.to(dtype)
+    codes = q.contiguous().view(torch.uint8)
+    return _table(dtype).index_select(0, codes.flatten().int()).view(q.shape)
+
+
+def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (decode(q) * spread(scale, q.shape)).to(dtype)
+
+
+def spread(scale: Tensor, shape: torch.Size) -> Tensor:
+    """1x128 or 128x128 scales, one per element of a tensor of this shape."""
+    if len(shape) > 1 and scale.shape[-2] != shape[-2]:
+        scale = scale.repeat_interleave(128, -2)[..., : shape[-2], :]
+    return scale.repeat_interleave(128, -1)[..., : shape[-1]]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    total = x if residual is None else x + residual
+    wide = total.float()
+    rms = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    normed = (wide * rms * weight.float()).to(x.dtype).contiguous()
+    return normed, x.new_empty(0) if residual is None else total.contiguous()
+
+
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, grad_total: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    wide = x.float()
+    rms = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    unit = wide * rms
+    pull = grad.float() * weight.float()
+    grad_x = rms * (pull - unit * (pull * unit).mean(-1, keepdim=True))
+    if grad_total is not None:
+        grad_x = grad_x + grad_total.float()
+    grad_weight = (grad.float() * unit).flatten(0, -2).sum(0) if x.dim() > 1 else grad.float() * unit
+    return grad_x.to(x.dtype).contiguous(), grad_weight.to(weight.dtype)

@@ -69,7 +69,8 @@ def empty_scale(x: Tensor, columns: int, scale_layout: str) -> Tensor:
     size = (*leading, blocks(columns))
     if scale_layout == "k":
         return x.new_empty(size, dtype=torch.float32)
-    strides, rows = [], 1
+    strides: list[int] = []
+    rows = 1
     for extent in reversed(leading):
         strides.insert(0, rows)
         rows = rows * extent

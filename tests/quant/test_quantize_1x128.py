@@ -15,7 +15,7 @@ E4M3 = torch.float8_e4m3fn
 
 
 def definition(x: torch.Tensor, pow2_scale: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and codes, block by block; each division is rounded once from float64 to float32 (that is IEEE division)."""
+    """Block by block; each division is rounded once from float64 to float32 (that is IEEE division)."""
     rows = x.reshape(-1, x.shape[-1]).double()
     q = torch.empty(rows.shape, dtype=E4M3)
     scale = torch.empty(rows.shape[0], -(-rows.shape[1] // 128), dtype=torch.float32)
