@@ -33,8 +33,14 @@ OPS: dict[str, Op] = {
     "dequantize": Op("quant"),
     "rms_norm": Op("quant", grad="rms_norm_backward"),
     "rms_norm_backward": Op("quant", module="rms_norm", internal=True),
+    # gemm
+    "fp8_gemm": Op("gemm", out=True),
+    "fp8_gemm_accumulate": Op("gemm", module="fp8_gemm", internal=True),
+    "fp8_grouped_gemm": Op("gemm"),
     # mla
     "rope": Op("mla", grad="rope"),
+    "mla_prefill": Op("mla", grad="mla_prefill_backward"),
+    "mla_prefill_backward": Op("mla", module="mla_prefill", internal=True),
     # moe
 }
 

@@ -60,14 +60,13 @@ def decode(q: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return (decode(q) * spread(scale, q.shape)).to(dtype)
-
-
-def spread(scale: Tensor, shape: torch.Size) -> Tensor:
-    """1x128 or 128x128 scales, one per element of a tensor of this shape."""
-    if len(shape) > 1 and scale.shape[-2] != shape[-2]:
-        scale = scale.repeat_interleave(128, -2)[..., : shape[-2], :]
-    return scale.repeat_interleave(128, -1)[..., : shape[-1]]
+    if q.dim() > 1 and scale.shape[-2] != q.shape[-2]:
+        scale = scale.repeat_interleave(128, -2)[..., : q.shape[-2], :]
+    real = decode(q)
+    whole = q.shape[-1] // 128
+    real[..., : 128 * whole].unflatten(-1, (whole, 128)).mul_(scale[..., :whole, None])
+    real[..., 128 * whole :].mul_(scale[..., whole:])
+    return real.to(dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,56 @@
+"""FP8 operands with uneven magnitudes, their exact values, and the error that a GEMM on them may have."""
+
+from __future__ import annotations
+
+import torch
+from checks import close, roundoff
+from torch import Tensor
+
+import dsv3_kernels as dk
+
+E4M3 = torch.float8_e4m3fn
+# Error of a float32 result, in units of sum |a| |b|: what float32 promotion of exact partial sums costs, with room.
+FLOAT32 = {"eager": 1e-5}
+
+
+def uneven(*shape: int) -> Tensor:
+    """Magnitudes that differ from row to row and from column to column: a misplaced scale cannot hide."""
+    return torch.randn(shape) * torch.exp(2 * torch.randn(*shape[:-1], 1)) * torch.exp(torch.randn(shape[-1]))
+
+
+def values(q: Tensor, scale: Tensor) -> Tensor:
+    """What codes and scales stand for, in float64."""
+    q, scale = q.cpu().float().double(), scale.cpu().double()
+    if scale.shape[-2] != q.shape[-2]:
+        scale = scale.repeat_interleave(128, -2)[..., : q.shape[-2], :]
+    return q * scale.repeat_interleave(128, -1)[..., : q.shape[-1]]
+
+
+def rows(device: torch.device, *shape: int) -> tuple[Tensor, Tensor]:
+    """A 1x128 operand whose rows lie a multiple of 16 bytes apart; between them lie NaN codes."""
+    q, scale = dk.quantize_1x128(uneven(*shape))
+    return padded(q).to(device), scale.to(device)
+
+
+def blocks(device: torch.device, *shape: int) -> tuple[Tensor, Tensor]:
+    """A 128x128 operand, as `rows`."""
+    q, scale = dk.quantize_128x128(uneven(*shape))
+    return padded(q).to(device), scale.to(device)
+
+
+def padded(q: Tensor) -> Tensor:
+    width = q.shape[-1]
+    if width % 16 == 0:
+        return q
+    store = torch.full((*q.shape[:-1], -(-width // 16) * 16), 0x7F, dtype=torch.uint8)
+    store[..., :width] = q.view(torch.uint8)
+    return store.view(E4M3)[..., :width]
+
+
+def product(got: Tensor, a: Tensor, b: Tensor, backend: str = "eager", plus: Tensor | float = 0.0) -> None:
+    """`got` is A @ B.T + plus (float64), element by element, within the error of its backend and dtype."""
+    a, b, plus = a.double(), b.double(), torch.as_tensor(plus, dtype=torch.float64)
+    wanted = a @ b.mT + plus
+    size = a.abs() @ b.abs().mT + plus.abs()
+    rounding = roundoff(got.dtype) * wanted.abs() if got.dtype is not torch.float32 else 0.0
+    close(got, wanted, FLOAT32[backend] * size + rounding)
