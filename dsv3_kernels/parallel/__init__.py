@@ -1,0 +1,16 @@
+"""Parallelism across GPUs: expert placement, expert parallelism, and a cost model of both."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_MODULES = ("eplb", "simulate")
+
+__all__ = ["eplb", "simulate"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
