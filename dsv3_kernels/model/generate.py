@@ -1,0 +1,341 @@
+"""Text out of a model: prefill, greedy and sampled decoding, speculation with the MTP layer, tokenizers."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from . import mtp
+from .layers import Step
+
+if TYPE_CHECKING:
+    from .model import DeepSeekV3
+
+SPARE = 2  # tokens that a verifying step may write past the last one kept
+
+
+@dataclass
+class Statistics:
+    """Of one `generate`: passes of the main model after the prefill, tokens drafted by the MTP layer, and accepted."""
+
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the drafts that were accepted (0 when nothing was drafted)."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+
+def generate(
+    model: DeepSeekV3,
+    tokens: Tensor | Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    on_tokens: Callable[[list[list[int]]], None] | None = None,
+    eos_id: int | None = None,
+    **options: Any,
+) -> Tensor | list[list[int]]:
+    """Continue every prompt: an int tensor [B, S] gives [B, S + new], a list of lists (any lengths) a list of lists.
+
+    The prompt is included. A sequence ends with `eos_id`; in a tensor the rest of its row is `eos_id` too.
+    `on_tokens` is called after each step with the new tokens of each sequence. Options and errors: see `stream`.
+    """
+    batch = tokens.tolist() if isinstance(tokens, Tensor) else tokens
+    pieces = stream(model, tokens, max_new_tokens, eos_id=eos_id, **options)
+    out = [list(prompt) for prompt in batch]
+    for new in pieces:
+        for row, extra in zip(out, new, strict=True):
+            row.extend(extra)
+        if on_tokens is not None:
+            on_tokens(new)
+    if not isinstance(tokens, Tensor):
+        return out
+    longest = max(len(row) for row in out)
+    padded = [row + [eos_id or 0] * (longest - len(row)) for row in out]
+    return torch.tensor(padded, dtype=tokens.dtype, device=tokens.device)
+
+
+def stream(
+    model: DeepSeekV3,
+    tokens: Tensor | Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    eos_id: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+    speculative: bool = False,
+    prefill_chunk: int | None = None,
+    cache_dtype: torch.dtype | None = None,
+    statistics: Statistics | None = None,
+) -> Iterator[list[list[int]]]:
+    """The new tokens of each sequence, step by step, as they come: a list per sequence, empty once it has ended.
+
+    All sequences decode together. temperature 0 is greedy; else tokens are drawn from the smallest set of
+    probability >= top_p. `speculative` drafts a token with the MTP layer and verifies it in a step of two queries:
+    greedy output is unchanged, and drawn tokens keep their distribution. Prompts are read `prefill_chunk` tokens at
+    a time (whole by default). cache_dtype: the model's, or torch.uint8 for the FP8 cache.
+
+    ValueError: empty prompts, ids outside the vocabulary, prompt + max_new_tokens past max_position_embeddings,
+    speculation without an MTP layer. TypeError for tokens that are no integers.
+    """
+    op = "generate"
+    if isinstance(tokens, Tensor):
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{op}: tokens: got dtype {_checks.name_of(tokens.dtype)}, wanted int64 or int32")
+        if tokens.dim() != 2:
+            raise ValueError(f"{op}: tokens: got shape {list(tokens.shape)}, wanted [batch, tokens]")
+        tokens = tokens.tolist()
+    prompts = [list(prompt) for prompt in tokens]
+    if not prompts or not all(prompts):
+        raise ValueError(f"{op}: tokens: got an empty batch or prompt, wanted one token or more in each")
+    size, limit = model.config.vocab_size, model.config.max_position_embeddings
+    for prompt in prompts:
+        for token in prompt:
+            if not isinstance(token, int):
+                raise TypeError(f"{op}: tokens: got {type(token).__name__}, wanted integers")
+            if not 0 <= token < size:
+                raise ValueError(f"{op}: tokens: got id {token}, wanted 0 to {size - 1}")
+        if len(prompt) + max_new_tokens > limit:
+            raise ValueError(
+                f"{op}: tokens: a prompt of {len(prompt)} and {max_new_tokens} new tokens pass "
+                f"max_position_embeddings = {limit}"
+            )
+    for name, value, ok, wanted in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "0 or more"),
+        ("temperature", temperature, temperature >= 0, "0 or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "more than 0, at most 1"),
+        ("prefill_chunk", prefill_chunk, prefill_chunk is None or prefill_chunk > 0, "1 or more"),
+    ):
+        if not ok:
+            raise ValueError(f"{op}: {name}: got {value}, wanted {wanted}")
+    if speculative:
+        mtp.need(model, op)
+    sampler = Sampler(temperature, top_p, generator)
+    run = _Run(model, prompts, max_new_tokens, eos_id, sampler, speculative, cache_dtype, statistics or Statistics())
+    return run.steps(prefill_chunk or max(len(p) for p in prompts))
+
+
+@dataclass
+class Sampler:
+    temperature: float
+    top_p: float
+    generator: torch.Generator | None
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        p = torch.softmax(logits / self.temperature, dim=-1)
+        if self.top_p < 1:
+            ordered, index = p.sort(dim=-1, descending=True)
+            before = ordered.cumsum(-1) - ordered  # the set keeps the token that reaches top_p
+            p = torch.zeros_like(p).scatter(-1, index, ordered.masked_fill(before >= self.top_p, 0.0))
+        return p
+
+    def draw(self, p: Tensor) -> Tensor:
+        return torch.multinomial(p, 1, generator=self.generator).squeeze(-1)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """[N, V] -> [N]"""
+        return logits.argmax(-1) if self.temperature == 0 else self.draw(self.probabilities(logits))
+
+    def verify(self, logits: Tensor, draft: Tensor) -> tuple[Tensor, Tensor]:
+        """logits [B, 2, V] after (token, draft) -> (accepted bool [B], tokens [B, 2]; the second only if accepted).
+
+        A draft is a point mass: it is accepted with its probability p, else the token comes from p without it
+        (arXiv:2211.17192), so that accepted and redrawn tokens together follow p.
+        """
+        if self.temperature == 0:
+            tokens = logits.argmax(-1)
+            return tokens[:, 0] == draft, tokens
+        p = self.probabilities(logits)
+        chance = p[:, 0].gather(1, draft[:, None]).squeeze(1)
+        accepted = torch.rand(chance.shape, device=p.device, generator=self.generator) < chance
+        rest = p[:, 0].scatter(1, draft[:, None], 0.0) + torch.finfo(p.dtype).tiny  # all zero where p(draft) is 1
+        first = torch.where(accepted, draft, self.draw(rest))
+        return accepted, torch.stack([first, self.draw(p[:, 1])], dim=1)
+
+
+class _Run:
+    """State of one generation. The host learns of tokens once per step, after the step's work is queued."""
+
+    def __init__(
+        self,
+        model: DeepSeekV3,
+        prompts: list[list[int]],
+        max_new: int,
+        eos: int | None,
+        sampler: Sampler,
+        speculative: bool,
+        cache_dtype: torch.dtype | None,
+        statistics: Statistics,
+    ) -> None:
+        from .model import PagedLatentCache
+
+        self.model, self.prompts, self.sampler, self.speculative = model, prompts, sampler, speculative
+        self.eos, self.statistics = eos, statistics
+        self.left = [max_new] * len(prompts)
+        capacities = [len(p) + max_new + SPARE for p in prompts]
+        dtype = cache_dtype or model.dtype
+        self.cache = PagedLatentCache(model.config, capacities, dtype=dtype, device=model.device)
+        self.token = torch.zeros(len(prompts), dtype=torch.int64, device=model.device)
+        self.draft = self.token.clone()
+
+    def steps(self, chunk: int) -> Iterator[list[list[int]]]:
+        if not any(self.left):
+            return
+        with torch.no_grad():
+            self._prefill(chunk)
+            new = [[token] for token in self.token.tolist()]
+        while True:
+            yield [self._keep(b, tokens) for b, tokens in enumerate(new)]
+            if not any(self.left):
+                return
+            with torch.no_grad():
+                new = self._verify() if self.speculative else self._decode()
+
+    def _keep(self, b: int, tokens: list[int]) -> list[int]:
+        """What sequence b still takes of its new tokens."""
+        if not self.left[b]:
+            return []
+        tokens = tokens[: self.left[b]]
+        self.left[b] -= len(tokens)
+        if self.eos is not None and self.eos in tokens:
+            tokens = tokens[: tokens.index(self.eos) + 1]
+            self.left[b] = 0
+        return tokens
+
+    def _step(self, tokens: Tensor) -> Step:
+        """A pass over [B, 1 or 2] tokens. Sequences that have ended rest at length 1, out of the others' way."""
+        lengths = [n if self.left[b] else 1 for b, n in enumerate(self.cache.lengths)]
+        if lengths != self.cache.lengths:
+            self.cache.set_lengths(lengths)
+        self.statistics.steps += 1
+        return self.model.step(tokens, cache=self.cache)
+
+    def _advance(self, counts: list[int], seqlens: Tensor) -> None:
+        self.cache.set_lengths([n + new for n, new in zip(self.cache.lengths, counts, strict=True)], seqlens)
+
+    def _prefill(self, chunk: int) -> None:
+        model, lengths = self.model, [len(p) for p in self.prompts]
+        longest = max(lengths)
+        padded = [p + [0] * (longest + 1 - len(p)) for p in self.prompts]
+        tokens = torch.tensor(padded, device=model.device)
+        for start in range(0, longest, chunk):
+            width = min(chunk, longest - start)
+            counts = [min(max(n - start, 0), width) for n in lengths]
+            step = model.step(tokens[:, start : start + width], seq_lens=counts, cache=self.cache)
+            normed, residual = model.hidden(step)
+            ends = [b for b, n in enumerate(lengths) if start < n <= start + width]
+            rows = [sum(counts[: b + 1]) - 1 for b in ends]
+            if ends:
+                self.token[ends] = self.sampler(model.head(normed[rows]))
+                tokens[ends, [lengths[b] for b in ends]] = self.token[ends]
+            if self.speculative:
+                follow = tokens[:, start + 1 : start + width + 1].reshape(-1)
+                follow = follow if step.rows is None else follow[step.rows]
+                hidden = self._predict(step, normed, residual, follow)
+                if ends:
+                    self.draft[ends] = model.head(hidden[rows]).argmax(-1)
+            self.cache.set_lengths([min(n, start + width) for n in lengths], step.seqlens)
+
+    def _predict(self, step: Step, normed: Tensor, residual: Tensor, follow: Tensor) -> Tensor:
+        """The MTP layer on the rows of a main pass: same places, slots and lengths, its own layer of the cache."""
+        layer = mtp.layers(self.model)[0]
+        return layer.predict(self.model.feed(normed, residual), self.model.embed(follow, step.dtype), step)
+
+    def _decode(self) -> list[list[int]]:
+        step = self._step(self.token[:, None])
+        self.token = self.sampler(self.model.head(self.model.hidden(step)[0]))
+        self._advance(step.lengths, step.seqlens)
+        return [[token] for token in self.token.tolist()]
+
+    def _verify(self) -> list[list[int]]:
+        model, batch = self.model, len(self.left)
+        step = self._step(torch.stack([self.token, self.draft], dim=1))
+        normed, residual = model.hidden(step)
+        accepted, tokens = self.sampler.verify(model.head(normed).view(batch, 2, -1), self.draft)
+        # A rejected draft leaves a second row that means nothing: the next step writes over it.
+        hidden = self._predict(step, normed, residual, tokens.reshape(-1)).view(batch, 2, -1)
+        last = accepted.long()[:, None]
+        self.token = tokens.gather(1, last).squeeze(1)
+        self.draft = model.head(hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1])).squeeze(1)).argmax(
+            -1
+        )
+        seqlens = self.cache.seqlens + 1 + accepted
+        counts, new = (1 + accepted.long()).tolist(), tokens.tolist()
+        active = [b for b in range(batch) if self.left[b]]
+        self.statistics.drafted += len(active)
+        self.statistics.accepted += sum(counts[b] - 1 for b in active)
+        self._advance(counts, seqlens)
+        return [row[:count] for row, count in zip(new, counts, strict=True)]
+
+
+# -- text ------------------------------------------------------------------------------------------------------------
+class ByteTokenizer:
+    """Token i is byte i."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return bytes(t for t in tokens if t < 256).decode(errors="replace")
+
+
+class FileTokenizer:
+    """A Hugging Face tokenizer.json."""
+
+    def __init__(self, file: str | Path) -> None:
+        import tokenizers
+
+        self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=True).ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+    def save(self, folder: str | Path) -> None:
+        self.tokenizer.save(str(Path(folder, "tokenizer.json")))
+
+
+def load_tokenizer(folder: str | Path, vocab_size: int) -> ByteTokenizer | FileTokenizer | None:
+    """The folder's tokenizer.json, else bytes where they fit the vocabulary, else None."""
+    file = Path(folder, "tokenizer.json")
+    if file.is_file():
+        return FileTokenizer(file)
+    return ByteTokenizer() if vocab_size >= 256 else None
+
+
+class TextStream:
+    """Tokens in, text out, never half a character: what may still change is held back until the next token."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.bytes = codecs.getincrementaldecoder("utf-8")("replace") if isinstance(tokenizer, ByteTokenizer) else None
+        self.tokens: list[int] = []
+        self.shown = ""
+
+    def push(self, tokens: Sequence[int]) -> str:
+        if self.bytes is not None:
+            return self.bytes.decode(bytes(t for t in tokens if t < 256))
+        self.tokens.extend(tokens)
+        text = self.tokenizer.decode(self.tokens)
+        if text.endswith("\ufffd"):
+            return ""
+        new, self.shown = text[len(self.shown) :], text
+        return new
+
+    def finish(self) -> str:
+        """What was held back."""
+        if self.bytes is not None:
+            return self.bytes.decode(b"", final=True)
+        return self.tokenizer.decode(self.tokens)[len(self.shown) :]

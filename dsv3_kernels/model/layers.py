@@ -1,0 +1,365 @@
+"""Layers of DeepSeek-V3 (arXiv:2412.19437, section 2.1), each a few calls of the library's ops.
+
+Tokens of all sequences lie packed in one dimension: x is [T, hidden]. Module paths are the released parameter names.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dsv3_kernels as dk
+
+from .config import Config
+
+if TYPE_CHECKING:
+    from .model import PagedLatentCache
+
+BLOCK = 128  # rows and columns that share one FP8 weight scale
+LATENT_NORM_EPS = 1e-6  # fixed in the released code, whatever rms_norm_eps says
+PREFIX_CHUNK = 16384  # cached tokens expanded to keys and values at a time, over all sequences
+
+
+def round_up(n: int, unit: int = BLOCK) -> int:
+    return -(-n // unit) * unit
+
+
+class Quantized(NamedTuple):
+    """A float tensor beside its FP8 codes and 1x128 scales, made once and used by several GEMMs."""
+
+    x: Tensor
+    q: Tensor
+    scale: Tensor
+
+
+@dataclass
+class Step:
+    """What every layer of one forward pass shares. B sequences, T packed new tokens; on the device unless said."""
+
+    tokens: Tensor  # [T] int64
+    positions: Tensor  # [T] int64, of the rotary embedding
+    cos_sin: Tensor  # [P, rope] float32
+    lengths: list[int]  # new tokens per sequence, on the host
+    cu_seqlens: Tensor  # [B + 1] int32 over the new tokens
+    dtype: torch.dtype  # of the residual stream
+    fp8: bool = False  # float weights: GEMMs by fp8_linear (the training recipe)
+    rows: Tensor | None = None  # [T] place of each token in the padded [B, S]; None when nothing is padded
+    cache: PagedLatentCache | None = None
+    slots: Tensor | None = None  # [T] int64: where the new tokens go in the cache
+    prefix: list[int] | None = None  # cached tokens per sequence before this pass, on the host
+    seqlens: Any = None  # [B] int32: cached tokens after this pass
+    absorbed: bool = False  # attention in the latent space: a few queries against the cache
+    plan: Any = None  # mla_decode_plan, shared by the layers
+    routing: list[Tensor] | None = None  # [T, K] per MoE layer: experts to replay
+    chosen: list[Tensor] | None = None  # filled with the experts of each MoE layer
+
+
+class Norm(nn.Module):
+    """RMSNorm, with the residual addition before it and the quantisation after it where asked for."""
+
+    def __init__(self, size: int, eps: float, pow2_scale: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+        self.pow2_scale = pow2_scale
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, quantize: bool = False) -> Any:
+        """x -> normed; with `residual`: (norm(x + residual), x + residual). `quantize` makes normed a Quantized."""
+        if not quantize or self.pow2_scale:
+            out = dk.rms_norm(x, self.weight, self.eps, residual=residual)
+            if not quantize:
+                return out
+            normed, total = out if residual is not None else (out, None)
+            packed = Quantized(normed, *dk.quantize_1x128(normed, pow2_scale=True))
+        else:
+            q, scale, normed, total = dk.rms_norm_quantize_1x128(x, self.weight, self.eps, residual=residual)
+            packed = Quantized(normed, q, scale)
+        return packed if residual is None else (packed, total)
+
+
+class Linear(nn.Module):
+    """y = x W^T with W kept as float, or as FP8 codes with 128x128 scales.
+
+    `parts` are the released matrices stacked along the rows, (name, rows) each. `experts` > 0 makes it a stack of as
+    many matrices. In FP8 each of several parts, and the columns where `pad_columns` says so, start at a multiple of
+    128: scale blocks of stacked matrices would straddle otherwise. The padding is zero.
+    """
+
+    scale: Tensor | None
+
+    def __init__(
+        self, columns: int, *parts: tuple[str, int], experts: int = 0, fp8: bool = False, pad_columns: bool = False
+    ) -> None:
+        super().__init__()
+        self.columns, self.parts, self.experts = columns, parts, experts
+        self.quantizable, self.pad_columns = fp8, pad_columns
+        self.quantize_activations = False
+        self.pow2_scale = False
+        self.weight = nn.Parameter(torch.empty(self.shape(torch.float32)))
+        self.register_buffer("scale", None)
+
+    def stride(self, part: int, dtype: torch.dtype) -> int:
+        """Rows that a part takes in storage."""
+        rows = self.parts[part][1]
+        return round_up(rows) if dtype == torch.float8_e4m3fn and len(self.parts) > 1 else rows
+
+    def shape(self, dtype: torch.dtype) -> tuple[int, ...]:
+        rows = sum(self.stride(i, dtype) for i in range(len(self.parts)))
+        padded = dtype == torch.float8_e4m3fn and self.pad_columns
+        return (*([self.experts] if self.experts else []), rows, round_up(self.columns) if padded else self.columns)
+
+    def dense(self, dtype: torch.dtype, expert: int | None = None) -> Tensor:
+        """The weight (of one expert) as floats, the padding included."""
+        weight = self.weight if expert is None else self.weight[expert]
+        if self.scale is None:
+            return weight.to(dtype)
+        scale = self.scale if expert is None else self.scale[expert]
+        return dk.dequantize(weight, scale, dtype=dtype)
+
+    def quantize(self, x: Tensor | Quantized) -> tuple[Tensor, Tensor]:
+        if isinstance(x, Quantized):
+            return x.q, x.scale
+        return dk.quantize_1x128(x, pow2_scale=self.pow2_scale)
+
+    def forward(self, x: Tensor | Quantized, *, fp8: bool = False) -> Tensor:
+        if self.quantize_activations:
+            q, scale = self.quantize(x)
+            dtype = x.x.dtype if isinstance(x, Quantized) else x.dtype
+            return dk.fp8_gemm(q, scale, self.weight, self.scale, out_dtype=dtype, policy="fixed")
+        x = x.x if isinstance(x, Quantized) else x
+        if fp8:
+            return dk.fp8_linear(x, self.weight, pow2_scale=self.pow2_scale)
+        return F.linear(x, self.dense(x.dtype))
+
+    def grouped(self, rows: Tensor, offsets: Tensor, *, fp8: bool = False) -> Tensor:
+        """rows[offsets[e]:offsets[e+1]] @ W[e]^T for every expert; every row belongs to an expert."""
+        if fp8:
+            return dk.fp8_grouped_linear(rows, self.weight, offsets)
+        if rows.is_cuda and rows.dtype == torch.bfloat16 and self.scale is None:
+            return torch._grouped_mm(rows, self.dense(rows.dtype).mT, offs=offsets[1:])
+        bounds = offsets.tolist()  # on the CPU nothing waits; on a GPU this path is for float32 comparisons only
+        stack = self.weight.unbind() if self.scale is None else None  # one gradient for the stack, not one each
+        segments = []
+        for e, (start, stop) in enumerate(itertools.pairwise(bounds)):
+            if stop > start:
+                weight = self.dense(rows.dtype, e) if stack is None else stack[e].to(rows.dtype)
+                segments.append(F.linear(rows[start:stop], weight))
+        return torch.cat(segments) if segments else rows.new_empty(0, self.weight.shape[1])
+
+
+def _activate(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)), of one matrix each or of a stack of experts."""
+
+    def __init__(self, config: Config, width: int, experts: int = 0) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.gate_up = Linear(hidden, ("gate_proj", width), ("up_proj", width), experts=experts, fp8=True)
+        self.down = Linear(width, ("down_proj", hidden), experts=experts, fp8=True, pad_columns=True)
+
+    def forward(self, x: Tensor | Quantized, step: Step) -> Tensor:
+        gate_up = self.gate_up(x, fp8=step.fp8)
+        if self.down.quantize_activations:
+            q, scale = dk.silu_mul_quantize_1x128(gate_up, pow2_scale=self.down.pow2_scale)
+            return self.down(Quantized(gate_up, q, scale))
+        return self.down(_activate(gate_up), fp8=step.fp8)
+
+    def grouped(self, rows: Tensor, row_scale: Tensor | None, offsets: Tensor, step: Step) -> Tensor:
+        """Expert e on its rows; FP8 rows come with their scales."""
+        if not self.gate_up.quantize_activations:
+            gate_up = self.gate_up.grouped(rows, offsets, fp8=step.fp8)
+            return self.down.grouped(_activate(gate_up), offsets, fp8=step.fp8)
+        up, down = self.gate_up, self.down
+        if down.pow2_scale:
+            gate_up = dk.fp8_grouped_gemm(rows, row_scale, up.weight, up.scale, offsets, out_dtype=step.dtype)
+            q, scale = dk.silu_mul_quantize_1x128(gate_up, pow2_scale=True)
+        else:
+            q, scale = dk.fp8_grouped_gemm_swiglu_quantize(rows, row_scale, up.weight, up.scale, offsets)
+        return dk.fp8_grouped_gemm(q, scale, down.weight, down.scale, offsets, out_dtype=step.dtype)
+
+
+class Gate(nn.Module):
+    """Router: sigmoid scores in float32; the bias chooses, the scores weigh (section 2.1.2, equations 13 to 16)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.e_score_correction_bias = nn.Buffer(torch.empty(config.n_routed_experts, dtype=torch.float32))
+
+    def forward(self, x: Tensor, replay: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, hidden] -> (weights [T, K] float32, experts [T, K] int32, logits [T, E] float32)."""
+        config = self.config
+        logits = F.linear(x.float(), self.weight.float())
+        if replay is None:
+            weights, experts = dk.moe_gate(
+                logits,
+                self.e_score_correction_bias,
+                num_groups=config.n_group,
+                topk_groups=config.topk_group,
+                top_k=config.num_experts_per_tok,
+                scaling=config.routed_scaling_factor,
+                normalize=config.norm_topk_prob,
+            )
+            return weights, experts, logits
+        weights = logits.sigmoid().gather(1, replay.long())
+        if config.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights * config.routed_scaling_factor, replay.int().contiguous(), logits
+
+
+class MoE(nn.Module):
+    """Routed experts, weighted, plus the shared ones."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        width = config.moe_intermediate_size
+        self.num_experts = config.n_routed_experts
+        self.gate = Gate(config)
+        self.experts = MLP(config, width, experts=config.n_routed_experts)
+        self.shared_experts = MLP(config, width * config.n_shared_experts) if config.n_shared_experts else None
+        self.load: tuple[Tensor, Tensor, Tensor] | None = None  # of the last training pass: logits, experts, counts
+
+    def forward(self, h: Tensor | Quantized, step: Step) -> Tensor:
+        x = h.x if isinstance(h, Quantized) else h
+        replay = step.routing.pop(0) if step.routing is not None else None
+        weights, experts, logits = self.gate(x, replay)
+        if step.chosen is not None:
+            step.chosen.append(experts)
+        if self.experts.gate_up.quantize_activations:
+            q, scale = self.experts.gate_up.quantize(h)
+            rows, row_scale, offsets, handle = dk.moe_permute(q, experts, self.num_experts, scale=scale)
+        else:
+            rows, row_scale, offsets, handle = dk.moe_permute(x, experts, self.num_experts)
+        if self.training:
+            self.load = (logits, experts, handle.counts)
+        out = dk.moe_unpermute(self.experts.grouped(rows, row_scale, offsets, step), handle, weights)
+        return out + self.shared_experts(h, step) if self.shared_experts is not None else out
+
+
+class Attention(nn.Module):
+    """Multi-head latent attention (section 2.1.1): the cache holds the normed latent and one rotary key per token."""
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        heads, hidden = config.num_attention_heads, config.hidden_size
+        width = heads * config.qk_head_dim
+        pow2 = config.pow2_scale
+        if config.q_lora_rank is None:
+            self.q_proj = Linear(hidden, ("q_proj", width), fp8=True)
+        else:
+            self.q_a_proj = Linear(hidden, ("q_a_proj", config.q_lora_rank), fp8=True)
+            self.q_a_layernorm = Norm(config.q_lora_rank, LATENT_NORM_EPS, pow2)
+            self.q_b_proj = Linear(config.q_lora_rank, ("q_b_proj", width), fp8=True)
+        self.kv_a_proj_with_mqa = Linear(hidden, ("kv_a_proj_with_mqa", config.latent_dim), fp8=True)
+        self.kv_a_layernorm = Norm(config.kv_lora_rank, LATENT_NORM_EPS)
+        self.kv_b_proj = Linear(
+            config.kv_lora_rank, ("kv_b_proj", heads * (config.qk_nope_head_dim + config.v_head_dim)), fp8=True
+        )
+        self.o_proj = Linear(heads * config.v_head_dim, ("o_proj", hidden), fp8=True)
+        self.absorbed: Tensor | None = None  # kv_b as floats [heads, nope + v, latent], kept where it is FP8
+
+    def forward(self, h: Tensor | Quantized, step: Step) -> Tensor:
+        config, fp8 = self.config, step.fp8
+        if config.q_lora_rank is None:
+            q = self.q_proj(h, fp8=fp8)
+        else:
+            low = self.q_a_layernorm(self.q_a_proj(h, fp8=fp8), quantize=self.q_b_proj.quantize_activations)
+            q = self.q_b_proj(low, fp8=fp8)
+        q_nope, q_rope = q.view(len(q), -1, config.qk_head_dim).split(
+            [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1
+        )
+        kv = self.kv_a_proj_with_mqa(h, fp8=fp8)
+        latent = self.kv_a_layernorm(kv[:, : config.kv_lora_rank])
+        q_rope = dk.rope(q_rope, step.positions, step.cos_sin)
+        k_rope = dk.rope(kv[:, config.kv_lora_rank :], step.positions, step.cos_sin)
+        if step.cache is not None:
+            dk.mla_cache_append(step.cache.pages[self.layer], step.slots, latent, k_rope)
+        if step.absorbed:
+            out = self._latent_space(q_nope, q_rope, step)
+        else:
+            out = self._head_space(torch.cat([q_nope, q_rope], dim=-1), latent, k_rope, step)
+        return self.o_proj(out.reshape(len(q), -1), fp8=fp8)
+
+    def _latent_space(self, q_nope: Tensor, q_rope: Tensor, step: Step) -> Tensor:
+        """W_UK goes into the query and W_UV behind the output: attention reads the cache as it lies."""
+        config, batch = self.config, len(step.lengths)
+        kv_b = self.absorbed if self.absorbed is not None else self.kv_b_heads(q_nope.dtype)
+        w_uk, w_uv = kv_b.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
+        q_latent = torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)
+        q = torch.cat([q_latent, q_rope], dim=-1).unflatten(0, (batch, -1))
+        assert step.cache is not None
+        out, _ = dk.mla_decode(
+            q,
+            step.cache.pages[self.layer],
+            step.cache.block_table,
+            step.seqlens,
+            softmax_scale=config.softmax_scale,
+            plan=step.plan,
+        )
+        return torch.bmm(out.flatten(0, 1).transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
+
+    def _head_space(self, q: Tensor, latent: Tensor, k_rope: Tensor, step: Step) -> Tensor:
+        """Multi-head attention over the new tokens; what the cache held before is expanded and merged in chunks."""
+        scale, cu = self.config.softmax_scale, step.cu_seqlens
+        k_nope, v = self._expand(latent, step)
+        out, lse = dk.mla_prefill(q, k_nope, k_rope, v, cu, cu, softmax_scale=scale, causal=True)
+        if step.cache is None or not any(step.prefix or ()):
+            return out
+        cache, prefix = step.cache, step.prefix or []
+        size = max(cache.page_size, PREFIX_CHUNK // len(prefix) // cache.page_size * cache.page_size)
+        for start in range(0, max(prefix), size):
+            counts = [min(max(n - start, 0), size) if new else 0 for n, new in zip(prefix, step.lengths, strict=True)]
+            cu_k = cumulative(counts, cu.device)
+            table = cache.block_table[:, start // cache.page_size :].contiguous()
+            old, old_rope = dk.mla_cache_gather(cache.pages[self.layer], table, cu_k, sum(counts))
+            k_nope, v = self._expand(old.to(q.dtype), step)
+            part = dk.mla_prefill(q, k_nope, old_rope.to(q.dtype), v, cu, cu_k, softmax_scale=scale, causal=False)
+            out, lse = dk.merge_attention(out, lse, *part)
+        return out
+
+    def _expand(self, latent: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """Latents [S, latent] -> (k_nope [S, heads, nope], v [S, heads, v])."""
+        config = self.config
+        kv = self.kv_b_proj(latent, fp8=step.fp8).view(len(latent), config.num_attention_heads, -1)
+        k_nope, v = kv.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
+        return k_nope, v
+
+    def kv_b_heads(self, dtype: torch.dtype) -> Tensor:
+        return self.kv_b_proj.dense(dtype).view(self.config.num_attention_heads, -1, self.config.kv_lora_rank)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm block. The sum of residual and update is taken inside the next norm."""
+
+    def __init__(self, config: Config, layer: int, moe: bool) -> None:
+        super().__init__()
+        self.input_layernorm = Norm(config.hidden_size, config.rms_norm_eps, config.pow2_scale)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps, config.pow2_scale)
+        self.mlp = MoE(config) if moe else MLP(config, config.intermediate_size)
+
+    def forward(self, update: Tensor, residual: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:
+        """(update, residual) of the block before -> those of this one; residual None: update is all there is."""
+        quantize = self.self_attn.o_proj.quantize_activations
+        if residual is None:
+            h, residual = self.input_layernorm(update, quantize=quantize), update
+        else:
+            h, residual = self.input_layernorm(update, residual, quantize=quantize)
+        h, residual = self.post_attention_layernorm(self.self_attn(h, step), residual, quantize=quantize)
+        return self.mlp(h, step), residual
+
+
+def cumulative(counts: list[int], device: torch.device) -> Tensor:
+    """[0, c0, c0 + c1, ...] as int32."""
+    return torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)

@@ -1,0 +1,103 @@
+"""Training: the loss with multi-token prediction, its gradients under released names, expert balancing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import dsv3_kernels as dk
+
+from .. import _checks
+from .layers import MoE
+from .mtp import chain, split_routing
+from .weights import pieces
+
+if TYPE_CHECKING:
+    from .model import DeepSeekV3
+
+RECIPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+
+
+def loss(
+    model: DeepSeekV3,
+    tokens: Tensor,
+    *,
+    mtp_weight: float = 0.3,
+    recipe: str = "bf16",
+    routing: list[Tensor] | None = None,
+    balance_alpha: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy of the next token plus `mtp_weight` times that of the MTP layers (section 2.2, equation 25).
+
+    tokens: int [B, S]. Returns (total, {"main", "mtp"}), float32; each is a mean over its own valid targets, S-1 and
+    S-2 per sequence (several MTP depths: the mean of their losses). recipe: compute dtype over the float master
+    weights; "fp8" multiplies bfloat16 activations in FP8, forward, dgrad and wgrad, but for embedding, router, MTP
+    projection and output head. routing: experts to replay, as in `DeepSeekV3.forward`, the MTP layers' optional.
+    balance_alpha adds the sequence-wise balance loss (equation 17) of every MoE layer, reported as "balance".
+
+    ValueError: fewer than two tokens per sequence, FP8 weights, unknown recipe.
+    """
+    _checks.one_of("loss", "recipe", recipe, *RECIPES)
+    _checks.value("loss", "model", model.weights != "fp8", "FP8 weights", "float weights (weights='float32')")
+    step = model.step(tokens)
+    batch, width = tokens.shape
+    _checks.value("loss", "tokens", width > 1, list(tokens.shape), "two tokens or more per sequence")
+    step.dtype, step.fp8 = RECIPES[recipe], recipe == "fp8"
+    step.routing, own = split_routing(model, routing, tokens)
+    normed, residual = model.hidden(step)
+    parts = {"main": _cross_entropy(model, normed.view(batch, width, -1), tokens, 1)}
+    fed = model.feed(normed, residual).view(batch, width, -1)
+    depths = [
+        _cross_entropy(model, hidden, tokens, k + 1)
+        for k, hidden in enumerate(chain(model, tokens, step, fed, own, depths=width - 2), start=1)
+    ]
+    parts["mtp"] = torch.stack(depths).mean() if depths else torch.zeros_like(parts["main"])
+    total = parts["main"] + mtp_weight * parts["mtp"]
+    if balance_alpha:
+        parts["balance"] = _balance(model, batch, width, balance_alpha)
+        total = total + parts["balance"]
+    return total, {name: part.detach() for name, part in parts.items()}
+
+
+def _cross_entropy(model: DeepSeekV3, hidden: Tensor, tokens: Tensor, ahead: int) -> Tensor:
+    """Row i of `hidden` predicts the token `shift` after its own position; rows past the end predict nothing."""
+    rows = tokens.shape[1] - ahead
+    logits = model.head(hidden[:, :rows].reshape(-1, hidden.shape[-1]))
+    return F.cross_entropy(logits, tokens[:, ahead:].reshape(-1).long())
+
+
+def moe_layers(model: DeepSeekV3) -> list[MoE]:
+    """In order of depth, the MTP layers' last."""
+    return [layer.mlp for layer in model.model.layers if isinstance(layer.mlp, MoE)]
+
+
+def _balance(model: DeepSeekV3, batch: int, width: int, alpha: float) -> Tensor:
+    total: Any = 0.0
+    for moe in moe_layers(model):
+        assert moe.load is not None
+        logits, experts, _ = moe.load
+        rows = len(experts) // batch
+        sequences = torch.arange(batch, device=experts.device).repeat_interleave(rows)
+        total = total + dk.moe_balance_loss(logits.sigmoid(), experts, seq_ids=sequences, alpha=alpha)
+    return total
+
+
+@torch.no_grad()
+def update_bias(model: DeepSeekV3, speed: float) -> None:
+    """Auxiliary-loss-free balancing (section 2.1.2): after a step, move every router's bias by its last load."""
+    for moe in moe_layers(model):
+        if moe.load is not None:
+            dk.moe_update_bias(moe.gate.e_score_correction_bias, moe.load[2], speed)
+
+
+def gradients(model: DeepSeekV3) -> dict[str, Tensor]:
+    """{released parameter name: gradient}, experts and stacked matrices taken apart; after a backward pass."""
+    out = {}
+    for piece in pieces(model):
+        grad = getattr(getattr(piece.module, piece.attribute), "grad", None)
+        if grad is not None:
+            out[piece.name] = piece.view(grad)
+    return out
