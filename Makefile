@@ -23,7 +23,7 @@ help:  ## list the targets
 
 # Both decide by content what is stale, so they run every time.
 native: .venv/installed
-	@$(PY) -m build_backend
+	@$(PY) -m build_backend --null-driver
 
 ptxsim: .venv/installed
 	@if [ -f csrc/ptxsim/Makefile ]; then $(MAKE) --no-print-directory -C csrc/ptxsim; fi

@@ -1,4 +1,4 @@
-"""The host module `dsv3_kernels/_host.*.so` (g++ and pybind11; neither torch nor CUDA) and the null driver for tests."""
+"""The host module `dsv3_kernels/_host.*.so` (by g++ and pybind11 alone) and the null driver of the tests."""
 
 import hashlib
 import json
@@ -65,11 +65,15 @@ def build(root: Path = ROOT) -> Path:
         if not objects[path].is_file():
             with tempfile.TemporaryDirectory(dir=cache) as folder:
                 made = Path(folder) / "made.o"
-                _run([cxx, *FLAGS, *includes, "-c", path.relative_to(root), "-o", made], f"compiling {path.name}", root)
+                _run(
+                    [cxx, *FLAGS, *includes, "-c", path.relative_to(root), "-o", made],
+                    f"compiling {path.relative_to(root)}",
+                    root,
+                )
                 os.replace(made, objects[path])
 
     todo = [path for path in objects if not objects[path].is_file()]
-    note(f"host module: compiling {', '.join(path.name for path in todo) or 'nothing'}, linking")
+    note(f"host module: compiling {', '.join(str(path.relative_to(root)) for path in todo) or 'nothing'}, linking")
     results = toolchain.in_parallel(todo, compile_object, GIB_PER_JOB)
     if errors := [str(result) for result in results if isinstance(result, BuildError)]:
         raise BuildError("\n\n".join(errors))

@@ -18,7 +18,14 @@ from . import toolchain
 from .toolchain import ROOT, BuildError, Nvcc, note
 
 ARCH = "sm_90a"
-NVCC_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-gencode=arch=compute_90a,code=sm_90a", "-Icsrc")
+NVCC_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-lineinfo",
+    "-gencode=arch=compute_90a,code=sm_90a",
+    "--expt-relaxed-constexpr",
+    "-Icsrc",
+)
 PTXAS_FLAGS = ("-O3", "-v", "-lineinfo", "-warn-spills", "-warn-lmem-usage", f"-arch={ARCH}")
 FORMAT = 1
 GIB_PER_JOB = 1.0

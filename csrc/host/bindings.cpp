@@ -1,3 +1,80 @@
-#include <pybind11/pybind11.h>
+// The module dsv3_kernels._host: the driver's own functions here, each family's launchers in
+// csrc/<family>/bindings.cpp.
+#include "host/bindings.h"
 
-PYBIND11_MODULE(_host, m) { m.doc() = "Launchers of dsv3_kernels' CUDA kernels."; }
+#include <string>
+
+namespace dsv3 {
+namespace {
+
+py::dict kernels() {
+  py::dict table;
+  for (const Kernel& kernel : kKernels) {
+    py::dict row;
+    row["image"] = kernel.image;
+    row["threads"] = kernel.threads;
+    row["shared_bytes"] = kernel.shared_bytes;
+    row["cluster"] = kernel.cluster;
+    row["tile"] = kernel.tile;
+    table[kernel.name] = row;
+  }
+  return table;
+}
+
+py::dict launch_counts() {
+  py::dict counts;
+  for (const Kernel& kernel : kKernels) counts[kernel.name] = launch_count(kernel);
+  return counts;
+}
+
+// Never throws: what `dsv3 info` prints about a driver.
+py::dict driver_info(const std::string& path) {
+  py::dict info;
+  info["path"] = path;
+  info["version"] = py::none();
+  info["error"] = "";
+  try {
+    Driver& driver = Driver::at(path);
+    info["version"] = driver.version();
+    info["drop_in"] = driver.drop_in();
+  } catch (const Error& error) {
+    info["error"] = error.what();
+  }
+  return info;
+}
+
+void preload(int device) {
+  Driver::of("preload", {device, 0}).preload(device);
+}
+
+// `with use_driver(path):` leads this thread's launches to a drop-in driver.
+class UseDriver {
+ public:
+  explicit UseDriver(const std::string& path) : driver_(&Driver::at(path)) {}
+  void enter() { before_ = Driver::use(driver_); }
+  void exit(const py::args&) { Driver::use(before_); }
+
+ private:
+  Driver* driver_;
+  Driver* before_ = nullptr;
+};
+
+}  // namespace
+}  // namespace dsv3
+
+PYBIND11_MODULE(_host, m) {
+  using namespace dsv3;
+  m.doc() = "Launchers of the CUDA kernels, and the driver they go through.";
+  m.def("kernels", &kernels, "{name: image, threads, shared_bytes, cluster, tile} of every shipped kernel.");
+  m.def("launch_counts", &launch_counts, "{name: launches since the last reset, on any driver}.");
+  m.def("reset_launch_counts", &reset_launch_counts);
+  m.def("preload", &preload, py::arg("device"), py::call_guard<py::gil_scoped_release>(),
+        "Loads every kernel for a CUDA device (-1: the drop-in driver).");
+  m.def("driver_info", &driver_info, py::arg("path") = "libcuda.so.1",
+        "{path, version (13000 is CUDA 13.0), drop_in, error}: loads the driver if need be; never raises.");
+  py::class_<UseDriver>(m, "use_driver", "Context manager: this thread's launches go to the drop-in driver at `path`.")
+      .def(py::init<const std::string&>(), py::arg("path"))
+      .def("__enter__", &UseDriver::enter)
+      .def("__exit__", &UseDriver::exit);
+  bind_quant(m);
+}

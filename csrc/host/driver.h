@@ -81,28 +81,28 @@ struct Target {
   uintptr_t stream;
 };
 
+// What a launch may ask for in place of its row of the table; a row holds the largest values.
 struct LaunchOptions {
-  unsigned shared_bytes = kFromTable;  // dynamic shared memory
+  static constexpr unsigned kFromTable = ~0u;
+  unsigned shared_bytes = kFromTable;  // dynamic shared memory per CTA
   unsigned cluster = kFromTable;       // CTAs per cluster, along x
   bool programmatic = false;           // may start before its predecessor ends; the kernel runs griddepcontrol.wait
-  static constexpr unsigned kFromTable = ~0u;
 };
 
 class Driver {
  public:
-  // The driver of this thread: the one set by `use`, else the process's. Loads it if need be; throws Error if it
-  // cannot.
-  static Driver& current();
-  // Sets this thread's driver by path and returns the previous one; nullptr stands for the process's.
+  // The driver for a launch of this thread: the one set by `use`, else libcuda.so.1 for CUDA tensors and
+  // DSV3_KERNELS_DRIVER for CPU tensors. Throws Error when there is none or it cannot be loaded.
+  static Driver& of(const char* op, const Target& target);
+  // Sets this thread's driver (nullptr: none) and returns the one before.
   static Driver* use(Driver* driver);
-  // The one instance per library path.
+  // The one instance per library.
   static Driver& at(const std::string& path);
 
   bool drop_in() const { return declare_buffer_ != nullptr; }
   const std::string& path() const { return path_; }
   int version();
-  int attribute(int device, CUdevice_attribute attribute);
-  // SMs of the device of `target`, for grids of persistent kernels.
+  // SMs of the target's device, for the grids of persistent kernels.
   int multiprocessors(const Target& target);
 
   // Launches `kernel` with one parameter struct. `buffers` lists every memory range it touches. Counts the launch.
@@ -124,16 +124,16 @@ class Driver {
 
  private:
   class Scope;
-  static constexpr int kMaxDevices = 64;  // bits of `configured_`
+  static constexpr int kMaxDevices = 64;  // the bits of `configured_`
 
   explicit Driver(std::string path);
   void initialise();
   void launch_raw(const char* op, const Kernel& kernel, Dim3 grid, const void* params, const Target& target,
                   std::initializer_list<Buffer> buffers, const LaunchOptions& options);
-  int ordinal(const char* op, int device) const;
-  CUcontext context(const char* op, int device);
-  CUkernel prepare(const char* op, const Kernel& kernel, int device);
-  std::string describe(CUresult error);
+  void check(CUresult error, const char* op, const char* call, const std::string& details = "");
+  CUcontext context(const char* op, int ordinal);
+  CUkernel prepare(const char* op, const Kernel& kernel, int ordinal);
+  void load(const char* op, const Kernel& kernel, int ordinal);
 
 #define DSV3_MEMBER(name, parameters) CUresult(*name##_) parameters = nullptr;
   DSV3_DRIVER_FUNCTIONS(DSV3_MEMBER)
@@ -145,10 +145,9 @@ class Driver {
   std::atomic<bool> ready_{false};
   std::atomic<CUcontext> contexts_[kMaxDevices] = {};
   std::atomic<int> multiprocessors_[kMaxDevices] = {};
-  CUlibrary libraries_[kNumKernels] = {};                // by the first kernel of the image
-  std::atomic<CUkernel> kernels_[kNumKernels] = {};      // context-independent
-  std::atomic<uint64_t> configured_[kNumKernels] = {};   // bit d: attributes are set on device d
-  std::atomic<uint64_t> nonportable_[kNumKernels] = {};  // bit d: clusters of more than 8 are allowed on device d
+  CUlibrary libraries_[kNumKernels] = {};               // by the first kernel of the image
+  std::atomic<CUkernel> kernels_[kNumKernels] = {};     // context-independent
+  std::atomic<uint64_t> configured_[kNumKernels] = {};  // bit d: attributes are set on device d
 };
 
 // Launches by kernel since the last reset, on whatever driver.

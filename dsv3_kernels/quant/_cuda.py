@@ -1,0 +1,42 @@
+"""The quant family's CUDA kernels: tensors become addresses, sizes and strides. Arguments were checked by the op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _host
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _target(tensor: Tensor) -> tuple[int, int]:
+    """Device ordinal (-1: a CPU tensor, for the simulator) and the caller's stream on it."""
+    device = tensor.get_device()
+    return device, torch._C._cuda_getCurrentRawStream(device) if device >= 0 else 0
+
+
+def quantize_1x128(x: Tensor, pow2_scale: bool, scale_layout: str, q: Tensor, scale: Tensor) -> None:
+    columns = x.shape[-1]
+    if x.dim() != 2:
+        # Rows that no single stride describes are copied; so are scales, and back.
+        x = x.reshape(-1, columns)
+        rows = scale if scale.dim() == 1 else scale.flatten(0, -2)
+        target = rows.reshape(-1, scale.shape[-1])
+        quantize_1x128(x, pow2_scale, scale_layout, q, target)
+        if target.data_ptr() != scale.data_ptr():
+            scale.copy_(target.view(scale.shape))
+        return
+    _host.quantize_1x128(
+        x.data_ptr(),
+        q.data_ptr(),
+        scale.data_ptr(),
+        x.shape[0],
+        columns,
+        x.stride(0),
+        scale.stride(0),
+        scale.stride(1),
+        pow2_scale,
+        _TYPES[x.dtype],
+        *_target(x),
+    )
