@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import groupby, pairwise
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -32,3 +36,146 @@ def in_range(op: str, argument: str, tensor: Tensor, low: int, high: int) -> Non
     if smallest < low or largest >= high:
         got = smallest if smallest < low else largest
         raise ValueError(f"{op}: {argument}: got {got}, wanted values in [{low}, {high})")
+
+
+# Attention of expanded heads. Neighbouring sequences of equal lengths are one batch, and queries are taken in blocks of
+# this many: it bounds the memory of the scores, and lets causal blocks skip the keys that none of their queries sees.
+QUERY_BLOCK = 128
+
+
+class Run(NamedTuple):
+    """Neighbouring sequences of equal lengths: `count` of them, and the rows that they own."""
+
+    count: int
+    queries: int  # per sequence
+    keys: int
+    query_rows: slice
+    key_rows: slice
+
+    def blocks(self, causal: bool) -> Iterator[tuple[slice, int, int]]:
+        """Blocks of queries: (queries, keys that some of them see, keys that the first sees, negative where none)."""
+        for start in range(0, self.queries, QUERY_BLOCK):
+            stop, shift = min(start + QUERY_BLOCK, self.queries), self.keys - self.queries
+            last, first = (shift + stop, shift + start + 1) if causal else (self.keys, self.keys)
+            if last > 0:
+                yield slice(start, stop), last, first
+
+
+def _runs(op: str, cu_q: Tensor, cu_k: Tensor, queries: int, keys: int) -> Iterator[Run]:
+    """The sequences that have both queries and keys."""
+    bounds_q, bounds_k = cu_q.tolist(), cu_k.tolist()
+    for name, bounds, rows in (("cu_seqlens_q", bounds_q, queries), ("cu_seqlens_k", bounds_k, keys)):
+        if bounds[0] < 0 or bounds[-1] > rows or any(a > b for a, b in pairwise(bounds)):
+            raise ValueError(f"{op}: {name}: got {bounds[:8]}, wanted non-decreasing values in [0, {rows}]")
+    lengths = [(q1 - q0, k1 - k0) for (q0, q1), (k0, k1) in zip(pairwise(bounds_q), pairwise(bounds_k), strict=True)]
+    q0, k0 = bounds_q[0], bounds_k[0]
+    for (length_q, length_k), group in groupby(lengths):
+        count = len(list(group))
+        q1, k1 = q0 + count * length_q, k0 + count * length_k
+        if length_q and length_k:
+            yield Run(count, length_q, length_k, slice(q0, q1), slice(k0, k1))
+        q0, k0 = q1, k1
+
+
+def _heads(rows: Tensor, count: int) -> Tensor:
+    """Rows `[count * L, H, D]` of `count` sequences -> `[count * H, L, D]` in the dtype of sums."""
+    batched = rows.unflatten(0, (count, rows.shape[0] // count)).transpose(1, 2)
+    return batched.to(wide(rows.dtype), memory_format=torch.contiguous_format).flatten(0, 1)
+
+
+def _key_heads(run: Run, k_nope: Tensor, k_rope: Tensor) -> Tensor:
+    """Keys `[count * H, keys, nope + rope]`: each head's own part beside the shared one."""
+    rows, (_, heads, nope), rope = run.key_rows, k_nope.shape, k_rope.shape[1]
+    k = k_nope.new_empty(run.count, heads, run.keys, nope + rope, dtype=wide(k_nope.dtype))
+    k[..., :nope] = k_nope[rows].unflatten(0, (run.count, run.keys)).transpose(1, 2)
+    k[..., nope:] = k_rope[rows].view(run.count, 1, run.keys, rope)
+    return k.flatten(0, 1)
+
+
+def _store(rows: Tensor, heads: Tensor, count: int) -> None:
+    """The inverse of `_heads`: `[count * H, L, D]` into the given rows."""
+    batched = rows.unflatten(0, (count, rows.shape[0] // count)).transpose(1, 2)
+    batched.copy_(heads.unflatten(0, (count, rows.shape[1])))
+
+
+def _product(a: Tensor, b: Tensor, scale: float, minus: Tensor | None = None) -> Tensor:
+    """scale * a @ b^T - minus, for batches of matrices."""
+    added = -minus if minus is not None else a.new_zeros(())
+    return torch.baddbmm(added, a, b.transpose(1, 2), beta=0 if minus is None else 1, alpha=scale)
+
+
+def _mask(s: Tensor, first: int) -> Tensor:
+    """-inf where query i looks past its `first + i` keys (in place)."""
+    queries, keys = s.shape[1:]
+    seen = max(first, 0)  # by all
+    if seen < keys:
+        hidden = torch.ones(queries, keys - seen, dtype=torch.bool, device=s.device).triu(first - seen)
+        s[..., seen:].masked_fill_(hidden, -torch.inf)
+    return s
+
+
+def softmax_sums(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores (overwritten) -> (weights, not normalised; 1 / their sum; log-sum-exp). Without keys: 0, 0, -inf."""
+    top = s.amax(-1, keepdim=True)
+    top.masked_fill_(top == -torch.inf, 0)
+    p = s.sub_(top).exp_()
+    total = p.sum(-1, keepdim=True)
+    return p, total.reciprocal().masked_fill_(total == 0, 0), top + total.log()
+
+
+def mla_prefill(
+    q: Tensor, k_nope: Tensor, k_rope: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    out = q.new_zeros(*q.shape[:2], v.shape[2])
+    lse = q.new_full(q.shape[:2], -torch.inf, dtype=wide(q.dtype))
+    for run in _runs("mla_prefill", cu_q, cu_k, q.shape[0], v.shape[0]):
+        qs, vs = _heads(q[run.query_rows], run.count), _heads(v[run.key_rows], run.count)
+        ks = _key_heads(run, k_nope, k_rope)
+        outs, lses = qs.new_zeros(*qs.shape[:2], v.shape[2]), qs.new_full((*qs.shape[:2], 1), -torch.inf)
+        for rows, keys, first in run.blocks(causal):
+            p, norm, lses[:, rows] = softmax_sums(_mask(_product(qs[:, rows], ks[:, :keys], scale), first))
+            outs[:, rows] = torch.bmm(p, vs[:, :keys]).mul_(norm)
+        _store(out[run.query_rows], outs, run.count)
+        _store(lse[run.query_rows, :, None], lses, run.count)
+    return out, lse
+
+
+def mla_prefill_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k_nope: Tensor,
+    k_rope: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """FlashAttention-2 (arXiv 2307.08691), section 3.1.2: the weights P again from the log-sum-exp, then dV = P^T dO,
+    dS = P * (dO V^T - rowsum(dO * O)), dQ = dS K, dK = dS^T Q. The rotary key's gradient is a sum over the heads."""
+    nope = k_nope.shape[2]
+    grads = tuple(t.new_zeros(t.shape) for t in (q, k_nope, k_rope, v))
+    grad_q, grad_k_nope, grad_k_rope, grad_v = grads
+    for run in _runs("mla_prefill_backward", cu_q, cu_k, q.shape[0], v.shape[0]):
+        count, rows_q, rows_k = run.count, run.query_rows, run.key_rows
+        qs, dos, vs = _heads(q[rows_q], count), _heads(grad_out[rows_q], count), _heads(v[rows_k], count)
+        ks = _key_heads(run, k_nope, k_rope)
+        # A row without keys has scores -inf: any finite log-sum-exp makes its weights 0.
+        lses = _heads(lse[rows_q].masked_fill(lse[rows_q] == -torch.inf, 0)[..., None], count)
+        row_sums = (grad_out[rows_q].to(lse.dtype) * out[rows_q]).sum(-1, keepdim=True)
+        row_sums = _heads(row_sums, count)
+        dq, dk, dv = torch.zeros_like(qs), torch.zeros_like(ks), torch.zeros_like(vs)
+        for rows, keys, first in run.blocks(causal):
+            p = _mask(_product(qs[:, rows], ks[:, :keys], scale, minus=lses[:, rows]), first).exp_()
+            ds = _product(dos[:, rows], vs[:, :keys], 1.0, minus=row_sums[:, rows]).mul_(p)
+            dv[:, :keys] += torch.bmm(p.transpose(1, 2), dos[:, rows])
+            dk[:, :keys] += torch.bmm(ds.transpose(1, 2), qs[:, rows])
+            dq[:, rows] = torch.bmm(ds, ks[:, :keys])
+        dk.mul_(scale)
+        _store(grad_q[rows_q], dq.mul_(scale), count)
+        _store(grad_k_nope[rows_k], dk[..., :nope], count)
+        grad_k_rope[rows_k] = dk[..., nope:].unflatten(0, (count, -1)).sum(1).flatten(0, 1).to(k_rope.dtype)
+        _store(grad_v[rows_k], dv, count)
+    return grads
