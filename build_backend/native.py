@@ -8,7 +8,7 @@ from .toolchain import ROOT, BuildError, note
 
 
 def wanted() -> bool:
-    """Whether a distribution from here holds the native part. False where asked for, or where nothing could build it."""
+    """Whether a distribution from here holds the native part: not where it is unwanted or nothing can build it."""
     return not reason_against()
 
 

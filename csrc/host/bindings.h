@@ -11,7 +11,9 @@ namespace py = pybind11;
 using Unlocked = py::call_guard<py::gil_scoped_release>;
 
 // Addresses come from Tensor.data_ptr().
-inline void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+inline void* pointer(uintptr_t address) {
+  return reinterpret_cast<void*>(address);
+}
 
 void bind_quant(py::module_& m);
 
