@@ -1,1 +1,128 @@
 """Cases of the moe family."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import dsv3_kernels as dk
+
+from . import Bits, Inputs, Near, Problem, case, summing
+
+GATE = {"num_groups": 4, "topk_groups": 2, "top_k": 4, "scaling": 2.5}
+
+
+def gate(logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """(weights, experts) in float64, differentiable in the logits: DeepSeek-V3 report, equations 13 to 16."""
+    scores = torch.sigmoid(logits)
+    biased = (scores + bias).detach()
+    groups = biased.unflatten(-1, (GATE["num_groups"], -1))
+    best = groups.topk(2, -1).values.sum(-1)
+    # a stable sort in descending order: ties go to the lower index
+    kept = best.sort(dim=-1, descending=True, stable=True).indices[:, : GATE["topk_groups"]]
+    allowed = torch.zeros_like(best, dtype=torch.bool).scatter_(1, kept, True)
+    masked = groups.masked_fill(~allowed[..., None], -torch.inf).flatten(-2)
+    experts = masked.sort(dim=-1, descending=True, stable=True).indices[:, : GATE["top_k"]]
+    chosen = scores.gather(1, experts)
+    return chosen / chosen.sum(-1, keepdim=True) * GATE["scaling"], experts.int()
+
+
+def gate_inputs(r: Inputs) -> tuple[Tensor, Tensor]:
+    """Logits with two equal groups and two equal experts, and biases that make some biased scores negative."""
+    logits, bias = r.randn(9, 32), r.randn(32) * 0.5
+    logits[:, 8:16], bias[8:16] = logits[:, 0:8], bias[0:8]
+    logits[:, 20], bias[20] = logits[:, 18], bias[18]
+    return logits, bias
+
+
+@case("moe_gate")
+def moe_gate(r: Inputs) -> Problem:
+    logits, bias = gate_inputs(r)
+    weights, experts = gate(logits.cpu().double(), bias.cpu().double())
+
+    def run() -> dict[str, Tensor]:
+        return dict(zip(("weights", "experts"), dk.moe_gate(logits, bias, **GATE), strict=True))
+
+    return Problem("[9, 32], ties", run, {"weights": Near(weights, weights * summing(4) * 2), "experts": Bits(experts)})
+
+
+@case("moe_gate", "moe_gate_backward")
+def moe_gate_gradient(r: Inputs) -> Problem:
+    logits, bias = gate_inputs(r)
+    seed = r.randn(9, 4)
+    leaf = logits.cpu().double().requires_grad_()
+    (wanted,) = torch.autograd.grad(gate(leaf, bias.cpu().double())[0], leaf, seed.cpu().double())
+
+    def run() -> dict[str, Tensor]:
+        ours = logits.clone().requires_grad_()
+        return {"logits": torch.autograd.grad(dk.moe_gate(ours, bias, **GATE)[0], ours, seed)[0]}
+
+    bound = summing(4) * 4 * GATE["scaling"] * seed.cpu().double().abs().amax(-1, keepdim=True)
+    return Problem("[9, 32], gradient", run, {"logits": Near(wanted, bound)})
+
+
+EXPERTS, ALIGNMENT = 5, 4
+
+
+def routed(r: Inputs, tokens: int = 9, top_k: int = 3) -> tuple[Tensor, list[list[int]], list[int]]:
+    """(experts, for each expert the flat indices token * K + k in order, offsets); expert 2 gets nothing, some are -1."""
+    choice = torch.stack([torch.randperm(EXPERTS, generator=r.generator)[:top_k] for _ in range(tokens)])
+    choice[choice == 2] = -1
+    members = [(choice.flatten() == expert).nonzero().flatten().tolist() for expert in range(EXPERTS)]
+    offsets = [0]
+    for flat in members:
+        offsets.append(offsets[-1] + -(-len(flat) // ALIGNMENT) * ALIGNMENT)
+    return choice.int().to(r.device), members, offsets
+
+
+@case("moe_permute")
+def moe_permute(r: Inputs) -> Problem:
+    """Rows of an expert in token order, padded with zeros to a multiple of 4; scales go along."""
+    x, scale = r.randn(9, 64, dtype=torch.bfloat16), r.randn(9, 2)
+    experts, members, offsets = routed(r)
+    rows, row_scale = torch.zeros(offsets[-1], 64, dtype=torch.bfloat16), torch.zeros(offsets[-1], 2)
+    for start, flat in zip(offsets, members, strict=False):
+        for place, index in enumerate(flat, start):
+            rows[place], row_scale[place] = x[index // 3].cpu(), scale[index // 3].cpu()
+    used = torch.tensor([start + i for start, flat in zip(offsets, members, strict=False) for i in range(len(flat))])
+
+    def run() -> dict[str, Tensor]:
+        got, got_scale, got_offsets, handle = dk.moe_permute(x, experts, EXPERTS, scale=scale, alignment=ALIGNMENT)
+        scales = got_scale.cpu()[used]
+        return {"rows": got[: offsets[-1]], "row_scale": scales, "offsets": got_offsets, "counts": handle.counts}
+
+    wanted = {
+        "rows": Bits(rows),
+        "row_scale": Bits(row_scale[used]),
+        "offsets": Bits(torch.tensor(offsets, dtype=torch.int32)),
+        "counts": Bits(torch.tensor([len(flat) for flat in members], dtype=torch.int32)),
+    }
+    return Problem("[9, 64], 3 of 5 experts", run, wanted)
+
+
+def weighted(rows: Tensor, weights: Tensor, members: list[list[int]], offsets: list[int], top_k: int) -> tuple[Tensor, Tensor]:
+    """(sum over k of weight * row, the same of magnitudes)."""
+    out = torch.zeros(weights.shape[0], rows.shape[1], dtype=torch.float64)
+    magnitude = torch.zeros_like(out)
+    for start, flat in zip(offsets, members, strict=False):
+        for place, index in enumerate(flat, start):
+            token, k = divmod(index, top_k)
+            term = rows[place] * weights[token, k]
+            out = out.index_add(0, torch.tensor([token]), term[None])
+            magnitude[token] += term.detach().abs()
+    return out, magnitude
+
+
+@case("moe_unpermute", "moe_permute")
+def moe_unpermute(r: Inputs) -> Problem:
+    experts, members, offsets = routed(r)
+    x, weights = r.randn(9, 64), r.randn(9, 3)
+    bound = 9 * 3 + EXPERTS * (ALIGNMENT - 1)
+    rows = r.randn(bound, 64)
+    value, magnitude = weighted(rows.cpu().double(), weights.cpu().double(), members, offsets, 3)
+
+    def run() -> dict[str, Tensor]:
+        handle = dk.moe_permute(x, experts, EXPERTS, alignment=ALIGNMENT)[3]
+        return {"out": dk.moe_unpermute(rows, handle, weights)}
+
+    return Problem("[9, 64], weighted", run, {"out": Near(value, magnitude * summing(3))})

@@ -1,0 +1,193 @@
+"""`python -m bench.run`: times the ops, each beside its rivals, and appends every result to a JSONL file at once.
+
+A run that was cut off goes on where it stopped: what the file already has of the same source on the same machine is not
+measured again. Exit code 1 when an output is wrong or, with --compare, when something became slower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dsv3_kernels as dk
+from dsv3_kernels import backends
+from dsv3_kernels.commands.console import Console
+
+from . import machine, report
+from .cases import Call, Case, collect, families
+from .timing import Timing, measure
+
+OURS = ("cuda", "triton", "eager")  # in the order of preference
+BUDGET, QUICK_BUDGET = 1.0, 0.25  # seconds of a case, all sides together
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _arguments(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() and not options.cpu else "cpu")
+    if options.gpu and device.type != "cuda":
+        print("bench.run: --gpu: torch sees no GPU", file=sys.stderr)
+        return 2
+    torch.set_grad_enabled(False)
+    run = Run(options.out, device, options.quick)
+    console = Console()
+    console.line(f"{run.machine}: source {run.source}, results in {options.out}")
+    cases = [case for case in collect(options.family) if _wanted(case, options, device)]
+    code = run.cases(cases, console)
+    if device.type == "cpu" and not options.op and not options.family:
+        code |= run.host(console)
+    report.show(run.results(), console)
+    if options.compare:
+        code |= report.compare(run.results(), report.read(options.compare), console)
+    return code
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
+    folder = Path(os.environ.get("BENCH_OUT") or machine.ROOT / "build")
+    parser.add_argument("--family", action="append", choices=families(), help="only this family (repeatable)")
+    parser.add_argument("--op", action="append", help="only this op (repeatable)")
+    parser.add_argument("--quick", action="store_true", help="few shapes, little time each")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--gpu", action="store_true", help="a GPU that is missing is an error")
+    where.add_argument("--cpu", action="store_true", help="the CPU, even where there is a GPU")
+    parser.add_argument("--out", type=Path, default=folder / "bench.jsonl", help="results file (default: %(default)s)")
+    parser.add_argument("--compare", type=Path, metavar="BASE", help="results to hold these against: more than 15%% slower fails")
+    options = parser.parse_args(argv)
+    if options.compare and not options.compare.exists():
+        parser.error(f"--compare: no file {options.compare}")
+    return options
+
+
+def _wanted(case: Case, options: argparse.Namespace, device: torch.device) -> bool:
+    return device.type in case.devices and (case.quick or not options.quick) and (not options.op or case.op in options.op)
+
+
+class Run:
+    """One run: where its results go, and what they have in common."""
+
+    def __init__(self, out: Path, device: torch.device, quick: bool) -> None:
+        self.out, self.device, self.quick = out, device, quick
+        self.machine, self.source = machine.name(device), machine.source()
+        self.date, self.ceilings = datetime.date.today().isoformat(), {}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        self.done = {record["key"] for record in self.results()}
+
+    def results(self) -> list[dict[str, Any]]:
+        """The file's results of this source on this machine."""
+        known = report.read(self.out) if self.out.exists() else []
+        return [r for r in known if (r["source"], r["machine"], r["quick"]) == (self.source, self.machine, self.quick)]
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record, flushed, so that nothing is lost when the run is cut off."""
+        common = {"date": self.date, "source": self.source, "machine": self.machine, "quick": self.quick}
+        with self.out.open("a") as file:
+            file.write(json.dumps(record | common) + "\n")
+
+    def cases(self, cases: Iterable[Case], console: Console) -> int:
+        """Measure what is not in the file. Returns 1 when an output was wrong."""
+        todo = [case for case in cases if case.key not in self.done]
+        if not todo:
+            return 0
+        self.ceilings = machine.ceilings(self.device)
+        head = {"kind": "run", "key": "", "commit": machine.commit(), "ceilings": self.ceilings}
+        self.write(head | {"facts": machine.facts(self.device)})
+        code = 0
+        for case in todo:
+            record = self.measure(case)
+            self.write(record)
+            wrong = {name: side["error"] for name, side in record["sides"].items() if "error" in side}
+            ours = [name for name in wrong if name in OURS]
+            code |= 1 if ours else 0
+            for name, error in wrong.items():
+                console.line(f"{'FAIL' if name in OURS else 'peer'} {case.key} {name}: {error}")
+        return code
+
+    def measure(self, case: Case) -> dict[str, Any]:
+        """Check every side of ours, then time all of them in turn."""
+        inputs = case.make(self.device)
+        sides: dict[str, dict[str, Any]] = {}
+        calls: dict[str, Call] = {}
+        for name in OURS:
+            if backends.missing(case.op, name, self.device) is not None:
+                continue
+            call = _forced(case, name, inputs)
+            try:
+                error = case.check(inputs, call())
+            except (RuntimeError, ValueError) as failure:
+                error = f"{type(failure).__name__}: {' '.join(str(failure).split())[:400]}"
+            if error is None:
+                calls[name] = call
+            else:
+                sides[name] = {"error": error}
+        for name, make in case.peers.items() if self.device.type == "cuda" else ():
+            try:
+                peer = make(*inputs)
+                peer()
+                calls[name] = peer
+            except ImportError:
+                continue
+            except Exception as failure:  # a rival that does not run here is a note, not our failure
+                sides[name] = {"error": f"{type(failure).__name__}: {' '.join(str(failure).split())[:400]}"}
+        timings = measure(calls, self.device, QUICK_BUDGET if self.quick else BUDGET) if calls else {}
+        sides |= {name: self._figures(case, timing) for name, timing in timings.items()}
+        mine = next((name for name in OURS if name in timings), None)
+        ratios = {n: t.median / timings[mine].median for n, t in timings.items() if n not in OURS} if mine else {}
+        return {
+            "kind": "case",
+            "key": case.key,
+            "op": case.op,
+            "shape": case.shape,
+            "bytes": case.bytes,
+            "flops": case.flops,
+            "unit": case.unit,
+            "backend": mine,
+            "sides": sides,
+            "ratios": ratios,
+            "ceilings": self.ceilings,
+            "clocks": machine.clocks() if self.device.type == "cuda" else {},
+        }
+
+    def _figures(self, case: Case, timing: Timing) -> dict[str, Any]:
+        """Times and what they make of the ceilings: `roof` is the least time by them, as a share of the median."""
+        seconds = timing.median * 1e-6
+        least = case.bytes / (self.ceilings["copy_gbs"] * 1e9)
+        figures = {"us": timing.median, "p20": timing.p20, "p80": timing.p80, "count": timing.count, "method": timing.method}
+        figures["gbs"] = case.bytes / seconds / 1e9
+        if case.flops:
+            figures["tflops"] = case.flops / seconds / 1e12
+            if peak := self.ceilings.get(f"{case.unit}_tflops"):
+                least = max(least, case.flops / (peak * 1e12))
+        return figures | {"roof": least / seconds}
+
+    def host(self, console: Console) -> int:
+        """Times of the host alone: import, launch, a whole op, the build."""
+        from . import overhead
+
+        for name, probe in overhead.probes(self.quick).items():
+            if name in self.done:
+                continue
+            try:
+                self.write({"kind": "host", "key": name, **probe()})
+            except overhead.Unavailable as why:
+                console.line(f"{name}: not measured ({why})")
+        return 0
+
+
+def _forced(case: Case, name: str, inputs: tuple[Any, ...]) -> Call:
+    def call() -> Any:
+        with dk.backend(name):
+            return case.run(*inputs)
+
+    return call
+
+
+if __name__ == "__main__":
+    sys.exit(main())

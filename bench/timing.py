@@ -1,0 +1,150 @@
+"""Timers. On a GPU: device events around a replayed CUDA graph, with an L2 cache full of somebody else's clean lines.
+
+Sides are interleaved, one call of each in turn, so that clocks, temperature and neighbours act on all of them alike.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Call = Callable[[], Any]
+LEAST, MOST = 10, 200  # repetitions
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one side in microseconds."""
+
+    median: float
+    p20: float
+    p80: float
+    count: int
+    method: str
+
+    @classmethod
+    def of(cls, times: Sequence[float], method: str) -> Timing:
+        return cls(quantile(times, 0.5), quantile(times, 0.2), quantile(times, 0.8), len(times), method)
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The quantile, interpolated between neighbours."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def repetitions(seconds_each: float, budget: float) -> int:
+    """How often to repeat within the budget, all sides together."""
+    return max(LEAST, min(MOST, int(budget / max(seconds_each, 1e-6))))
+
+
+def measure(sides: dict[str, Call], device: torch.device, budget: float) -> dict[str, Timing]:
+    """Time the calls against each other for about `budget` seconds (of their own time, preparation excluded)."""
+    return _measure_gpu(sides, device, budget) if device.type == "cuda" else _measure_cpu(sides, budget)
+
+
+def _measure_cpu(sides: dict[str, Call], budget: float) -> dict[str, Timing]:
+    times: dict[str, list[float]] = {name: [] for name in sides}
+
+    def once(name: str) -> float:
+        started = time.perf_counter()
+        sides[name]()
+        return time.perf_counter() - started
+
+    for name in sides:
+        once(name)  # first calls load and allocate
+    count = repetitions(sum(once(name) for name in sides), budget)
+    for turn in range(count):
+        for name in _rotated(list(sides), turn):
+            times[name].append(once(name) * 1e6)
+    return {name: Timing.of(values, "perf_counter, warm caches") for name, values in times.items()}
+
+
+class Flush:
+    """Fills the L2 cache by reading: its lines are clean, so that no write-back disturbs what is timed next."""
+
+    def __init__(self, device: torch.device) -> None:
+        size = max(4 * torch.cuda.get_device_properties(device).L2_cache_size, 2**28)
+        self.buffer = torch.zeros(size // 4, dtype=torch.int32, device=device)
+        self.result = torch.empty((), dtype=torch.int32, device=device)
+
+    def __call__(self) -> None:
+        torch.amax(self.buffer, out=self.result)
+
+
+def _measure_gpu(sides: dict[str, Call], device: torch.device, budget: float) -> dict[str, Timing]:
+    flush = Flush(device)
+    calls: dict[str, Call] = {}
+    methods: dict[str, str] = {}
+    for name, side in sides.items():
+        calls[name], methods[name] = graphed(side)
+    pairs: dict[str, list[tuple[Any, Any]]] = {name: [] for name in sides}
+
+    def once(name: str) -> None:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush()
+        start.record()
+        calls[name]()
+        end.record()
+        pairs[name].append((start, end))
+
+    def elapsed() -> dict[str, list[float]]:
+        torch.cuda.synchronize(device)
+        return {name: [a.elapsed_time(b) * 1e3 for a, b in events] for name, events in pairs.items()}
+
+    for _ in range(5):
+        for name in sides:
+            once(name)
+    each = sum(min(values) for values in elapsed().values()) * 1e-6 + 1.5e-4 * len(sides)  # the flushes take time, too
+    for events in pairs.values():
+        events.clear()
+    for turn in range(repetitions(each, budget)):
+        for name in _rotated(list(sides), turn):
+            once(name)
+        if turn % 32 == 31:
+            torch.cuda.synchronize(device)  # the queue must not fill up: launches would wait inside the events
+    return {name: Timing.of(values, methods[name]) for name, values in elapsed().items()}
+
+
+def graphed(call: Call) -> tuple[Call, str]:
+    """The call as a CUDA graph, so that the host's time is not measured; as it is where it cannot be captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return call, "events, cold L2"
+    return graph.replay, "events around a graph, cold L2"
+
+
+def _rotated(names: list[str], turn: int) -> list[str]:
+    start = turn % len(names)
+    return names[start:] + names[:start]
+
+
+def fastest(call: Call, *, rounds: int = 30, calls: int = 200) -> float:
+    """Least host time of one call in microseconds, over rounds of many: what is left when nothing disturbs."""
+    for _ in range(calls):
+        call()
+    best = float("inf")
+    for _ in range(rounds):
+        started = time.perf_counter()
+        for _ in range(calls):
+            call()
+        best = min(best, time.perf_counter() - started)
+    return best / calls * 1e6
