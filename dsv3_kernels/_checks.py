@@ -22,7 +22,7 @@ def dtype(op: str, argument: str, tensor: Any, *wanted: torch.dtype) -> None:
         raise TypeError(f"{op}: {argument}: got dtype {name_of(tensor.dtype)}, wanted {names}")
 
 
-def shape(op: str, argument: str, tensor: Tensor, wanted: Sequence[Any]) -> None:
+def shape(op: str, argument: str, tensor: Any, wanted: Sequence[Any]) -> None:
     """ValueError unless the shape fits: an int must be equal, a str names a free dimension, ... takes any leading ones."""
     got = tensor.shape
     fits = tuple(wanted)
@@ -51,7 +51,7 @@ def rows(op: str, argument: str, tensor: Tensor) -> None:
         raise ValueError(f"{op}: {argument}: got stride {tensor.stride(-1)} in the last dimension, wanted 1")
 
 
-def contiguous(op: str, argument: str, tensor: Tensor) -> None:
+def contiguous(op: str, argument: str, tensor: Any) -> None:
     """ValueError unless the tensor is contiguous."""
     if not tensor.is_contiguous():
         raise ValueError(f"{op}: {argument}: got strides {list(tensor.stride())}, wanted a contiguous tensor")

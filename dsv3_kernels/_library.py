@@ -45,6 +45,8 @@ OPS: dict[str, Op] = {
     "mla_prefill": Op("mla", grad="mla_prefill_backward"),
     "mla_prefill_backward": Op("mla", module="mla_prefill", internal=True),
     # moe
+    "moe_gate": Op("moe", grad="moe_gate_backward"),
+    "moe_gate_backward": Op("moe", module="moe_gate", internal=True),
 }
 
 

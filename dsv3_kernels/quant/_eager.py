@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .quantize_1x128 import blocks, empty_scale
+from .quantize_1x128_both import width
 
 E4M3_MAX = 448.0
 AMAX_FLOOR = 1e-4  # an all-zero block gets a finite scale, and zeros
@@ -46,6 +47,32 @@ def quantize_128x128(w: Tensor, pow2_scale: bool) -> tuple[Tensor, Tensor]:
     return q[..., :rows, :columns].contiguous(), scale
 
 
+def quantize_1x128_both(
+    x: Tensor, offsets: Tensor | None, pow2_scale: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    columns = width(x, offsets)
+    if offsets is None:
+        tokens = F.pad(x.float(), (0, 0, 0, columns - x.shape[0]))
+        offsets_t = x.new_empty(0, dtype=torch.int32)
+    else:
+        source, offsets_t = _padded_segments(offsets, columns, x.shape[0])
+        tokens = F.pad(x.float(), (0, 0, 0, 1))[source]
+    tiles = tokens.unflatten(0, (blocks(columns), 128))
+    scale_t = scale_of(tiles.abs().amax(1), pow2_scale)
+    q_t = encode(tiles, scale_t[:, None]).flatten(0, 1).t().contiguous()
+    return *quantize_1x128(x, pow2_scale, "mn"), q_t, empty_scale(q_t, columns, "mn").copy_(scale_t.t()), offsets_t
+
+
+def _padded_segments(offsets: Tensor, columns: int, nowhere: int) -> tuple[Tensor, Tensor]:
+    """Where each place of segments padded to multiples of 128 comes from (`nowhere` for padding), and their offsets."""
+    offsets_t = F.pad((offsets.diff() + 127).div(128, rounding_mode="floor").mul(128).cumsum(0), (1, 0))
+    place = torch.arange(columns, device=offsets.device)
+    group = torch.searchsorted(offsets_t[1:], place, right=True).clamp(max=offsets.shape[0] - 2)
+    row = offsets[group] + place - offsets_t[group]
+    owned = (place < offsets_t[-1]) & (row < offsets[group + 1])
+    return torch.where(owned, row, nowhere), offsets_t.int()
+
+
 @functools.cache
 def _table(dtype: torch.dtype) -> Tensor:
     return torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).to(dtype)
@@ -69,6 +96,17 @@ def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return real.to(dtype)
 
 
+def silu_mul(gate_up: Tensor, weights: Tensor | None) -> Tensor:
+    """The SwiGLU activation in float32, times each row's weight."""
+    gate, up = gate_up.float().chunk(2, -1)
+    hidden = F.silu(gate) * up
+    return hidden if weights is None else hidden * weights[..., None]
+
+
+def silu_mul_quantize_1x128(gate_up: Tensor, weights: Tensor | None, pow2_scale: bool) -> tuple[Tensor, Tensor]:
+    return quantize_1x128(silu_mul(gate_up, weights), pow2_scale, "mn")
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     total = x if residual is None else x + residual
     wide = total.float()
@@ -89,3 +127,10 @@ def rms_norm_backward(
         grad_x = grad_x + grad_total.float()
     grad_weight = (grad.float() * unit).flatten(0, -2).sum(0) if x.dim() > 1 else grad.float() * unit
     return grad_x.to(x.dtype).contiguous(), grad_weight.to(weight.dtype)
+
+
+def rms_norm_quantize_1x128(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, pow2_scale: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    normed, total = rms_norm(x, weight, eps, residual)
+    return *quantize_1x128(normed, pow2_scale, "mn"), normed, total

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._library import define
+from . import _outputs
 from .quantize_1x128 import blocks
 
 OP = "quantize_128x128"
@@ -40,14 +41,8 @@ def quantize_128x128(
     if out is None:
         return _op(w, pow2_scale)
     q, scale = out
-    check.dtype(OP, "out[0]", q, torch.float8_e4m3fn)
-    check.dtype(OP, "out[1]", scale, torch.float32)
-    check.shape(OP, "out[0]", q, w.shape)
-    check.shape(OP, "out[1]", scale, _scale_shape(w))
-    check.contiguous(OP, "out[0]", q)
-    check.device(OP, w=w, q=q, scale=scale)
-    check.overlap(OP, "out[0]", q, w=w)
-    check.overlap(OP, "out[1]", scale, w=w, q=q)
+    _outputs.codes_and_scale(OP, q, scale, w.shape, _scale_shape(w))
+    _outputs.apart(OP, {"q": q, "scale": scale}, w=w)
     _op.out(w, pow2_scale, q, scale)
     return out
 

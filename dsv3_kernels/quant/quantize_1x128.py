@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._library import define
+from . import _outputs
 
 OP = "quantize_1x128"
 
@@ -46,14 +47,8 @@ def quantize_1x128(
     if out is None:
         return _op(x, pow2_scale, scale_layout)
     q, scale = out
-    check.dtype(OP, "out[0]", q, torch.float8_e4m3fn)
-    check.dtype(OP, "out[1]", scale, torch.float32)
-    check.shape(OP, "out[0]", q, x.shape)
-    check.shape(OP, "out[1]", scale, (*x.shape[:-1], blocks(x.shape[-1])))
-    check.contiguous(OP, "out[0]", q)
-    check.device(OP, x=x, q=q, scale=scale)
-    check.overlap(OP, "out[0]", q, x=x)
-    check.overlap(OP, "out[1]", scale, x=x, q=q)
+    _outputs.codes_and_scale(OP, q, scale, x.shape, (*x.shape[:-1], blocks(x.shape[-1])))
+    _outputs.apart(OP, {"q": q, "scale": scale}, x=x)
     _op.out(x, pow2_scale, scale_layout, q, scale)
     return out
 
