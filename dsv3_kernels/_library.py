@@ -40,6 +40,10 @@ OPS: dict[str, Op] = {
     "fp8_gemm": Op("gemm", out=True),
     "fp8_gemm_accumulate": Op("gemm", module="fp8_gemm", internal=True),
     "fp8_grouped_gemm": Op("gemm"),
+    "fp8_masked_gemm": Op("gemm"),
+    "fp8_grouped_wgrad": Op("gemm", out=True),
+    "fp8_grouped_wgrad_accumulate": Op("gemm", module="fp8_grouped_wgrad", internal=True),
+    "fp8_grouped_gemm_swiglu_quantize": Op("gemm"),
     # mla
     "rope": Op("mla", grad="rope"),
     "mla_prefill": Op("mla", grad="mla_prefill_backward"),

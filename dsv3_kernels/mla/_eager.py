@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import groupby, pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,7 +43,8 @@ def in_range(op: str, argument: str, tensor: Tensor, low: int, high: int) -> Non
 QUERY_BLOCK = 128
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True)
+class Run:
     """Neighbouring sequences of equal lengths: `count` of them, and the rows that they own."""
 
     count: int
@@ -156,8 +157,7 @@ def mla_prefill_backward(
     """FlashAttention-2 (arXiv 2307.08691), section 3.1.2: the weights P again from the log-sum-exp, then dV = P^T dO,
     dS = P * (dO V^T - rowsum(dO * O)), dQ = dS K, dK = dS^T Q. The rotary key's gradient is a sum over the heads."""
     nope = k_nope.shape[2]
-    grads = tuple(t.new_zeros(t.shape) for t in (q, k_nope, k_rope, v))
-    grad_q, grad_k_nope, grad_k_rope, grad_v = grads
+    grad_q, grad_k_nope, grad_k_rope, grad_v = (t.new_zeros(t.shape) for t in (q, k_nope, k_rope, v))
     for run in _runs("mla_prefill_backward", cu_q, cu_k, q.shape[0], v.shape[0]):
         count, rows_q, rows_k = run.count, run.query_rows, run.key_rows
         qs, dos, vs = _heads(q[rows_q], count), _heads(grad_out[rows_q], count), _heads(v[rows_k], count)
@@ -178,4 +178,4 @@ def mla_prefill_backward(
         _store(grad_k_nope[rows_k], dk[..., :nope], count)
         grad_k_rope[rows_k] = dk[..., nope:].unflatten(0, (count, -1)).sum(1).flatten(0, 1).to(k_rope.dtype)
         _store(grad_v[rows_k], dv, count)
-    return grads
+    return grad_q, grad_k_nope, grad_k_rope, grad_v
