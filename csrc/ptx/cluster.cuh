@@ -76,6 +76,7 @@ __device__ __forceinline__ bool elect_sync() {
 }
 
 // setmaxnreg: registers per thread of this warpgroup from here on; all its warps run it. A multiple of 8 in 24 to 256.
+// ptxas (13.5) heeds it only in a kernel with both arguments of __launch_bounds__, (threads, 1): else C7508.
 template <int kRegisters>
 __device__ __forceinline__ void setmaxnreg_inc() {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256, "PTX ISA, setmaxnreg: imm-reg-count");
