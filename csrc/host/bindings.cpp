@@ -77,4 +77,5 @@ PYBIND11_MODULE(_host, m) {
       .def("__enter__", &UseDriver::enter)
       .def("__exit__", &UseDriver::exit);
   bind_quant(m);
+  bind_gemm(m);
 }

@@ -16,5 +16,6 @@ inline void* pointer(uintptr_t address) {
 }
 
 void bind_quant(py::module_& m);
+void bind_gemm(py::module_& m);
 
 }  // namespace dsv3

@@ -1,0 +1,73 @@
+// fp8_grouped_gemm: D[rows of g] = A[rows of g] * B[g]^T, where group g owns rows offsets[g] to offsets[g + 1] of A and
+// D. E4M3 with a scale per row of A and per 128 x 128 block (or row) of each B[g].
+//
+// Tiles start at a group's first row, wherever that is; the last one of a group loads rows of the next group, which it
+// multiplies and does not store. Every warp finds its tiles by itself from the offsets (group_walk.cuh): nothing is
+// read by the host, empty groups cost nothing, rows beyond offsets[G] are neither loaded on purpose nor stored. Roles,
+// barriers and budget: gemm/fp8_tile.cuh.
+#include "gemm/fp8_grouped_gemm_params.h"
+#include "gemm/fp8_tile.cuh"
+#include "gemm/group_walk.cuh"
+
+namespace dsv3 {
+namespace {
+
+template <BScale kScale>
+__device__ __forceinline__ void gemm(const Fp8GroupedGemmParams& p) {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  const uint32_t shared = ptx::cvta_to_shared(memory);
+  const int warp = warp_index();
+  initialise_ring(shared, &p.a, &p.b, p.blocks);
+
+  // Offsets that no caller may pass stay inside the tensors.
+  const auto rows_of = [&p](int group) {
+    const int begin = max(p.offsets[group], 0);
+    return RowRange{begin, max(min(p.offsets[group + 1], p.rows) - begin, 0)};
+  };
+  // visit(group, row of A, rows left in the group, column): this CTA's tiles, in the same order for every warp.
+  const auto for_each_tile = [&](auto visit) {
+    GroupWalk walk;
+    GroupTile tile;
+    for (int t = blockIdx.x; walk.find(t, p.groups, p.n_tiles, rows_of, tile); t += gridDim.x) {
+      const TilePlace at = rasterise(tile.tile, (tile.rows.count + kTileM - 1) / kTileM, p.n_tiles);
+      visit(tile.group, tile.rows.begin + at.m, tile.rows.count - at.m, at.n);
+    }
+  };
+
+  Slot slot;
+  if (warp < 4) {
+    ptx::setmaxnreg_dec<kProducerRegisters>();
+    if (warp == 0) {
+      const bool elected = ptx::elect_sync();
+      for_each_tile([&](int group, int row, int, int column) {
+        if (elected) load_operands(shared, slot, &p.a, {row, 0}, &p.b, {column, group}, 0, p.blocks);
+        __syncwarp();
+      });
+    } else if (warp == 1) {
+      for_each_tile([&](int group, int row, int rows, int column) {
+        load_scales<kScale>(shared, slot, p.a_scale, 0, row, rows, p.b_scale, group, column, p.n - column, 0, p.blocks);
+      });
+    }
+  } else {
+    ptx::setmaxnreg_inc<kConsumerRegisters>();
+    const Consumer me(warp);
+    for_each_tile([&](int, int row, int rows, int column) {
+      float results[64];
+      multiply_tile<kScale>(shared, slot, me, p.blocks, results);
+      store_tile(shared, me, p.out, 0, row, column, rows, p.n - column, results);
+    });
+  }
+}
+
+}  // namespace
+}  // namespace dsv3
+
+extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)
+    fp8_grouped_gemm_128x128_block(const __grid_constant__ dsv3::Fp8GroupedGemmParams p) {
+  dsv3::gemm<dsv3::BScale::kBlock>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)
+    fp8_grouped_gemm_128x128_row(const __grid_constant__ dsv3::Fp8GroupedGemmParams p) {
+  dsv3::gemm<dsv3::BScale::kRow>(p);
+}

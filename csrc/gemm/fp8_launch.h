@@ -1,0 +1,81 @@
+// From the launchers' arguments to what parameter structs hold: the host side of gemm/fp8_tile.cuh.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <string>
+
+#include "gemm/fp8_params.h"
+#include "gemm/launchers.h"
+#include "host/tensor_map.h"
+
+namespace dsv3 {
+
+constexpr int64_t kGemmTile = 128;  // along M, N and K
+
+// The kernel's row; one that does not say what fp8_tile.cuh needs does not compile.
+constexpr const Kernel& fp8_kernel(std::string_view name) {
+  const Kernel& row = kernel(name);
+  if (row.threads != kFp8Threads || row.shared_bytes != kFp8SharedBytes || row.cluster != 1) throw "not such a kernel";
+  return row;
+}
+
+inline int64_t gemm_tiles(int64_t extent) {
+  return (extent + kGemmTile - 1) / kGemmTile;
+}
+
+// Extents and numbers of tiles are 32-bit in the kernels.
+inline int32_t to_int32(const char* op, const char* what, int64_t value) {
+  if (value > std::numeric_limits<int32_t>::max() - (1 << 20)) {
+    throw Error(std::string(op) + ": " + what + ": got " + std::to_string(value) + ", wanted less than 2^31 - 2^20");
+  }
+  return static_cast<int32_t>(value);
+}
+
+// Boxes of one 128 x 128 tile, swizzled as wgmma's descriptors say. An operand without columns has no map: its kernel
+// reads none. The stride of a dimension of one row means nothing, and may be what no map takes.
+inline TensorMap operand_map(Driver& driver, const char* op, const char* argument, const GemmOperand& x) {
+  if (x.columns == 0 || x.rows == 0 || x.groups == 0) return {};
+  const int64_t row_stride = x.rows > 1 ? x.row_stride : (x.columns + 15) / 16 * 16;
+  const int64_t group_stride = x.groups > 1 ? x.group_stride : x.rows * row_stride;
+  return tensor_map_3d(driver, op, argument, CU_TENSOR_MAP_DATA_TYPE_UINT8, x.data, x.groups, x.rows, x.columns,
+                       group_stride, row_stride, 1, kGemmTile, kGemmTile, CU_TENSOR_MAP_SWIZZLE_128B);
+}
+
+inline ScaleView scale_view(const GemmScale& scale) {
+  return {static_cast<const float*>(scale.data), scale.group_stride, scale.row_stride, scale.block_stride};
+}
+
+inline OutputView output_view(const GemmOutput& out) {
+  const int64_t vector = out.is_float32 ? 2 : 8;  // elements per store
+  const int64_t bytes = vector * (out.is_float32 ? 4 : 2);
+  const bool vectors = reinterpret_cast<uintptr_t>(out.data) % bytes == 0 && out.row_stride % vector == 0 &&
+                       out.group_stride % vector == 0;
+  return {out.data, out.group_stride, out.row_stride, out.is_float32, vectors, out.accumulate};
+}
+
+// Bytes from the first element to the last.
+inline size_t span(int64_t groups, int64_t group_stride, int64_t rows, int64_t row_stride, int64_t columns,
+                   int64_t column_stride, int64_t bytes) {
+  if (groups == 0 || rows == 0 || columns == 0) return 0;
+  return ((groups - 1) * group_stride + (rows - 1) * row_stride + (columns - 1) * column_stride + 1) * bytes;
+}
+
+inline Buffer buffer(const GemmOperand& x) {
+  return {x.data, span(x.groups, x.group_stride, x.rows, x.row_stride, x.columns, 1, 1), Access::kRead};
+}
+inline Buffer buffer(const GemmScale& x) {
+  return {x.data, span(x.groups, x.group_stride, x.rows, x.row_stride, x.blocks, x.block_stride, 4), Access::kRead};
+}
+inline Buffer buffer(const GemmOutput& x) {
+  return {x.data, span(x.groups, x.group_stride, x.rows, x.row_stride, x.columns, 1, x.is_float32 ? 4 : 2),
+          x.accumulate ? Access::kReadWrite : Access::kWrite};
+}
+
+// One CTA per SM, or per tile where there are fewer.
+inline Dim3 persistent_grid(Driver& driver, const Target& target, int64_t tiles, int num_sms) {
+  const int64_t sms = driver.multiprocessors(target);
+  return {static_cast<unsigned>(std::min(tiles, num_sms > 0 ? std::min<int64_t>(num_sms, sms) : sms)), 1, 1};
+}
+
+}  // namespace dsv3

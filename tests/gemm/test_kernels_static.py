@@ -1,0 +1,73 @@
+"""Static gates: what must be true of the FP8 GEMM kernels' machine code, wherever it runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import sass
+
+from dsv3_kernels import _host
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = {name: row for name, row in _host.kernels().items() if row["image"].startswith("fp8_")}
+MIB = 2**20
+
+
+def documented() -> dict[str, tuple[int, int, int]]:
+    """{kernel: threads, registers at entry, shared bytes} as docs/gemm.md has them."""
+    rows = re.findall(r"^\| (fp8_\w+) \| \w+ \| (\d+) \| (\d+) \| (\d+) \|", (ROOT / "docs/gemm.md").read_text(), re.M)
+    return {name: (int(threads), int(registers), int(shared)) for name, threads, registers, shared in rows}
+
+
+def test_budgets_are_the_documented_ones() -> None:
+    built = {
+        name: (row["threads"], sass.manifest()[row["image"]]["kernels"][name]["registers"], row["shared_bytes"])
+        for name, row in KERNELS.items()
+    }
+    assert built == documented()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_no_local_memory_and_no_gpu_wide_fence(kernel: str) -> None:
+    row = sass.manifest()[KERNELS[kernel]["image"]]["kernels"][kernel]
+    assert (row["stack"], row["spill_stores"], row["spill_loads"]) == (0, 0, 0)
+    names = sass.opcodes(KERNELS[kernel]["image"], kernel)
+    assert not [name for name in names if name.startswith(("LDL", "STL"))]
+    assert not [name for name in names if name.startswith(("MEMBAR", "ERRBAR", "CCTL"))]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_tensor_cores_and_copies(kernel: str) -> None:
+    names = sass.opcodes(KERNELS[kernel]["image"], kernel)
+    count = {name: names.count(name) for name in set(names)}
+    assert [name for name in count if name.startswith("UTMALDG")] == ["UTMALDG.3D"]
+    assert count["UTMALDG.3D"] == 2  # A and B, in straight-line code: no loop over the lanes of a warp
+    assert {name for name in count if name.startswith("USETMAXREG")} == {
+        "USETMAXREG.DEALLOC.CTAPOOL",
+        "USETMAXREG.TRY_ALLOC.CTAPOOL",
+    }
+    assert any(name.startswith("LDGSTS") for name in names)
+    assert any(name.startswith("ARRIVES") for name in names)  # of the scales' copies
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_products_overlap_promotion(kernel: str) -> None:
+    """One fence and four products a k-block; in the main loop the next k-block is started before one is waited for."""
+    shorten = {"QGMMA": "product", "WARPGROUP.ARRIVE": "fence", "WARPGROUP.DEPBAR": "wait"}
+    names = (
+        ".".join(name.split(".")[: 2 if name.startswith("WARPGROUP") else 1])
+        for name in sass.opcodes(KERNELS[kernel]["image"], kernel)
+    )
+    sequence = [shorten[name] for name in names if name in shorten]
+    block = ["fence"] + 4 * ["product"]
+    rest = [*block, "wait"]
+    main = [*block, *rest, *rest, *rest, "wait"]
+    assert sequence in (main + rest, rest + main)
+
+
+def test_image_sizes() -> None:
+    """All images of this family together stay small."""
+    total = sum((sass.IMAGES / f"{image}.cubin").stat().st_size for image in {row["image"] for row in KERNELS.values()})
+    assert total <= 4 * MIB
