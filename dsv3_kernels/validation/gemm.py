@@ -9,7 +9,7 @@ from torch import Tensor
 
 import dsv3_kernels as dk
 
-from . import Inputs, Near, Problem, case, rounded
+from . import Inputs, Near, Problem, case, rounded, summing
 from .quant import near_codes, quantize, real
 
 K = 320  # two and a half blocks
@@ -48,7 +48,7 @@ def fp8_gemm_bias(r: Inputs) -> Problem:
     return Problem(f"[1, {K}] x [24, {K}] 1x128, bias, f32", run, {"out": rounded(value, bound, torch.float32)})
 
 
-@case("fp8_gemm")
+@case("fp8_gemm_accumulate")
 def fp8_gemm_accumulate(r: Inputs) -> Problem:
     a, a_scale, a64 = operand(r, 33, K)
     b, b_scale, b64 = operand(r, 16, K, rows=128)
@@ -112,9 +112,8 @@ def fp8_masked_gemm(r: Inputs) -> Problem:
     return Problem(f"[3, 9, {K}] x [3, 24, {K}]", run, {"out": Near(value, bound)})
 
 
-@case("fp8_grouped_wgrad")
-def fp8_grouped_wgrad(r: Inputs) -> Problem:
-    """Groups of 100 (padded to 128), none and 256 tokens."""
+def wgrad_problem(r: Inputs, accumulate: bool) -> Problem:
+    """Groups of 100 (padded to 128), none and 256 tokens; the empty one gives zeros, or leaves what is there alone."""
     starts = (0, 128, 128, 384)
     x, dy = r.randn(40, 384), r.randn(24, 384)
     x[:, 100:128] = 0
@@ -122,13 +121,31 @@ def fp8_grouped_wgrad(r: Inputs) -> Problem:
     (a, a_scale), (b, b_scale) = quantize(x, 1, 128), quantize(dy, 1, 128)
     a64, b64 = real(a, a_scale), real(b, b_scale)
     parts = [product(r, a64[:, s:e], b64[:, s:e], torch.float32) for s, e in zip(starts, starts[1:], strict=False)]
-    wanted = Near(torch.stack([p.value for p in parts]), torch.stack([p.bound for p in parts]))
+    value, bound = torch.stack([p.value for p in parts]), torch.stack([p.bound for p in parts])
+    start = r.randn(3, 40, 24)
+    if accumulate:
+        value, bound = value + start.cpu().double(), bound + (value.abs() + start.cpu().double().abs()) * summing(384)
+        bound[1] = 0
     operands = [t.to(r.device) for t in (a, a_scale, b, b_scale)]
 
     def run() -> dict[str, Tensor]:
-        return {"out": dk.fp8_grouped_wgrad(*operands, r.ints(*starts))}
+        if not accumulate:
+            return {"out": dk.fp8_grouped_wgrad(*operands, r.ints(*starts))}
+        out = start.clone()
+        dk.fp8_grouped_wgrad(*operands, r.ints(*starts), out=out, accumulate=True)
+        return {"out": out}
 
-    return Problem("[40, 384] x [24, 384], 3 groups", run, {"out": wanted})
+    return Problem(f"[40, 384] x [24, 384], 3 groups{', accumulate' if accumulate else ''}", run, {"out": Near(value, bound)})
+
+
+@case("fp8_grouped_wgrad")
+def fp8_grouped_wgrad(r: Inputs) -> Problem:
+    return wgrad_problem(r, accumulate=False)
+
+
+@case("fp8_grouped_wgrad_accumulate")
+def fp8_grouped_wgrad_accumulate(r: Inputs) -> Problem:
+    return wgrad_problem(r, accumulate=True)
 
 
 @case("fp8_grouped_gemm_swiglu_quantize")
