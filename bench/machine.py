@@ -16,7 +16,15 @@ from .timing import measure
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "deep_gemm", "flash_mla", "flashinfer-python", "numpy")
-CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu", "clocks_event_reasons.active")
+CLOCKS = (
+    "clocks.sm",
+    "clocks.mem",
+    "clocks.max.sm",
+    "power.draw",
+    "power.limit",
+    "temperature.gpu",
+    "clocks_event_reasons.active",
+)
 
 
 def facts(device: torch.device) -> dict[str, Any]:
@@ -108,9 +116,7 @@ def ceilings(device: torch.device, budget: float = 0.3) -> dict[str, float]:
     """
     gpu = device.type == "cuda"
     size = 2**30 if gpu else 2**26
-    a, b = torch.ones(size, dtype=torch.uint8, device=device), torch.empty(size, dtype=torch.uint8, device=device)
-    found = {"copy_gbs": 2 * size / measure({"copy": lambda: b.copy_(a)}, device, budget)["copy"].median / 1e3}
-    del a, b
+    found = {"copy_gbs": 2 * size / measure({"copy": _copy(size, device)}, device, budget)["copy"].median / 1e3}
     n = 8192 if gpu else 512
     for unit in ("fp8", "bf16", "float32") if gpu else ("float32",):
         try:
@@ -119,6 +125,11 @@ def ceilings(device: torch.device, budget: float = 0.3) -> dict[str, float]:
             continue
         found[f"{unit}_tflops"] = 2 * n**3 / seconds / 1e12
     return found
+
+
+def _copy(size: int, device: torch.device) -> Any:
+    a, b = torch.ones(size, dtype=torch.uint8, device=device), torch.empty(size, dtype=torch.uint8, device=device)
+    return lambda: b.copy_(a)
 
 
 def _product(unit: str, n: int, device: torch.device) -> Any:

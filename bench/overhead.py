@@ -71,10 +71,10 @@ def launch_time(op: str) -> dict[str, Any]:
 
 
 def measure_launch(op: str) -> dict[str, Any]:
-    """Times of the op's smallest benchmark on CPU tensors, by the way that CUDA tensors take, into a driver that does nothing.
+    """Times of the op's smallest benchmark on CPU tensors, by the way of CUDA tensors, into a driver that does nothing.
 
-    `launcher_us`: the C++ launcher, called from Python. `op_us`: the out variant as torch calls it, choice of the backend
-    included. `public_us`: the public function, which checks its arguments first.
+    `launcher_us`: the C++ launcher, called from Python. `op_us`: the out variant as torch calls it, the choice of the
+    backend included. `public_us`: the public function, which checks its arguments first.
     """
     import torch
 

@@ -79,7 +79,7 @@ def markdown(records: Iterable[dict[str, Any]]) -> str:
 
 
 def compare(new: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]], console: Console) -> int:
-    """Hold our medians against an older run on the same machine. 1 when one is more than 15% slower, 2 without a pair."""
+    """Hold our medians against an older run on the same machine: 1 when one is over 15% slower, 2 without a pair."""
 
     def ours(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], dict[str, Any]]:
         cases = [record for record in records if record["kind"] == "case" and record["backend"]]

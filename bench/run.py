@@ -59,7 +59,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     where.add_argument("--gpu", action="store_true", help="a GPU that is missing is an error")
     where.add_argument("--cpu", action="store_true", help="the CPU, even where there is a GPU")
     parser.add_argument("--out", type=Path, default=folder / "bench.jsonl", help="results file (default: %(default)s)")
-    parser.add_argument("--compare", type=Path, metavar="BASE", help="results to hold these against: more than 15%% slower fails")
+    parser.add_argument(
+        "--compare", type=Path, metavar="BASE", help="results to hold these against: more than 15%% slower fails"
+    )
     options = parser.parse_args(argv)
     if options.compare and not options.compare.exists():
         parser.error(f"--compare: no file {options.compare}")
@@ -67,7 +69,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _wanted(case: Case, options: argparse.Namespace, device: torch.device) -> bool:
-    return device.type in case.devices and (case.quick or not options.quick) and (not options.op or case.op in options.op)
+    return (
+        device.type in case.devices and (case.quick or not options.quick) and (not options.op or case.op in options.op)
+    )
 
 
 class Run:
@@ -159,7 +163,13 @@ class Run:
         """Times and what they make of the ceilings: `roof` is the least time by them, as a share of the median."""
         seconds = timing.median * 1e-6
         least = case.bytes / (self.ceilings["copy_gbs"] * 1e9)
-        figures = {"us": timing.median, "p20": timing.p20, "p80": timing.p80, "count": timing.count, "method": timing.method}
+        figures = {
+            "us": timing.median,
+            "p20": timing.p20,
+            "p80": timing.p80,
+            "count": timing.count,
+            "method": timing.method,
+        }
         figures["gbs"] = case.bytes / seconds / 1e9
         if case.flops:
             figures["tflops"] = case.flops / seconds / 1e12

@@ -19,8 +19,8 @@ from .report import read
 BEGIN, END = "<!-- support:begin -->", "<!-- support:end -->"
 KERNELS = ("cuda", "triton")
 LEGEND = """\
-"float64": `dsv3 validate` and the op's test compare it with float64. "simulator": the op's test runs the kernel's PTX.
-A GPU's name and a date: it ran there, and agreed, on that day. Ops in italics are called by others (backward passes)."""
+"float64": `dsv3 validate` and the op's test compare it with float64. "simulator": the op's test runs the kernel's PTX
+there. A GPU's name and a date: it ran there, and agreed, on that day. Ops in italics are called by others."""
 
 
 def matrix(root: Path = ROOT) -> str:
@@ -53,7 +53,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def gpu_runs(found: Iterable[dict[str, Any]]) -> dict[tuple[str, str], str]:
-    """{(op, backend): "GPU date"} of the last day on which it ran on a GPU; left out when anything disagreed that day."""
+    """{(op, backend): "GPU date"} of the last day on which it ran on a GPU; left out when anything disagreed then."""
     days: dict[tuple[str, str], dict[str, list[tuple[bool, str]]]] = {}
     for record in found:
         if record["kind"] == "validate" and record["gpu"]:

@@ -23,7 +23,10 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line; every command module adds its own part."""
-    top = Parser(prog="dsv3", description="DeepSeek-V3's kernels: what this machine has, whether they are right, a model on them.")
+    top = Parser(
+        prog="dsv3",
+        description="DeepSeek-V3's kernels: what this machine has, whether they are right, a model on them.",
+    )
     top.add_argument("--version", action="version", version=f"dsv3_kernels {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for module in COMMANDS:

@@ -36,7 +36,13 @@ def validated(ok=True, date="2026-12-01", backend="cuda", gpu="NVIDIA H200", ops
 
 
 def timed(date, side):
-    return {"kind": "case", "op": "x", "machine": "NVIDIA H100", "date": date, "sides": {"cuda": side, "torch": {"us": 1.0}}}
+    return {
+        "kind": "case",
+        "op": "x",
+        "machine": "NVIDIA H100",
+        "date": date,
+        "sides": {"cuda": side, "torch": {"us": 1.0}},
+    }
 
 
 @pytest.mark.parametrize(

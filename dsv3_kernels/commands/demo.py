@@ -26,7 +26,13 @@ TIE = {"float32": 2.0**-18, "bfloat16": 2.0**-6}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", type=Path, default=PACKAGED, metavar="DIR", help="folder of the checkpoint (default: the packaged one)")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        default=PACKAGED,
+        metavar="DIR",
+        help="folder of the checkpoint (default: the packaged one)",
+    )
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--prompt", default=None, metavar="TEXT", help=f"text to go on from (default: {PROMPT!r})")
     text.add_argument("--file", type=Path, metavar="FILE", help="the prompt is this file's text")
@@ -174,7 +180,9 @@ def _write(model: DeepSeekV3, prompt: str, tokens: list[int], count: int, consol
     stats = shown.statistics
     ratio = f" ({shown.speed / plain.speed:.2f} x)" if plain.speed else ""
     console.line(f"speculative decode: {shown.speed:.1f} tokens/s{ratio}")
-    console.line(f"MTP acceptance: {stats.acceptance:.3f} ({stats.accepted} of {stats.drafted} drafts, {stats.steps} passes)")
+    console.line(
+        f"MTP acceptance: {stats.acceptance:.3f} ({stats.accepted} of {stats.drafted} drafts, {stats.steps} passes)"
+    )
     wrong = disagreement(model, tokens, plain.tokens, shown.tokens)
     console.line(f"speculative and plain tokens: {wrong or 'the same ' + GOOD}")
     return wrong is None or not wrong.startswith("FAIL")

@@ -105,7 +105,11 @@ def _driver() -> dict[str, Any]:
             value = ctypes.c_int()
             cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
             capability.append(str(value.value))
-        gpu = {"name": name.value.decode(), "capability": ".".join(capability), "memory_gib": round(size.value / 2**30, 1)}
+        gpu = {
+            "name": name.value.decode(),
+            "capability": ".".join(capability),
+            "memory_gib": round(size.value / 2**30, 1),
+        }
         facts["gpus"].append(gpu)
     return facts
 
@@ -123,8 +127,16 @@ def _images() -> dict[str, Any]:
     try:
         manifest = json.loads((IMAGES / "manifest.json").read_text())
     except (OSError, ValueError) as error:
-        return {"available": False, "why_not": f"no manifest of images ({_words(error)})", "images": {}, "missing": {}, "damaged": []}
-    images = {name: {"nvcc": entry["nvcc"], "kernels": sorted(entry["kernels"])} for name, entry in manifest["images"].items()}
+        return {
+            "available": False,
+            "why_not": f"no manifest of images ({_words(error)})",
+            "images": {},
+            "missing": {},
+            "damaged": [],
+        }
+    images = {
+        name: {"nvcc": entry["nvcc"], "kernels": sorted(entry["kernels"])} for name, entry in manifest["images"].items()
+    }
     damaged = [
         f"{name}.{kind}"
         for name, entry in manifest["images"].items()
@@ -219,7 +231,12 @@ def show(facts: dict[str, Any], console: Console) -> None:
     ]
     for index, gpu in enumerate(driver["gpus"]):
         rows.append([f"GPU {index}", f"{gpu['name']}, {gpu['memory_gib']} GiB, compute capability {gpu['capability']}"])
-    rows.append(["images", images["why_not"] or f"{len(images['images'])} for {images['arch']} (nvcc {nvcc}, driver >= {MIN_DRIVER})"])
+    rows.append(
+        [
+            "images",
+            images["why_not"] or f"{len(images['images'])} for {images['arch']} (nvcc {nvcc}, driver >= {MIN_DRIVER})",
+        ]
+    )
     rows += [[f"  not {name}", why] for name, why in images["missing"].items()]
     rows.append(["native module", host["why_not"] or f"{len(host['kernels'])} kernels"])
     rows.append(["simulator", facts["simulator"]["why_not"] or "built"])
@@ -227,7 +244,9 @@ def show(facts: dict[str, Any], console: Console) -> None:
     console.heading("Backend of each op")
     _show_ops(facts["ops"], console)
     console.heading("Environment")
-    console.table(("variable", "value", "meaning"), [[n, v or "", env.VARIABLES[n]] for n, v in facts["environment"].items()])
+    console.table(
+        ("variable", "value", "meaning"), [[n, v or "", env.VARIABLES[n]] for n, v in facts["environment"].items()]
+    )
     if facts["problems"]:
         console.heading("Problems")
         for problem in facts["problems"]:

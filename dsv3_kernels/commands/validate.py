@@ -24,9 +24,13 @@ COLUMNS = ("op", "backend", "case", "max error>", "relative>", "of bound>", "ms>
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backend", action="append", choices=[n for n in NAMES if n != "sim"], help="only this backend (repeatable)")
+    parser.add_argument(
+        "--backend", action="append", choices=[n for n in NAMES if n != "sim"], help="only this backend (repeatable)"
+    )
     parser.add_argument("--op", action="append", metavar="OP", help="only this op (repeatable)")
-    parser.add_argument("--jsonl", type=Path, metavar="FILE", help="append every result to FILE, with the machine and the date")
+    parser.add_argument(
+        "--jsonl", type=Path, metavar="FILE", help="append every result to FILE, with the machine and the date"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -53,9 +57,10 @@ def report(results: Iterable[Result], console: Console) -> int:
     results = list(results)
     console.table(COLUMNS, [_row(result) for result in results])
     failed = [result for result in results if not result.ok]
+    agree = len(results) - len(failed)
     backends = sorted({result.backend for result in results})
     ops = {op for result in results for op in result.ops}
-    console.line(f"{len(ops)} ops on {', '.join(backends)}: {len(results) - len(failed)} of {len(results)} cases agree with float64")
+    console.line(f"{len(ops)} ops on {', '.join(backends)}: {agree} of {len(results)} cases agree with float64")
     for result in failed:
         console.line(f"FAIL {result.ops[0]} on {_place(result)} {result.shape}: {result.error}")
     return 1 if failed else 0

@@ -8,7 +8,7 @@ references share no code with the implementations. Shapes are small enough for t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ class Problem:
 
     shape: str
     run: Callable[[], dict[str, Tensor]]
-    wanted: dict[str, Bits | Near]
+    wanted: Mapping[str, Bits | Near]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Inputs:
     def dot(self, magnitudes: Tensor, terms: int, *, fp8: bool = False) -> Tensor:
         """Error bound of sums of `terms` products whose magnitudes add up to `magnitudes`, accumulated in float32.
 
-        FP8 tensor cores keep 13 fraction bits below the largest addend of an instruction; kernels promote every 128 terms.
+        FP8 tensor cores keep 13 fraction bits below an instruction's largest addend; kernels promote every 128 terms.
         """
         return magnitudes * (summing(terms) + (2.0**-12 if fp8 and self.backend != "eager" else 0.0))
 
@@ -205,7 +205,7 @@ def check(entry: Case, name: str, device: torch.device) -> Result:
     return Result(entry.ops, entry.name, name, device.type, shape, *worst, exact, seconds, error)
 
 
-def compare(got: dict[str, Tensor], wanted: dict[str, Bits | Near]) -> tuple[tuple[float, float, float], str | None]:
+def compare(got: dict[str, Tensor], wanted: Mapping[str, Bits | Near]) -> tuple[tuple[float, float, float], str | None]:
     """((largest absolute error, largest relative error, largest share of the bound), what is wrong or None)."""
     if got.keys() != wanted.keys():
         return (0.0, 0.0, 0.0), f"outputs {sorted(got)}, wanted {sorted(wanted)}"
@@ -234,7 +234,11 @@ def _compare_one(got: Tensor, target: Bits | Near) -> tuple[tuple[float, float, 
         return (absolute, relative, float("inf")), "other infinities or NaNs than wanted"
     if isinstance(target, Bits):
         same = _same_bits(got, value)
-        return (absolute, relative, 0.0), None if same else f"{_different_bits(got, value)} of {value.numel()} elements differ"
+        return (
+            absolute,
+            relative,
+            0.0,
+        ), None if same else f"{_different_bits(got, value)} of {value.numel()} elements differ"
     bound = target.bound.cpu().double().expand(b.shape)
     excess = ~(difference <= bound) & finite
     share = torch.where(difference > 0, difference / bound, 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -30,7 +31,9 @@ def product(r: Inputs, a: Tensor, b: Tensor, dtype: torch.dtype = torch.bfloat16
 def fp8_gemm(r: Inputs) -> Problem:
     a, a_scale, a64 = operand(r, 70, K)
     b, b_scale, b64 = operand(r, 136, K, rows=128)
-    return Problem(f"[70, {K}] x [136, {K}]", lambda: {"out": dk.fp8_gemm(a, a_scale, b, b_scale)}, {"out": product(r, a64, b64)})
+    return Problem(
+        f"[70, {K}] x [136, {K}]", lambda: {"out": dk.fp8_gemm(a, a_scale, b, b_scale)}, {"out": product(r, a64, b64)}
+    )
 
 
 @case("fp8_gemm")
@@ -69,7 +72,7 @@ GROUPS = (0, 3, 3, 70)  # three groups: 3 rows, none, 67
 
 def grouped(r: Inputs, a: Tensor, b: Tensor, groups: Sequence[int], dtype: torch.dtype = torch.bfloat16) -> Near:
     """Rows of group g times `b[g].T`."""
-    parts = [product(r, a[s:e], b[g], dtype) for g, (s, e) in enumerate(zip(groups, groups[1:], strict=False))]
+    parts = [product(r, a[s:e], b[g], dtype) for g, (s, e) in enumerate(pairwise(groups))]
     return Near(torch.cat([p.value for p in parts]), torch.cat([p.bound for p in parts]))
 
 
@@ -120,7 +123,7 @@ def wgrad_problem(r: Inputs, accumulate: bool) -> Problem:
     dy[:, 100:128] = 0
     (a, a_scale), (b, b_scale) = quantize(x, 1, 128), quantize(dy, 1, 128)
     a64, b64 = real(a, a_scale), real(b, b_scale)
-    parts = [product(r, a64[:, s:e], b64[:, s:e], torch.float32) for s, e in zip(starts, starts[1:], strict=False)]
+    parts = [product(r, a64[:, s:e], b64[:, s:e], torch.float32) for s, e in pairwise(starts)]
     value, bound = torch.stack([p.value for p in parts]), torch.stack([p.bound for p in parts])
     start = r.randn(3, 40, 24)
     if accumulate:
@@ -135,7 +138,9 @@ def wgrad_problem(r: Inputs, accumulate: bool) -> Problem:
         dk.fp8_grouped_wgrad(*operands, r.ints(*starts), out=out, accumulate=True)
         return {"out": out}
 
-    return Problem(f"[40, 384] x [24, 384], 3 groups{', accumulate' if accumulate else ''}", run, {"out": Near(value, bound)})
+    return Problem(
+        f"[40, 384] x [24, 384], 3 groups{', accumulate' if accumulate else ''}", run, {"out": Near(value, bound)}
+    )
 
 
 @case("fp8_grouped_wgrad")
@@ -157,7 +162,9 @@ def fp8_grouped_gemm_swiglu_quantize(r: Inputs) -> Problem:
     (gate, up), (gate_error, up_error) = hidden.value.chunk(2, -1), hidden.bound.chunk(2, -1)
     value = gate * torch.sigmoid(gate) * up * weights.cpu().double()[:, None]
     # silu is 1.1-Lipschitz; a kernel may round the product to bfloat16 nowhere
-    error = (1.1 * gate_error * up.abs() + gate.abs() * up_error + gate_error * up_error) * weights.cpu().double()[:, None]
+    error = (1.1 * gate_error * up.abs() + gate.abs() * up_error + gate_error * up_error) * weights.cpu().double()[
+        :, None
+    ]
 
     def run() -> dict[str, Tensor]:
         q, scale = dk.fp8_grouped_gemm_swiglu_quantize(a, a_scale, b, b_scale, r.ints(*GROUPS), weights=weights)
@@ -206,7 +213,9 @@ def fp8_linear_gradient(r: Inputs) -> Problem:
 def fp8_grouped_linear(r: Inputs) -> Problem:
     x, w = r.randn(70, K, dtype=torch.bfloat16), r.randn(3, 24, K)
     wanted = grouped(r, rows(x), real(*quantize(w, 128, 128), 128), GROUPS)
-    return Problem(f"[70, {K}] -> [3, 24]", lambda: {"out": dk.fp8_grouped_linear(x, w, r.ints(*GROUPS))}, {"out": wanted})
+    return Problem(
+        f"[70, {K}] -> [3, 24]", lambda: {"out": dk.fp8_grouped_linear(x, w, r.ints(*GROUPS))}, {"out": wanted}
+    )
 
 
 @case("fp8_grouped_linear")
@@ -215,7 +224,7 @@ def fp8_grouped_linear_gradient(r: Inputs) -> Problem:
     x, w, dy = r.randn(150, K), r.randn(3, outputs, K), r.randn(150, outputs)
     w64 = real(*quantize(w, 128, 128), 128)
     dx = grouped(r, rows(dy), w64.mT, groups, torch.float32)
-    spans = list(zip(groups, groups[1:], strict=False))
+    spans = list(pairwise(groups))
     parts = [product(r, columns(dy[s:e]).mT, columns(x[s:e]).mT, torch.float32) for s, e in spans]
     dw = Near(torch.stack([p.value for p in parts]), torch.stack([p.bound for p in parts]))
 

@@ -16,15 +16,15 @@ BF16 = torch.bfloat16
 LATENT, ROPE, SCALE = 512, 64, 192**-0.5
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, hidden: int, spread: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, spread: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, its bound, lse, its bound) of queries `[Sq, H, D]` on keys `[S, H, D]`, the last query seeing all keys.
 
-    Query i sees keys < S - hidden - (Sq - 1 - i). `spread` is the relative error of the operands themselves.
+    Query i sees keys < S - (Sq - 1 - i). `spread` is the relative error of the operands themselves.
     """
     sq, s = q.shape[0], k.shape[0]
     logits = torch.einsum("qhd,shd->hqs", q, k) * SCALE
     magnitudes = torch.einsum("qhd,shd->hqs", q.abs(), k.abs()) * SCALE
-    seen = torch.arange(s) < s - hidden - (sq - 1 - torch.arange(sq))[:, None]
+    seen = torch.arange(s) < s - (sq - 1 - torch.arange(sq))[:, None]
     logits = logits.masked_fill(~seen, -torch.inf)
     lse = logits.logsumexp(-1)
     p = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0)[..., None])
@@ -35,7 +35,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, hidden: int, spread: float = 0.0) ->
     return out, magnitude * relative, lse.transpose(0, 1), (error[..., 0] + summing(s)).transpose(0, 1) + 1e-6
 
 
-def decode_problem(r: Inputs, cache: Tensor, keys: Tensor, spread: float, shape: str, queries: int, plan: str | None) -> Problem:
+def decode_problem(
+    r: Inputs, cache: Tensor, keys: Tensor, spread: float, shape: str, queries: int, plan: str | None
+) -> Problem:
     """Decode over pages in an order of their own; `keys [slots, 576]` float64 is what the cache holds."""
     heads, page, lengths = 16, cache.shape[1], (0, 1, 64, 131)
     q = r.randn(len(lengths), queries, heads, LATENT + ROPE, dtype=BF16)
@@ -44,13 +46,12 @@ def decode_problem(r: Inputs, cache: Tensor, keys: Tensor, spread: float, shape:
     for row, length in enumerate(lengths):
         for column in range(-(-length // page)):
             table[row, column] = next(free)
-    outs, out_bounds, lses, lse_bounds = [], [], [], []
+    found: list[tuple[Tensor, ...]] = []
     for row, length in enumerate(lengths):
         index = torch.arange(length)
         kv = keys[table[row][index // page] * page + index % page][:, None].expand(-1, heads, -1)
-        parts = attend(q[row].cpu().double(), kv, kv[..., :LATENT], 0, spread)
-        for part, store in zip(parts, (outs, out_bounds, lses, lse_bounds), strict=True):
-            store.append(part)
+        found.append(attend(q[row].cpu().double(), kv, kv[..., :LATENT], spread))
+    out64, out_bound, lse64, lse_bound = (torch.stack(parts) for parts in zip(*found, strict=True))
     used = {int(table[row, index // page]) * page + index % page for row, n in enumerate(lengths) for index in range(n)}
     unread = [slot for slot in range(cache.shape[0] * page) if slot not in used]
     poison = 0x7F if cache.dtype == torch.uint8 else torch.nan
@@ -65,8 +66,8 @@ def decode_problem(r: Inputs, cache: Tensor, keys: Tensor, spread: float, shape:
         return {"out": out, "lse": lse}
 
     wanted = {
-        "out": rounded(torch.stack(outs), torch.stack(out_bounds), BF16),
-        "lse": Near(torch.stack(lses), torch.stack(lse_bounds)),
+        "out": rounded(out64, out_bound, BF16),
+        "lse": Near(lse64, lse_bound),
     }
     return Problem(shape, run, wanted)
 
@@ -75,7 +76,9 @@ def decode_problem(r: Inputs, cache: Tensor, keys: Tensor, spread: float, shape:
 def mla_decode(r: Inputs) -> Problem:
     """Lengths 0, 1, 64 and 131, two queries each; slots that no sequence owns hold NaN."""
     cache = r.randn(6, 64, LATENT + ROPE, dtype=BF16)
-    return decode_problem(r, cache, cache.cpu().double().flatten(0, 1), 0.0, "4 x 2 queries, 16 heads, up to 131 keys", 2, None)
+    return decode_problem(
+        r, cache, cache.cpu().double().flatten(0, 1), 0.0, "4 x 2 queries, 16 heads, up to 131 keys", 2, None
+    )
 
 
 @case("mla_decode", "mla_decode_plan")
@@ -105,28 +108,30 @@ def prefill_inputs(r: Inputs, tokens: int, keys: int, dtype: torch.dtype) -> lis
     return [r.randn(*shape, dtype=dtype) for shape in shapes]
 
 
-def prefill(q: Tensor, k_nope: Tensor, k_rope: Tensor, v: Tensor, cu_q: Sequence[int], cu_k: Sequence[int]) -> list[Tensor]:
+def prefill(inputs: Sequence[Tensor], cu_q: Sequence[int], cu_k: Sequence[int]) -> list[Tensor]:
     """(out, bound, lse, bound) over all sequences."""
+    q, k_nope, k_rope, v = inputs
     k = torch.cat([k_nope, k_rope[:, None].expand(-1, k_nope.shape[1], -1)], -1)
     parts = [
-        attend(q[q0:q1], k[k0:k1], v[k0:k1], 0)
-        for q0, q1, k0, k1 in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False)
+        attend(q[q0:q1], k[k0:k1], v[k0:k1]) for q0, q1, k0, k1 in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False)
     ]
     return [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
 @case("mla_prefill")
 def mla_prefill(r: Inputs) -> Problem:
-    """A sequence alone, one with no query, one whose queries come after cached keys, one with queries that see nothing."""
+    """A sequence alone, one without queries, one whose queries follow cached keys, one with queries that see nothing."""
     cu_q, cu_k = (0, 20, 20, 27, 31), (0, 20, 25, 65, 67)
     inputs = prefill_inputs(r, 31, 67, BF16)
-    out, out_bound, lse, lse_bound = prefill(*(t.cpu().double() for t in inputs), cu_q, cu_k)
+    out, out_bound, lse, lse_bound = prefill([t.cpu().double() for t in inputs], cu_q, cu_k)
 
     def run() -> dict[str, Tensor]:
         got = dk.mla_prefill(*inputs, r.ints(*cu_q), r.ints(*cu_k), softmax_scale=SCALE)
         return dict(zip(("out", "lse"), got, strict=True))
 
-    return Problem("31 queries, 67 keys, 4 sequences", run, {"out": rounded(out, out_bound, BF16), "lse": Near(lse, lse_bound)})
+    return Problem(
+        "31 queries, 67 keys, 4 sequences", run, {"out": rounded(out, out_bound, BF16), "lse": Near(lse, lse_bound)}
+    )
 
 
 @case("mla_prefill", "mla_prefill_backward")
@@ -135,7 +140,7 @@ def mla_prefill_gradient(r: Inputs) -> Problem:
     dtype = torch.float32 if r.backend == "eager" else BF16
     inputs, seed = prefill_inputs(r, 27, 60, dtype), r.randn(27, 2, 128, dtype=dtype)
     leaves = [t.cpu().double().requires_grad_() for t in inputs]
-    grads = torch.autograd.grad(prefill(*leaves, cu_q, cu_k)[0], leaves, seed.cpu().double())
+    grads = torch.autograd.grad(prefill(leaves, cu_q, cu_k)[0], leaves, seed.cpu().double())
     # Every gradient is a sum over probabilities times bounded numbers: the same sums over magnitudes bound its error.
     names = ("q", "k_nope", "k_rope", "v")
     size = [grad.abs().amax() for grad in grads]
@@ -236,7 +241,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.stack(parts, -1).flatten(-2) if interleaved else torch.cat(parts, -1)
 
 
-def rope_problem(r: Inputs, dtype: torch.dtype, interleaved: bool, gradient: bool) -> Problem:
+def rope_problem(r: Inputs, shape: str, dtype: torch.dtype, interleaved: bool, gradient: bool) -> Problem:
     x, seed = r.randn(5, 3, ROPE, dtype=dtype), r.randn(5, 3, ROPE, dtype=dtype)
     positions = r.randint(0, 900, 5)
     angles = torch.outer(torch.arange(900).double(), 10000.0 ** (-torch.arange(0, ROPE, 2).double() / ROPE))
@@ -253,21 +258,20 @@ def rope_problem(r: Inputs, dtype: torch.dtype, interleaved: bool, gradient: boo
         out = dk.rope(ours, positions, table, interleaved=interleaved)
         return {"x": torch.autograd.grad(out, ours, seed)[0] if gradient else out}
 
-    bound = summing(2) * 4 * torch.ones(())
-    words = f"[5, 3, 64] {'bf16' if dtype == BF16 else 'f32'}{', halves' if not interleaved else ''}{', gradient' if gradient else ''}"
-    return Problem(words, run, {"x": rounded(value.detach(), bound.double(), dtype)})
+    bound = 4 * summing(2) * torch.ones((), dtype=torch.float64)
+    return Problem(shape, run, {"x": rounded(value.detach(), bound, dtype)})
 
 
 @case("rope")
 def rope(r: Inputs) -> Problem:
-    return rope_problem(r, BF16, True, False)
+    return rope_problem(r, "[5, 3, 64] bf16", BF16, True, False)
 
 
 @case("rope")
 def rope_halves(r: Inputs) -> Problem:
-    return rope_problem(r, torch.float32, False, False)
+    return rope_problem(r, "[5, 3, 64] f32, halves", torch.float32, False, False)
 
 
 @case("rope")
 def rope_gradient(r: Inputs) -> Problem:
-    return rope_problem(r, torch.float32, True, True)
+    return rope_problem(r, "[5, 3, 64] f32, gradient", torch.float32, True, True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -65,7 +67,7 @@ EXPERTS, ALIGNMENT = 5, 4
 
 
 def routed(r: Inputs, tokens: int = 9, top_k: int = 3) -> tuple[Tensor, list[list[int]], list[int]]:
-    """(experts, for each expert the flat indices token * K + k in order, offsets); expert 2 gets nothing, some are -1."""
+    """(experts, each expert's flat indices token * K + k in order, offsets); expert 2 gets nothing, some are -1."""
     choice = torch.stack([torch.randperm(EXPERTS, generator=r.generator)[:top_k] for _ in range(tokens)])
     choice[choice == 2] = -1
     members = [(choice.flatten() == expert).nonzero().flatten().tolist() for expert in range(EXPERTS)]
@@ -100,7 +102,9 @@ def moe_permute(r: Inputs) -> Problem:
     return Problem("[9, 64], 3 of 5 experts", run, wanted)
 
 
-def weighted(rows: Tensor, weights: Tensor, members: list[list[int]], offsets: list[int], top_k: int) -> tuple[Tensor, Tensor]:
+def weighted(
+    rows: Tensor, weights: Tensor, members: list[list[int]], offsets: list[int], top_k: int
+) -> tuple[Tensor, Tensor]:
     """(sum over k of weight * row, the same of magnitudes)."""
     out = torch.zeros(weights.shape[0], rows.shape[1], dtype=torch.float64)
     magnitude = torch.zeros_like(out)
@@ -113,16 +117,55 @@ def weighted(rows: Tensor, weights: Tensor, members: list[list[int]], offsets: l
     return out, magnitude
 
 
-@case("moe_unpermute", "moe_permute")
+ROWS = 9 * 3 + EXPERTS * (ALIGNMENT - 1)  # the bound on rows for 9 tokens, 3 choices
+
+
+def handle_of(r: Inputs, experts: Tensor) -> Any:
+    """The handle of a permutation, made by eager: what is under test is the way back."""
+    with dk.backend("eager"):
+        return dk.moe_permute(r.randn(9, 8), experts, EXPERTS, alignment=ALIGNMENT)[3]
+
+
+@case("moe_unpermute")
 def moe_unpermute(r: Inputs) -> Problem:
+    """Padding rows hold NaN: they are not read."""
     experts, members, offsets = routed(r)
-    x, weights = r.randn(9, 64), r.randn(9, 3)
-    bound = 9 * 3 + EXPERTS * (ALIGNMENT - 1)
-    rows = r.randn(bound, 64)
+    rows, weights, handle = r.randn(ROWS, 64), r.randn(9, 3), handle_of(r, experts)
     value, magnitude = weighted(rows.cpu().double(), weights.cpu().double(), members, offsets, 3)
+    used = {start + i for start, flat in zip(offsets, members, strict=False) for i in range(len(flat))}
+    rows[[row for row in range(ROWS) if row not in used]] = torch.nan
+    wanted = Near(value, magnitude * summing(3))
+    return Problem("[9, 64], weighted", lambda: {"out": dk.moe_unpermute(rows, handle, weights)}, {"out": wanted})
+
+
+@case("moe_unpermute", "moe_unpermute_backward")
+def moe_unpermute_gradient(r: Inputs) -> Problem:
+    experts, members, offsets = routed(r)
+    rows, weights, seed, handle = r.randn(ROWS, 64), r.randn(9, 3), r.randn(9, 64), handle_of(r, experts)
+    leaves = [t.cpu().double().requires_grad_() for t in (rows, weights)]
+    out, _ = weighted(leaves[0], leaves[1], members, offsets, 3)
+    grads = torch.autograd.grad(out, leaves, seed.cpu().double())
+    magnitude = seed.cpu().double().norm(dim=-1, keepdim=True) * rows.cpu().double().norm(dim=-1).max()
 
     def run() -> dict[str, Tensor]:
-        handle = dk.moe_permute(x, experts, EXPERTS, alignment=ALIGNMENT)[3]
-        return {"out": dk.moe_unpermute(rows, handle, weights)}
+        ours = [t.clone().requires_grad_() for t in (rows, weights)]
+        out = dk.moe_unpermute(ours[0], handle, ours[1])
+        return dict(zip(("rows", "weights"), torch.autograd.grad(out, ours, seed), strict=True))
 
-    return Problem("[9, 64], weighted", run, {"out": Near(value, magnitude * summing(3))})
+    wanted = {"rows": Near(grads[0], grads[0].abs() * summing(1)), "weights": Near(grads[1], magnitude * summing(64))}
+    return Problem("[9, 64], gradients", run, wanted)
+
+
+@case("moe_permute", "moe_unpermute")
+def moe_permute_gradient(r: Inputs) -> Problem:
+    """Each token's gradient is the sum over its rows."""
+    experts, members, offsets = routed(r)
+    x, seed = r.randn(9, 64), r.randn(ROWS, 64)
+    value, magnitude = weighted(seed.cpu().double(), torch.ones(9, 3, dtype=torch.float64), members, offsets, 3)
+
+    def run() -> dict[str, Tensor]:
+        ours = x.clone().requires_grad_()
+        rows = dk.moe_permute(ours, experts, EXPERTS, alignment=ALIGNMENT)[0]
+        return {"x": torch.autograd.grad(rows, ours, seed)[0]}
+
+    return Problem("[9, 64], gradient", run, {"x": Near(value, magnitude * summing(3))})

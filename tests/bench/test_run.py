@@ -50,8 +50,14 @@ def test_records(bench, capsys):
     assert head["kind"] == "run" and head["facts"]["versions"]["torch"] and head["ceilings"]["copy_gbs"] == 10.0
     assert record["key"] == "dequantize[n=4]" and record["backend"] == "eager" and record["machine"] == machine.cpu()
     side = record["sides"]["eager"]
-    assert 0 < side["p20"] <= side["us"] <= side["p80"] and side["count"] >= timing.LEAST and "perf_counter" in side["method"]
-    assert side["gbs"] == pytest.approx(32 / side["us"] / 1e3) and side["tflops"] == pytest.approx(100 / side["us"] / 1e6)
+    assert (
+        0 < side["p20"] <= side["us"] <= side["p80"]
+        and side["count"] >= timing.LEAST
+        and "perf_counter" in side["method"]
+    )
+    assert side["gbs"] == pytest.approx(32 / side["us"] / 1e3) and side["tflops"] == pytest.approx(
+        100 / side["us"] / 1e6
+    )
     assert side["roof"] == pytest.approx(max(32 / 10e9, 100 / 0.1e12) / side["us"] * 1e6)
     assert "dequantize" in capsys.readouterr().out
 
@@ -79,7 +85,11 @@ def test_other_sources_are_measured_again(bench, monkeypatch):
 
 def test_a_wrong_output_is_not_timed_and_fails(bench, capsys):
     code, records = bench([toy(lambda inputs, outputs: "all of it is wrong")])
-    assert code == 1 and records[1]["sides"] == {"eager": {"error": "all of it is wrong"}} and records[1]["backend"] is None
+    assert (
+        code == 1
+        and records[1]["sides"] == {"eager": {"error": "all of it is wrong"}}
+        and records[1]["backend"] is None
+    )
     assert "FAIL dequantize[n=4] eager: all of it is wrong" in capsys.readouterr().out
 
 
@@ -96,7 +106,10 @@ def test_compare_with_a_base(bench, tmp_path):
 
 
 def test_wrong_requests(capsys):
-    for argv, words in ((["--compare", "nowhere.jsonl"], "no file nowhere.jsonl"), (["--family", "fft"], "invalid choice")):
+    for argv, words in (
+        (["--compare", "nowhere.jsonl"], "no file nowhere.jsonl"),
+        (["--family", "fft"], "invalid choice"),
+    ):
         with pytest.raises(SystemExit) as stopped:
             run.main(argv)
         assert stopped.value.code == 2 and words in capsys.readouterr().err

@@ -113,7 +113,9 @@ def test_info_finds_a_damaged_image(images):
     (images / "some.ptx").unlink()
     facts = info.collect()
     assert facts["images"]["damaged"] == ["some.ptx", "some.cubin"]
-    assert [p for p in facts["problems"] if "damaged" in p] == [f"image some.{k} is damaged: build it again" for k in ("ptx", "cubin")]
+    assert [p for p in facts["problems"] if "damaged" in p] == [
+        f"image some.{k} is damaged: build it again" for k in ("ptx", "cubin")
+    ]
 
 
 def test_info_without_images(images):
@@ -138,9 +140,13 @@ def test_problems():
     hopper = [{"name": "H100", "capability": "9.0"}]
     ampere = [{"name": "A100", "capability": "8.0"}]
     assert problems() == []
-    assert problems(driver={"cuda": 12080, "version": "570.2", "gpus": hopper}) == ["H100: driver 570.2, the images need 580 or newer"]
+    assert problems(driver={"cuda": 12080, "version": "570.2", "gpus": hopper}) == [
+        "H100: driver 570.2, the images need 580 or newer"
+    ]
     assert problems(driver={"cuda": 12080, "version": "570.2", "gpus": ampere}) == []
-    assert problems(images={"available": False, "why_not": "no nvcc", "damaged": []}) == ["H100: no CUDA images: no nvcc"]
+    assert problems(images={"available": False, "why_not": "no nvcc", "damaged": []}) == [
+        "H100: no CUDA images: no nvcc"
+    ]
     assert problems(torch={"available": True, "gpus": []})[0].startswith("H100: this torch does not see it")
     assert problems(host={"available": False, "why_not": "gone"}) == ["there are images but no native module: gone"]
     assert problems(packages=dict.fromkeys(info.PACKAGES, None)) == [f"{n} is not installed" for n in info.REQUIRED[1:]]

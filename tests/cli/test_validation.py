@@ -119,7 +119,11 @@ NAN = float("nan")
         ([1.0], Bits(torch.tensor([1.0, 2.0])), r"shape \[1\], wanted \[2\]"),
         ([1.0], Bits(torch.tensor([1.0]).double()), "dtype torch.float32"),
         ([1.0, 2.0], Near(torch.tensor([1.0, 2.5]).double(), torch.tensor(0.5)), None),
-        ([1.0, 2.0], Near(torch.tensor([1.0, 2.5]).double(), torch.tensor([0.5, 0.4])), r"1 of 2 .*\(1,\): got 2, wanted 2.5"),
+        (
+            [1.0, 2.0],
+            Near(torch.tensor([1.0, 2.5]).double(), torch.tensor([0.5, 0.4])),
+            r"1 of 2 .*\(1,\): got 2, wanted 2.5",
+        ),
         ([1.0, 2.0], Near(torch.tensor([1.0, 2.5]).double(), torch.tensor(0.0)), "1 of 2"),
         ([NAN, 2.0], Near(torch.tensor([1.0, 2.0]).double(), torch.tensor(9.0)), "1 of 2"),
         ([1.0, 2.0], Near(torch.tensor([NAN, 2.0]).double(), torch.tensor(9.0)), "other infinities or NaNs"),
@@ -147,5 +151,10 @@ def test_results_are_written(tmp_path, capsys):
     records = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(records) == 2
     for record in records:
-        assert record["kind"] == "validate" and record["ok"] and record["gpu"] is None and record["ops"] == ["quantize_1x128"]
+        assert (
+            record["kind"] == "validate"
+            and record["ok"]
+            and record["gpu"] is None
+            and record["ops"] == ["quantize_1x128"]
+        )
     assert "2 of 2 cases agree" in capsys.readouterr().out
