@@ -120,7 +120,7 @@ def prefill(inputs: Sequence[Tensor], cu_q: Sequence[int], cu_k: Sequence[int]) 
 
 @case("mla_prefill")
 def mla_prefill(r: Inputs) -> Problem:
-    """A sequence alone, one without queries, one whose queries follow cached keys, one with queries that see nothing."""
+    """A sequence alone, one without queries, one whose queries follow cached keys, one whose first queries see none."""
     cu_q, cu_k = (0, 20, 20, 27, 31), (0, 20, 25, 65, 67)
     inputs = prefill_inputs(r, 31, 67, BF16)
     out, out_bound, lse, lse_bound = prefill([t.cpu().double() for t in inputs], cu_q, cu_k)
