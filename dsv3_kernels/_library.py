@@ -51,6 +51,9 @@ OPS: dict[str, Op] = {
     # moe
     "moe_gate": Op("moe", grad="moe_gate_backward"),
     "moe_gate_backward": Op("moe", module="moe_gate", internal=True),
+    "moe_permute": Op("moe", grad="moe_unpermute"),
+    "moe_unpermute": Op("moe", grad="moe_unpermute_backward"),
+    "moe_unpermute_backward": Op("moe", module="moe_unpermute", internal=True),
 }
 
 

@@ -9,10 +9,7 @@ from itertools import groupby, pairwise
 import torch
 from torch import Tensor
 
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums are formed in: float32, or float64 for float64 tensors."""
-    return torch.promote_types(dtype, torch.float32)
+from .._eager import in_range, wide
 
 
 def rope(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool, transposed: bool) -> Tensor:
@@ -26,16 +23,6 @@ def rope(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool, trans
     pair = (a * cos - b * sin, a * sin + b * cos)
     rotated = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
     return rotated.to(x.dtype)
-
-
-def in_range(op: str, argument: str, tensor: Tensor, low: int, high: int) -> None:
-    """ValueError unless low <= values < high; on the CPU alone, where reading them waits for nobody."""
-    if tensor.device.type != "cpu" or tensor.numel() == 0:
-        return
-    smallest, largest = (int(t) for t in tensor.aminmax())
-    if smallest < low or largest >= high:
-        got = smallest if smallest < low else largest
-        raise ValueError(f"{op}: {argument}: got {got}, wanted values in [{low}, {high})")
 
 
 # Attention of expanded heads. Neighbouring sequences of equal lengths are one batch, and queries are taken in blocks of

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._eager import in_range, wide
+from .moe_permute import empty_scale
+
 SUM_FLOOR = 1e-20  # keeps weights finite where every chosen score has underflowed
 
 
@@ -59,3 +62,66 @@ def moe_gate_backward(
     if score == "sigmoid":
         return grad * scores * (1 - scores)
     return scores * (grad - (grad * scores).sum(-1, keepdim=True))
+
+
+def moe_permute(
+    x: Tensor, experts: Tensor, scale: Tensor | None, num_experts: int, alignment: int
+) -> tuple[Tensor, ...]:
+    in_range("moe_permute", "experts", experts, -1, num_experts)
+    choices = experts.shape[1]
+    bound = experts.numel() + num_experts * (alignment - 1)
+    # Dropped choices count as expert E: they sort behind all others, and their row is the one past the end.
+    expert = torch.where(experts < 0, num_experts, experts).flatten().long()
+    counts = expert.new_zeros(num_experts + 1).scatter_add_(0, expert, torch.ones_like(expert))
+    segments = (counts[:-1] + alignment - 1) // alignment * alignment
+    offsets = torch.cat([segments.new_zeros(1), segments.cumsum(0)])
+    order = expert.argsort(stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(order.numel(), device=order.device)
+    rank = place - (counts.cumsum(0) - counts)[expert]
+    row = torch.where(expert < num_experts, offsets[expert] + rank, bound)
+    source = row.new_full((bound + 1,), -1).scatter_(0, row, torch.arange(row.numel(), device=row.device))[:-1]
+    row_of = torch.where(row < bound, row, -1).view(experts.shape)
+    integers = tuple(t.int() for t in (offsets, counts[:-1], row_of, source))
+    return _gather(x, source, choices), _gather_scale(scale, x, source, choices), *integers
+
+
+def _gather(x: Tensor, source: Tensor, choices: int) -> Tensor:
+    """Row of x for every choice; zeros where there is none."""
+    if x.shape[0] == 0:
+        return x.new_zeros(source.shape[0], x.shape[1])
+    if x.dtype == torch.float8_e4m3fn:
+        return _gather(x.view(torch.uint8), source, choices).view(x.dtype)
+    return x[(source // choices).clamp(min=0)].masked_fill_((source < 0)[:, None], 0)
+
+
+def _gather_scale(scale: Tensor | None, x: Tensor, source: Tensor, choices: int) -> Tensor:
+    out = empty_scale(scale, x, source.shape[0])
+    return out if scale is None else out.copy_(_gather(scale, source, choices))
+
+
+def moe_unpermute(rows: Tensor, row_of: Tensor, weights: Tensor | None) -> Tensor:
+    total = rows.new_zeros(row_of.shape[0], rows.shape[1], dtype=wide(rows.dtype))
+    for k, row in enumerate(row_of.unbind(1)):
+        part = rows[row.clamp(min=0)].to(total.dtype)
+        if weights is not None:
+            part = part * weights[:, k, None]
+        total += part.masked_fill_((row < 0)[:, None], 0)
+    return total.to(rows.dtype)
+
+
+def moe_unpermute_backward(
+    grad: Tensor, rows: Tensor | None, row_of: Tensor, source: Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    choices = row_of.shape[1]
+    real = grad.to(wide(grad.dtype))
+    grad_rows = _gather(real, source, choices)
+    if rows is None or weights is None:
+        return grad_rows.to(grad.dtype), grad.new_empty(0)
+    grad_weights = torch.zeros_like(weights)
+    for k, row in enumerate(row_of.unbind(1)):
+        products = (rows[row.clamp(min=0)].to(real.dtype) * real).sum(-1)
+        grad_weights[:, k] = products.masked_fill_(row < 0, 0)
+    # Padding has gradient 0, whatever the weight it borrows here.
+    factor = _gather(weights.reshape(-1, 1), source, 1)
+    return (grad_rows * factor).to(grad.dtype), grad_weights
