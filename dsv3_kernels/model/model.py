@@ -162,9 +162,7 @@ class DeepSeekV3(nn.Module):
             raise ValueError(f"{op}: activations: got 'fp8' with weights={weights!r}, wanted weights='fp8'")
         dtype = dtype or (torch.float32 if weights == "float32" else torch.bfloat16)
         _checks.one_of(op, "dtype", dtype, torch.float32, torch.bfloat16)
-        model = cls.__new__(cls)
-        nn.Module.__init__(model)
-        model._build(config)
+        model = cls.skeleton(config)
         checkpoint.check(list(storage.pieces(model)), config.num_hidden_layers)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model._allocate(weights, dtype, device)
@@ -183,6 +181,14 @@ class DeepSeekV3(nn.Module):
             self.tokenizer.save(path)
 
     # -- construction ------------------------------------------------------------------------------------------------
+    @classmethod
+    def skeleton(cls, config: Config) -> DeepSeekV3:
+        """All modules, on the meta device: shapes and names without memory."""
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        model._build(config)
+        return model
+
     def _build(self, config: Config) -> None:
         with torch.device("meta"):
             self.model = Backbone(config)

@@ -313,6 +313,60 @@ def prompts(oracle: Oracle, lengths: tuple[int, ...] = LENGTHS, new: int = NEW, 
     return out
 
 
+# -- the released FP8 layout, written out block by block --------------------------------------------------------------
+FP8 = BASE | {
+    "hidden_size": 272,
+    "intermediate_size": 224,
+    "moe_intermediate_size": 96,
+    "q_lora_rank": 160,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "num_hidden_layers": 2,
+    "n_routed_experts": 8,
+    "n_group": 4,
+    "num_experts_per_tok": 2,
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
+}
+
+
+def in_fp8(name: str) -> bool:
+    """The released checkpoints keep the projections of attention and of the MLPs in FP8, nothing else."""
+    return "_proj" in name and name.endswith(".weight") and "eh_proj" not in name
+
+
+def quantized(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(tensors as released, the same dequantised to float32). Blocks differ in magnitude: every scale counts."""
+    released, floats = {}, {}
+    for name, weight in state.items():
+        if not in_fp8(name):
+            keep = weight if name.endswith("bias") else weight.bfloat16()
+            released[name], floats[name] = keep, keep.float()
+            continue
+        rows, columns = (-(-n // 128) for n in weight.shape)
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+        scales = torch.empty(rows, columns)
+        floats[name] = torch.empty(weight.shape)
+        for i in range(rows):
+            for j in range(columns):
+                at = slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128)
+                block = weight[at] * (0.7 + 0.6 * torch.rand(1, generator=generator))
+                scales[i, j] = block.abs().max() / 448
+                codes[at] = (block / scales[i, j]).to(torch.float8_e4m3fn)
+                floats[name][at] = codes[at].float() * scales[i, j]
+        released[name], released[f"{name}_scale_inv"] = codes, scales
+    return released, floats
+
+
 def relative(got: Tensor, wanted: Tensor) -> float:
     got, wanted = got.double(), wanted.double()
     return float((got - wanted).norm() / wanted.norm())
