@@ -13,8 +13,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..quant._eager import decode
+from ..quant._eager import decode, silu_mul_quantize_1x128
 from ..quant.quantize_1x128 import blocks
+from .fp8_grouped_gemm_swiglu_quantize import allocate
 
 
 def promoted(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
@@ -71,3 +72,74 @@ def fp8_grouped_gemm(
 ) -> None:
     for group, rows in segments(offsets):
         out[rows] = promoted(a[rows], a_scale[rows], b[group], b_scale[group])
+
+
+def fp8_masked_gemm(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    counts: Tensor,
+    expected_m: int | None,
+    num_sms: int | None,
+    out: Tensor,
+) -> None:
+    for group, count in enumerate(counts.tolist()):
+        if count > 0:
+            out[group, :count] = promoted(a[group, :count], a_scale[group, :count], b[group], b_scale[group])
+
+
+def fp8_grouped_gemm_swiglu_quantize(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    offsets: Tensor,
+    weights: Tensor | None,
+    pow2_scale: bool,
+    num_sms: int | None,
+) -> tuple[Tensor, Tensor]:
+    q, scale = allocate(a, a_scale, b, b_scale, offsets, weights, pow2_scale, num_sms)
+    for group, rows in segments(offsets):
+        gate_up = promoted(a[rows], a_scale[rows], b[group], b_scale[group])
+        by_row = None if weights is None else weights[rows]
+        q[rows], scale[rows] = silu_mul_quantize_1x128(gate_up, by_row, pow2_scale)
+    return q, scale
+
+
+def fp8_grouped_wgrad(
+    a_t: Tensor,
+    a_scale: Tensor,
+    b_t: Tensor,
+    b_scale: Tensor,
+    offsets: Tensor,
+    out_dtype: torch.dtype,
+    num_sms: int | None,
+) -> Tensor:
+    out = a_t.new_zeros((offsets.shape[0] - 1, a_t.shape[0], b_t.shape[0]), dtype=out_dtype)
+    for group, total in _weight_gradients(a_t, a_scale, b_t, b_scale, offsets):
+        out[group] = total
+    return out
+
+
+def fp8_grouped_wgrad_accumulate(
+    a_t: Tensor,
+    a_scale: Tensor,
+    b_t: Tensor,
+    b_scale: Tensor,
+    offsets: Tensor,
+    num_sms: int | None,
+    out: Tensor,
+) -> None:
+    for group, total in _weight_gradients(a_t, a_scale, b_t, b_scale, offsets):
+        out[group] = total.add_(out[group])
+
+
+def _weight_gradients(
+    a_t: Tensor, a_scale: Tensor, b_t: Tensor, b_scale: Tensor, offsets: Tensor
+) -> Iterator[tuple[int, Tensor]]:
+    for group, tokens in segments(offsets):
+        if tokens.start % 128 or tokens.stop % 128:
+            raise ValueError(f"fp8_grouped_wgrad: offsets: got {offsets.tolist()}, wanted multiples of 128")
+        tiles = slice(tokens.start // 128, tokens.stop // 128)
+        yield group, promoted(a_t[:, tokens], a_scale[:, tiles], b_t[:, tokens], b_scale[:, tiles])

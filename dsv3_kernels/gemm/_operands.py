@@ -43,10 +43,11 @@ def columns(op: str, argument: str, n: int) -> None:
     check.value(op, argument, n % 8 == 0, n, "a multiple of 8 rows (N)")
 
 
-def indices(op: str, argument: str, tensor: Tensor, length: int) -> None:
+def indices(op: str, argument: str, tensor: Tensor, length: int | None = None) -> None:
     """Offsets or counts: int32, on the device; their values are the caller's promise."""
     check.dtype(op, argument, tensor, torch.int32)
-    check.shape(op, argument, tensor, (length,))
+    check.shape(op, argument, tensor, ("G + 1",) if length is None else (length,))
+    check.value(op, argument, length is not None or tensor.shape[0] > 0, 0, "at least one element")
     check.contiguous(op, argument, tensor)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from checks import close, roundoff
 from torch import Tensor
@@ -47,10 +49,21 @@ def padded(q: Tensor) -> Tensor:
     return store.view(E4M3)[..., :width]
 
 
-def product(got: Tensor, a: Tensor, b: Tensor, backend: str = "eager", plus: Tensor | float = 0.0) -> None:
-    """`got` is A @ B.T + plus (float64), element by element, within the error of its backend and dtype."""
-    a, b, plus = a.double(), b.double(), torch.as_tensor(plus, dtype=torch.float64)
-    wanted = a @ b.mT + plus
-    size = a.abs() @ b.abs().mT + plus.abs()
+def product(got: Tensor, a: Tensor, b: Tensor, backend: str = "eager", *plus: Tensor) -> None:
+    """`got` is A @ B.T plus what is added, element by element, within the error of its backend and dtype."""
+    wanted, size = a @ b.mT, a.abs() @ b.abs().mT
+    for addend in plus:
+        wanted, size = wanted + addend.double(), size + addend.double().abs()
     rounding = roundoff(got.dtype) * wanted.abs() if got.dtype is not torch.float32 else 0.0
     close(got, wanted, FLOAT32[backend] * size + rounding)
+
+
+def offsets(counts: Sequence[int], device: torch.device | str) -> Tensor:
+    """Where groups of these sizes begin and end."""
+    return torch.tensor([0, *torch.tensor(counts).cumsum(0)], dtype=torch.int32, device=device)
+
+
+def poison(q: Tensor, scale: Tensor) -> None:
+    """Make codes and scales NaN: what an op must not read."""
+    q.view(torch.uint8).fill_(0x7F)
+    scale.fill_(torch.nan)

@@ -49,8 +49,8 @@ def test_bias_and_accumulate(backend, device, bias_dtype, out_dtype, accumulate)
     if accumulate:
         out.copy_(before)
     assert dk.fp8_gemm(*a, *b, bias=bias.to(device), out=out, accumulate=accumulate) is out
-    plus = bias.double() + before.double() if accumulate else bias.double()
-    exact.product(out, exact.values(*a), exact.values(*b), backend, plus)
+    plus = (bias, before) if accumulate else (bias,)
+    exact.product(out, exact.values(*a), exact.values(*b), backend, *plus)
     store[1:71, 8:144] = torch.nan
     assert store.isnan().all()
 

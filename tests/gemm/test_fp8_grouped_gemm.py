@@ -14,16 +14,6 @@ E4M3 = torch.float8_e4m3fn
 COUNTS = [(128, 128), (0, 1, 0, 130, 7, 0), (0, 0), (5,), (64, 0, 63)]
 
 
-def offsets(counts, device) -> torch.Tensor:
-    return torch.tensor([0, *torch.tensor(counts).cumsum(0)], dtype=torch.int32, device=device)
-
-
-def poisoned(q: torch.Tensor, scale: torch.Tensor, used: int) -> None:
-    """NaN in every row that no group owns."""
-    q.view(torch.uint8)[used:] = 0x7F
-    scale[used:] = torch.nan
-
-
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("nk", [(136, 160), (256, 128), (8, 576)])
 @pytest.mark.parametrize(("recipe", "out_dtype"), [("128x128", torch.bfloat16), ("1x128", torch.float32)])
@@ -31,8 +21,8 @@ def test_product(backend, device, counts, nk, recipe, out_dtype):
     used, groups = sum(counts), len(counts)
     a = exact.rows(device, used + 20, nk[1])
     b = (exact.rows if recipe == "1x128" else exact.blocks)(device, groups, *nk)
-    poisoned(*a, used)
-    got = dk.fp8_grouped_gemm(*a, *b, offsets(counts, device), out_dtype=out_dtype)
+    exact.poison(a[0][used:], a[1][used:])
+    got = dk.fp8_grouped_gemm(*a, *b, exact.offsets(counts, device), out_dtype=out_dtype)
     assert got.dtype is out_dtype and got.is_contiguous() and not got[used:].any()
     a_real, b_real, start = exact.values(*a), exact.values(*b), 0
     for group, count in enumerate(counts):
@@ -43,8 +33,8 @@ def test_product(backend, device, counts, nk, recipe, out_dtype):
 
 def test_a_given_output_keeps_the_rows_that_no_group_owns(backend, device):
     a, b = exact.rows(device, 40, 256), exact.blocks(device, 3, 136, 256)
-    bounds = offsets((10, 0, 13), device)
-    poisoned(*a, 23)
+    bounds = exact.offsets((10, 0, 13), device)
+    exact.poison(a[0][23:], a[1][23:])
     store = torch.full((42, 152), -7.0, device=device)
     out = store[1:41, 8:144]
     out[:23] = torch.nan
@@ -57,7 +47,7 @@ def test_a_given_output_keeps_the_rows_that_no_group_owns(backend, device):
 def test_a_group_is_one_gemm(backend, device):
     """The fixed policy of fp8_gemm and the grouped op agree to rounding; on eager, to the bit."""
     a, b = exact.rows(device, 60, 384), exact.blocks(device, 2, 264, 384)
-    got = dk.fp8_grouped_gemm(*a, *b, offsets((23, 37), device))
+    got = dk.fp8_grouped_gemm(*a, *b, exact.offsets((23, 37), device))
     if backend == "eager":
         assert same_bits(got[:23], dk.fp8_gemm(a[0][:23], a[1][:23], b[0][0], b[1][0]))
         assert same_bits(got[23:], dk.fp8_gemm(a[0][23:], a[1][23:], b[0][1], b[1][1]))
@@ -65,7 +55,7 @@ def test_a_group_is_one_gemm(backend, device):
 
 def test_poison_stays_in_its_group(backend, device):
     a, b = exact.rows(device, 60, 256), exact.blocks(device, 3, 136, 256)
-    bounds = offsets((20, 20, 20), device)
+    bounds = exact.offsets((20, 20, 20), device)
     clean = dk.fp8_grouped_gemm(*a, *b, bounds)
     b[1][1] = torch.nan
     got = dk.fp8_grouped_gemm(*a, *b, bounds)
@@ -76,7 +66,7 @@ def test_poison_stays_in_its_group(backend, device):
 
 def test_scales_in_any_strides_and_num_sms(backend, device):
     a, b = exact.rows(device, 60, 384), exact.blocks(device, 2, 264, 384)
-    bounds = offsets((23, 37), device)
+    bounds = exact.offsets((23, 37), device)
     wanted = dk.fp8_grouped_gemm(*a, *b, bounds)
     a_scale, b_scale = a[1].contiguous(), b[1].permute(2, 0, 1).contiguous().permute(1, 2, 0)
     assert same_bits(dk.fp8_grouped_gemm(a[0], a_scale, b[0], b_scale, bounds, num_sms=8), wanted)
@@ -84,7 +74,7 @@ def test_scales_in_any_strides_and_num_sms(backend, device):
 
 def test_twice_the_same_bits(backend, device):
     a, b = exact.rows(device, 60, 576), exact.blocks(device, 2, 264, 576)
-    bounds = offsets((23, 37), device)
+    bounds = exact.offsets((23, 37), device)
     assert same_bits(dk.fp8_grouped_gemm(*a, *b, bounds), dk.fp8_grouped_gemm(*a, *b, bounds))
 
 
@@ -99,12 +89,12 @@ def test_empty(device, rows, groups, n, k):
 def test_op_contract(device):
     a, b = exact.rows(device, 9, 160), exact.blocks(device, 2, 136, 160)
     out = torch.zeros(9, 136, device=device)
-    opcheck(torch.ops.dsv3_kernels.fp8_grouped_gemm.default, (*a, *b, offsets((3, 4), device), None, out))
+    opcheck(torch.ops.dsv3_kernels.fp8_grouped_gemm.default, (*a, *b, exact.offsets((3, 4), device), None, out))
 
 
 def test_compiles():
     a, b = exact.rows("cpu", 9, 160), exact.blocks("cpu", 2, 136, 160)
-    bounds = offsets((3, 4), "cpu")
+    bounds = exact.offsets((3, 4), "cpu")
     compiles(lambda scale: dk.fp8_grouped_gemm(a[0], scale * 2, *b, bounds), a[1])
     compiles(lambda out: dk.fp8_grouped_gemm(*a, *b, bounds, out=out * 2), torch.randn(9, 136))
 
