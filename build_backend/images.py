@@ -4,7 +4,6 @@ An image whose recorded source hash matches is taken as it is, wherever it was b
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -185,6 +184,8 @@ def compile_image(name: str, path: Path, nvcc: Nvcc, out: Path, root: Path = ROO
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """One build at a time per source tree."""
+    import fcntl  # not on Windows, where only this module's hashes are of use
+
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)

@@ -43,14 +43,16 @@ void check(float x, float scale, float reciprocal) {
   if (!(both_vanish && std::signbit(got) == std::signbit(wanted))) differ("code", x, scale, got, wanted);
 }
 
-// Every mantissa of `mantissa_bits` for amax in a few binades, against every such x up to it in the binades that matter.
+// Every mantissa of `mantissa_bits` for amax in a few binades, against every such x up to it in the binades that
+// matter.
 void short_formats(int mantissa_bits, int below) {
   const uint32_t step = 1u << (23 - mantissa_bits), count = 1u << mantissa_bits;
   for (const int exponent : {-13, 0, 7, 120}) {
     for (uint32_t m = 0; m < count; ++m) {
       const float amax = from_bits(static_cast<uint32_t>(exponent + 127) << 23 | m * step);
       const float scale = scale_of(amax), reciprocal = 1.0f / scale;
-      for (uint32_t e = static_cast<uint32_t>(exponent + 127 - below); e <= static_cast<uint32_t>(exponent + 127); ++e) {
+      for (uint32_t e = static_cast<uint32_t>(exponent + 127 - below); e <= static_cast<uint32_t>(exponent + 127);
+           ++e) {
         for (uint32_t n = 0; n < count; ++n) check(from_bits(e << 23 | n * step), scale, reciprocal);
       }
     }
@@ -68,7 +70,8 @@ int main() {
     const float amax = from_bits(static_cast<uint32_t>(random() % 0x7F800000));
     const float scale = scale_of(amax), reciprocal = 1.0f / scale;
     for (int j = 0; j < 4; ++j) {
-      const float tie = std::ldexp(static_cast<float>(2 * (8 + random() % 8) + 1), static_cast<int>(random() % 15) - 10);
+      const float tie =
+          std::ldexp(static_cast<float>(2 * (8 + random() % 8) + 1), static_cast<int>(random() % 15) - 10);
       const uint32_t near = bits(tie * scale);
       for (int k = -2; k <= 2; ++k) {
         const float x = from_bits(near + static_cast<uint32_t>(k));
