@@ -14,8 +14,11 @@ __version__ = "0.1.0"
 
 # Public names that are not ops: where each is defined.
 _EXPORTS: dict[str, str] = {
+    "Fp8Linear": "gemm.fp8_linear",
     "backend": "backends",
     "explain": "backends",
+    "fp8_grouped_linear": "gemm.fp8_grouped_linear",
+    "fp8_linear": "gemm.fp8_linear",
     "is_supported": "backends",
     "launch_counts": "backends",
     "preload": "backends",

@@ -47,7 +47,7 @@ def at_least(op: str, argument: str, tensor: Tensor, dims: int) -> None:
 
 def rows(op: str, argument: str, tensor: Tensor) -> None:
     """ValueError unless the last dimension is contiguous (stride 1)."""
-    if tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+    if tensor.numel() and tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         raise ValueError(f"{op}: {argument}: got stride {tensor.stride(-1)} in the last dimension, wanted 1")
 
 

@@ -48,12 +48,26 @@ OPS: dict[str, Op] = {
     "rope": Op("mla", grad="rope"),
     "mla_prefill": Op("mla", grad="mla_prefill_backward"),
     "mla_prefill_backward": Op("mla", module="mla_prefill", internal=True),
+    "mla_decode": Op("mla", out=True),
+    "mla_decode_plan": Op("mla"),
+    "mla_cache_append": Op("mla"),
+    "mla_cache_gather": Op("mla"),
+    "merge_attention": Op("mla"),
     # moe
     "moe_gate": Op("moe", grad="moe_gate_backward"),
     "moe_gate_backward": Op("moe", module="moe_gate", internal=True),
     "moe_permute": Op("moe", grad="moe_unpermute"),
     "moe_unpermute": Op("moe", grad="moe_unpermute_backward"),
     "moe_unpermute_backward": Op("moe", module="moe_unpermute", internal=True),
+    "moe_update_bias": Op("moe"),
+    "moe_balance_loss": Op("moe", grad="moe_balance_loss_backward"),
+    "moe_balance_loss_backward": Op("moe", module="moe_balance_loss", internal=True),
+}
+
+# Public functions made of ops, with no op of their own: file in the family's folders, and the family.
+COMPOSITIONS: dict[str, str] = {
+    "fp8_linear": "gemm",
+    "fp8_grouped_linear": "gemm",
 }
 
 

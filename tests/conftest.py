@@ -38,7 +38,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def seed(request: pytest.FixtureRequest) -> None:
+def _seeded(request: pytest.FixtureRequest) -> None:
     """Random numbers that are a test's own, and the same at every run, alone or among others."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 

@@ -1,4 +1,4 @@
-"""The shape of the house: every op of the table has its implementations, its test, its page; nothing is out of place."""
+"""The shape of the house: every op of the table has its implementations, test and page; nothing is out of place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dsv3_kernels as dk
-from dsv3_kernels._library import FAMILIES, OPS, module_of
+from dsv3_kernels._library import COMPOSITIONS, FAMILIES, OPS, module_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = sorted(name for name, row in OPS.items() if not row.internal)
@@ -29,7 +29,9 @@ def test_an_op_is_whole(op):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(packet.default.name(), key), f"{op} has no {key} kernel"
     if row.out:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dsv3_kernels::{op}_out", "CPU")
-    assert callable(getattr(importlib.import_module(f"dsv3_kernels.{row.family}._eager"), op)), "no eager implementation"
+    assert callable(getattr(importlib.import_module(f"dsv3_kernels.{row.family}._eager"), op)), (
+        "no eager implementation"
+    )
     test = ROOT / "tests" / row.family / f"test_{file}.py"
     assert test.exists(), f"{op} has no test file {test.name}"
     assert op in test.read_text(), f"{test.name} does not name {op}"
@@ -54,12 +56,24 @@ def test_a_public_op_is_documented(op):
         assert part in function.__doc__, f"{op}: docstring lacks {part}"
 
 
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_a_composition_is_whole(name):
+    """A public function made of ops has its tests and its page too."""
+    family = COMPOSITIONS[name]
+    assert name in dk.__all__ and getattr(dk, name).__module__ == f"dsv3_kernels.{family}.{name}"
+    for part in ("Args:", "Returns:", "Raises:"):
+        assert part in getattr(dk, name).__doc__, f"{name}: docstring lacks {part}"
+    test = ROOT / "tests" / family / f"test_{name}.py"
+    assert test.exists() and name in test.read_text(), f"{name} has no test file {test.name}"
+    assert f"## {name}\n" in (ROOT / "docs" / f"{family}.md").read_text(), f"docs/{family}.md has no heading for {name}"
+
+
 def test_nothing_is_out_of_place():
-    """Every op module is in the table, and every module of a family that is not private defines an op of its name."""
-    modules = {module_of(op) for op in OPS}
+    """Every module of a family that is not private defines an op of the table, or a composition, of its name."""
+    modules = {module_of(op) for op in OPS} | {f"dsv3_kernels.{f}.{name}" for name, f in COMPOSITIONS.items()}
     for family in FAMILIES:
         for path in (ROOT / "dsv3_kernels" / family).glob("[!_]*.py"):
-            assert f"dsv3_kernels.{family}.{path.stem}" in modules, f"{path} defines no op of the table"
+            assert f"dsv3_kernels.{family}.{path.stem}" in modules, f"{path} defines no op or composition of the tables"
 
 
 def test_gradients_are_ops():
