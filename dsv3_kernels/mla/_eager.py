@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._eager import in_range, wide
+from ..quant._eager import quantize_1x128
+from ._cache import LATENT, ROPE, SCALES
+from .mla_decode_plan import FIXED_KEYS, FIXED_SPLITS, KEY_BLOCK, items
 
 
 def rope(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool, transposed: bool) -> Tensor:
@@ -166,3 +170,149 @@ def mla_prefill_backward(
         grad_k_rope[rows_k] = dk[..., nope:].unflatten(0, (count, -1)).sum(1).flatten(0, 1).to(k_rope.dtype)
         _store(grad_v[rows_k], dv, count)
     return grad_q, grad_k_nope, grad_k_rope, grad_v
+
+
+# The latent cache.
+
+
+def _encode(latent: Tensor, k_rope: Tensor, pow2_scale: bool) -> Tensor:
+    """Rows of a uint8 cache."""
+    codes, scale = quantize_1x128(latent, pow2_scale, "k")
+    return torch.cat([t.contiguous().view(torch.uint8) for t in (codes, scale, k_rope.bfloat16())], -1)
+
+
+def _decode(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keys `[..., latent + rope]` of contiguous cache rows, as `dtype`."""
+    if rows.dtype != torch.uint8:
+        return rows.to(dtype)
+    codes, scale, rope = rows.split([LATENT, 4 * SCALES, 2 * ROPE], -1)
+    codes = codes.view(torch.float8_e4m3fn).float().unflatten(-1, (SCALES, 128))
+    latent = (codes * scale.contiguous().view(torch.float32)[..., None]).flatten(-2)
+    return torch.cat([latent.to(dtype), rope.contiguous().view(torch.bfloat16).to(dtype)], -1)
+
+
+def mla_cache_append(kv_cache: Tensor, slots: Tensor, latent: Tensor, k_rope: Tensor, pow2_scale: bool) -> None:
+    pages, page, _ = kv_cache.shape
+    in_range("mla_cache_append", "slots", slots, -1, pages * page)
+    kept = slots >= 0
+    slots, latent, k_rope = slots[kept], latent[kept], k_rope[kept]
+    rows = _encode(latent, k_rope, pow2_scale) if kv_cache.dtype == torch.uint8 else torch.cat([latent, k_rope], -1)
+    kv_cache[slots // page, slots % page] = rows
+
+
+def mla_cache_gather(
+    kv_cache: Tensor, block_table: Tensor, cu_seqlens: Tensor, total: int, latent: int
+) -> tuple[Tensor, Tensor]:
+    op, page, requests = "mla_cache_gather", kv_cache.shape[1], block_table.shape[0]
+    in_range(op, "cu_seqlens", cu_seqlens, 0, total + 1)
+    in_range(op, "cu_seqlens, differences", cu_seqlens.diff(), 0, block_table.shape[1] * page + 1)
+    token = torch.arange(total, device=kv_cache.device)
+    request = torch.searchsorted(cu_seqlens[1:], token.to(cu_seqlens.dtype), right=True)
+    owned = (request < requests) & (token >= cu_seqlens[0])
+    dtype = torch.bfloat16 if kv_cache.dtype == torch.uint8 else kv_cache.dtype
+    if requests == 0 or block_table.shape[1] == 0 or kv_cache.shape[0] == 0:
+        keys = kv_cache.new_zeros(total, _key_width(kv_cache), dtype=dtype)
+    else:
+        request = torch.where(owned, request, 0)
+        place = torch.where(owned, token - cu_seqlens[request], 0)
+        pages = torch.where(owned, block_table[request, place // page], 0)
+        in_range(op, "block_table", pages, 0, kv_cache.shape[0])
+        keys = _decode(kv_cache[pages, place % page], dtype).masked_fill_(~owned[:, None], 0)
+    return keys[:, :latent].contiguous(), keys[:, latent:].contiguous()
+
+
+def _key_width(kv_cache: Tensor) -> int:
+    return LATENT + ROPE if kv_cache.dtype == torch.uint8 else kv_cache.shape[2]
+
+
+def _request_keys(op: str, kv_cache: Tensor, block_table: Tensor, seqlens: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keys of each request `[B, L, width]`, zero past its length. On the CPU, L is no longer than need be."""
+    page = kv_cache.shape[1]
+    in_range(op, "cache_seqlens", seqlens, 0, block_table.shape[1] * page + 1)
+    if seqlens.device.type == "cpu":
+        longest = int(seqlens.max()) if seqlens.numel() else 0
+        block_table = block_table[:, : -(-longest // page)]
+    if block_table.numel() == 0 or kv_cache.shape[0] == 0:
+        return kv_cache.new_zeros(block_table.shape[0], 0, _key_width(kv_cache), dtype=dtype)
+    used = torch.arange(0, block_table.shape[1] * page, page, device=seqlens.device) < seqlens[:, None]
+    pages = torch.where(used, block_table, 0)
+    in_range(op, "block_table", pages, 0, kv_cache.shape[0])
+    keys = _decode(kv_cache[pages].flatten(1, 2), dtype)
+    past = torch.arange(keys.shape[1], device=seqlens.device) >= seqlens[:, None]
+    return keys.masked_fill_(past[..., None], 0)
+
+
+def mla_decode(
+    q: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    seqlens: Tensor,
+    work: Tensor | None,
+    splits: Tensor | None,
+    parts: Tensor | None,
+    scale: float,
+    causal: bool,
+    latent: int,
+) -> tuple[Tensor, Tensor]:
+    queries = q.shape[1]
+    keys = _request_keys("mla_decode", kv_cache, block_table, seqlens, wide(q.dtype))
+    if keys.shape[1] == 0 or q.numel() == 0:
+        return q.new_zeros(*q.shape[:3], latent), q.new_full(q.shape[:3], -torch.inf, dtype=wide(q.dtype))
+    s = _product(q.to(keys.dtype).flatten(1, 2), keys, scale)
+    behind = torch.arange(queries - 1, -1, -1, device=q.device) if causal else seqlens.new_zeros(queries)
+    hidden = torch.arange(keys.shape[1], device=q.device) >= (seqlens[:, None] - behind)[..., None]
+    s.view(*q.shape[:3], -1).masked_fill_(hidden[:, :, None], -torch.inf)
+    p, norm, lse = softmax_sums(s)
+    out = torch.bmm(p, keys[..., :latent]).mul_(norm).to(q.dtype)
+    return out.view(*q.shape[:3], latent), lse.view(q.shape[:3])
+
+
+def mla_decode_plan(seqlens: Tensor, parts: int, start_cost: int, fixed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    requests, device = seqlens.shape[0], seqlens.device
+    work = seqlens.new_full((items(requests, parts, fixed), 4), -1)
+    if requests == 0:
+        return work, seqlens.new_zeros(1), seqlens.new_zeros(parts + 1)
+    keys = seqlens.clamp(min=0).long()
+    item, part = torch.arange(work.shape[0], device=device), torch.arange(parts + 1, device=device)
+    if fixed:
+        size = _blocks(_ceil(keys, FIXED_SPLITS)).clamp(min=FIXED_KEYS // KEY_BLOCK) * KEY_BLOCK
+        counts = _ceil(keys, size).clamp(min=1)
+    else:
+        # All requests in a row, each its start and then its blocks of keys, cut into parts of equal length.
+        end = (_blocks(keys) + start_cost).cumsum(0)
+        start = end - _blocks(keys)
+        share = _ceil(end[-1], parts)
+        first = torch.minimum(start, end[-1] - 1) // share
+        counts = torch.where(keys > 0, (end - 1) // share - first + 1, 1)
+    splits = F.pad(counts.cumsum(0), (1, 0))
+    request = torch.searchsorted(splits[1:], item, right=True).clamp(max=requests - 1)
+    split = item - splits[request]
+    if fixed:
+        low, high = split * size[request], (split + 1) * size[request]
+        bounds = part * splits[-1] // parts
+    else:
+        mine = first[request] + split
+        low = ((mine * share - start[request]).clamp(min=0)) * KEY_BLOCK
+        high = ((mine + 1) * share - start[request]) * KEY_BLOCK
+        bounds = torch.searchsorted(torch.where(item < splits[-1], mine, parts), part)
+    rows = torch.stack([request, low, torch.minimum(high, keys[request]), split], 1)
+    work = torch.where((item < splits[-1])[:, None], rows, work)
+    return work.int(), splits.int(), bounds.int()
+
+
+def _ceil(a: Tensor, b: Tensor | int) -> Tensor:
+    return (a + b - 1) // b
+
+
+def _blocks(keys: Tensor) -> Tensor:
+    return _ceil(keys, KEY_BLOCK)
+
+
+def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    top = torch.maximum(lse_a, lse_b)
+    top = torch.where(top == -torch.inf, 0, top)
+    weights = [(lse - top).exp()[..., None] for lse in (lse_a, lse_b)]
+    total = weights[0] + weights[1]
+    parts = [torch.where(w == 0, 0, out.to(w.dtype) * w) for out, w in zip((out_a, out_b), weights, strict=True)]
+    merged = (parts[0] + parts[1]) / torch.where(total == 0, 1, total)
+    return merged.to(out_a.dtype), top + total.squeeze(-1).log()

@@ -125,3 +125,44 @@ def moe_unpermute_backward(
     # Padding has gradient 0, whatever the weight it borrows here.
     factor = _gather(weights.reshape(-1, 1), source, 1)
     return (grad_rows * factor).to(grad.dtype), grad_weights
+
+
+def moe_update_bias(bias: Tensor, counts: Tensor, speed: float) -> None:
+    counts = counts.long()
+    bias += speed * (counts.sum() - counts.numel() * counts).sign()
+
+
+def _loads(scores: Tensor, experts: Tensor, seq_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Per token: its sequence; per sequence (as many as tokens, at most): f / T [T, E]; 1 / number of sequences.
+
+    Tokens that are left out belong to a sequence past the last, whose f is 0.
+    """
+    tokens, num_experts = scores.shape
+    in_range("moe_balance_loss", "seq_ids", seq_ids, -1, tokens)
+    in_range("moe_balance_loss", "experts", experts, -1, num_experts)
+    sequence = torch.where(seq_ids < 0, tokens, seq_ids).long()
+    lengths = sequence.new_zeros(tokens + 1).scatter_add_(0, sequence, torch.ones_like(sequence))
+    lengths[-1] = 0
+    expert = torch.where(experts < 0, num_experts, experts).long()
+    place = (sequence[:, None] * (num_experts + 1) + expert).flatten()
+    counts = place.new_zeros((tokens + 1) * (num_experts + 1)).scatter_add_(0, place, torch.ones_like(place))
+    counts = counts.view(tokens + 1, num_experts + 1)[:, :-1]
+    # f / T = E / (K T^2) * count, the second T from the mean P
+    factor = num_experts / experts.shape[1] / lengths.to(scores.dtype).square().clamp(min=1)
+    factor = torch.where(lengths > 0, factor, 0)
+    return sequence, counts * factor[:, None], 1 / (lengths > 0).sum().clamp(min=1).to(scores.dtype)
+
+
+def moe_balance_loss(scores: Tensor, experts: Tensor, seq_ids: Tensor, alpha: float) -> Tensor:
+    sequence, load, weight = _loads(scores, experts, seq_ids)
+    shares = scores / (scores.sum(-1, keepdim=True) + SUM_FLOOR)
+    terms = torch.where((seq_ids < 0)[:, None], 0, load[sequence] * shares)
+    return terms.sum() * (alpha * weight)
+
+
+def moe_balance_loss_backward(grad: Tensor, scores: Tensor, experts: Tensor, seq_ids: Tensor, alpha: float) -> Tensor:
+    sequence, load, weight = _loads(scores, experts, seq_ids)
+    total = scores.sum(-1, keepdim=True) + SUM_FLOOR
+    load = load[sequence]
+    grads = (load - (load * (scores / total)).sum(-1, keepdim=True)) / total * (grad * alpha * weight)
+    return torch.where((seq_ids < 0)[:, None], 0, grads)
