@@ -58,12 +58,12 @@ void grouped(const py::tuple& a, const py::tuple& a_scale, const py::tuple& b, c
 void bind_gemm(py::module_& m) {
   m.def("fp8_gemm", [](const py::tuple& a, const py::tuple& a_scale, const py::tuple& b, const py::tuple& b_scale,
                        uintptr_t bias, bool bias_is_float32, const py::tuple& out, bool is_float32, bool accumulate,
-                       int num_sms, int device, uintptr_t stream) {
+                       bool fixed, int num_sms, int device, uintptr_t stream) {
     const GemmOperand a_operand = operand(a), b_operand = operand(b);
     const GemmScale a_scales = scale(a_scale), b_scales = scale(b_scale);
     const GemmOutput output_of = output(out, is_float32, accumulate);
     const py::gil_scoped_release unlocked;
-    fp8_gemm(a_operand, a_scales, b_operand, b_scales, pointer(bias), bias_is_float32, output_of, num_sms,
+    fp8_gemm(a_operand, a_scales, b_operand, b_scales, pointer(bias), bias_is_float32, output_of, fixed, num_sms,
              {device, stream});
   });
   m.def("fp8_grouped_gemm", &grouped<&fp8_grouped_gemm>);

@@ -6,18 +6,19 @@
 // read by the host, empty groups cost nothing, rows beyond offsets[G] are neither loaded on purpose nor stored. Roles,
 // barriers and budget: gemm/fp8_tile.cuh.
 #include "gemm/fp8_grouped_gemm_params.h"
+#include "gemm/fp8_store.cuh"
 #include "gemm/fp8_tile.cuh"
 #include "gemm/group_walk.cuh"
 
 namespace dsv3 {
 namespace {
 
-template <BScale kScale>
+template <class Tile, BScale kScale>
 __device__ __forceinline__ void gemm(const Fp8GroupedGemmParams& p) {
   extern __shared__ __align__(1024) uint8_t memory[];
   const uint32_t shared = ptx::cvta_to_shared(memory);
   const int warp = warp_index();
-  initialise_ring(shared, &p.a, &p.b, p.blocks);
+  initialise_ring<Tile>(shared, &p.a, &p.b, p.blocks);
 
   // Offsets that no caller may pass stay inside the tensors.
   const auto rows_of = [&p](int group) {
@@ -26,15 +27,15 @@ __device__ __forceinline__ void gemm(const Fp8GroupedGemmParams& p) {
   };
   // visit(group, row of A, rows left in the group, column): this CTA's tiles, in the same order for every warp.
   const auto for_each_tile = [&](auto visit) {
-    GroupWalk walk;
+    GroupWalk<Tile> walk;
     GroupTile tile;
     for (int t = blockIdx.x; walk.find(t, p.groups, p.n_tiles, rows_of, tile); t += gridDim.x) {
-      const TilePlace at = rasterise(tile.tile, (tile.rows.count + kTileM - 1) / kTileM, p.n_tiles);
+      const TilePlace at = rasterise<Tile>(tile.tile, (tile.rows.count + Tile::kM - 1) / Tile::kM, p.n_tiles);
       visit(tile.group, tile.rows.begin + at.m, tile.rows.count - at.m, at.n);
     }
   };
 
-  Slot slot;
+  Slot<Tile> slot;
   if (warp < 4) {
     ptx::setmaxnreg_dec<kProducerRegisters>();
     if (warp == 0) {
@@ -50,10 +51,10 @@ __device__ __forceinline__ void gemm(const Fp8GroupedGemmParams& p) {
     }
   } else {
     ptx::setmaxnreg_inc<kConsumerRegisters>();
-    const Consumer me(warp);
+    const Consumer<Tile> me(warp);
     for_each_tile([&](int, int row, int rows, int column) {
-      float results[64];
-      multiply_tile<kScale>(shared, slot, me, p.blocks, results);
+      float results[Tile::kWaves][Tile::kResults];
+      multiply_tile<kScale>(shared, slot, me, column, p.blocks, results);
       store_tile(shared, me, p.out, 0, row, column, rows, p.n - column, results);
     });
   }
@@ -64,10 +65,15 @@ __device__ __forceinline__ void gemm(const Fp8GroupedGemmParams& p) {
 
 extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)
     fp8_grouped_gemm_128x128_block(const __grid_constant__ dsv3::Fp8GroupedGemmParams p) {
-  dsv3::gemm<dsv3::BScale::kBlock>(p);
+  dsv3::gemm<dsv3::Tile<128, 128>, dsv3::BScale::kBlock>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)
     fp8_grouped_gemm_128x128_row(const __grid_constant__ dsv3::Fp8GroupedGemmParams p) {
-  dsv3::gemm<dsv3::BScale::kRow>(p);
+  dsv3::gemm<dsv3::Tile<128, 128>, dsv3::BScale::kRow>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)
+    fp8_grouped_gemm_256x128_block(const __grid_constant__ dsv3::Fp8GroupedGemmParams p) {
+  dsv3::gemm<dsv3::Tile<256, 128>, dsv3::BScale::kBlock>(p);
 }

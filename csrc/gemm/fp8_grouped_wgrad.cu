@@ -5,16 +5,18 @@
 // tile has as many k-blocks as its group, none in an empty one, whose tiles are zeros, or left alone when accumulating.
 // Roles, barriers and budget: gemm/fp8_tile.cuh.
 #include "gemm/fp8_grouped_wgrad_params.h"
+#include "gemm/fp8_store.cuh"
 #include "gemm/fp8_tile.cuh"
 
 namespace dsv3 {
 namespace {
 
+template <class Tile>
 __device__ __forceinline__ void wgrad(const Fp8GroupedWgradParams& p) {
   extern __shared__ __align__(1024) uint8_t memory[];
   const uint32_t shared = ptx::cvta_to_shared(memory);
   const int warp = warp_index();
-  initialise_ring(shared, &p.a, &p.b, p.blocks);
+  initialise_ring<Tile>(shared, &p.a, &p.b, p.blocks);
 
   // visit(group, first k-block, k-blocks, corner): this CTA's tiles, in the same order for every warp. Offsets that no
   // caller may pass stay inside the tensors.
@@ -24,11 +26,11 @@ __device__ __forceinline__ void wgrad(const Fp8GroupedWgradParams& p) {
       const int group = tile / per_group;
       const int begin = max(p.offsets[group] / kTileK, 0);
       const int end = min(p.offsets[group + 1] / kTileK, p.blocks);
-      visit(group, begin, max(end - begin, 0), rasterise(tile - group * per_group, p.m_tiles, p.n_tiles));
+      visit(group, begin, max(end - begin, 0), rasterise<Tile>(tile - group * per_group, p.m_tiles, p.n_tiles));
     }
   };
 
-  Slot slot;
+  Slot<Tile> slot;
   if (warp < 4) {
     ptx::setmaxnreg_dec<kProducerRegisters>();
     if (warp == 0 && ptx::elect_sync()) {
@@ -43,11 +45,11 @@ __device__ __forceinline__ void wgrad(const Fp8GroupedWgradParams& p) {
     }
   } else {
     ptx::setmaxnreg_inc<kConsumerRegisters>();
-    const Consumer me(warp);
+    const Consumer<Tile> me(warp);
     for_each_tile([&](int group, int, int blocks, TilePlace at) {
       if (blocks == 0 && p.out.accumulate) return;
-      float results[64];
-      multiply_tile<BScale::kRow>(shared, slot, me, blocks, results);
+      float results[Tile::kWaves][Tile::kResults];
+      multiply_tile<BScale::kRow>(shared, slot, me, at.n, blocks, results);
       store_tile(shared, me, p.out, group, at.m, at.n, p.m - at.m, p.n - at.n, results);
     });
   }
@@ -58,5 +60,10 @@ __device__ __forceinline__ void wgrad(const Fp8GroupedWgradParams& p) {
 
 extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)
     fp8_grouped_wgrad_128x128(const __grid_constant__ dsv3::Fp8GroupedWgradParams p) {
-  dsv3::wgrad(p);
+  dsv3::wgrad<dsv3::Tile<128, 128>>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)
+    fp8_grouped_wgrad_256x128(const __grid_constant__ dsv3::Fp8GroupedWgradParams p) {
+  dsv3::wgrad<dsv3::Tile<256, 128>>(p);
 }

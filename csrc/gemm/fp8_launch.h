@@ -6,22 +6,21 @@
 #include <string>
 
 #include "gemm/fp8_params.h"
+#include "gemm/fp8_select.h"
 #include "gemm/launchers.h"
 #include "host/tensor_map.h"
 
 namespace dsv3 {
 
-constexpr int64_t kGemmTile = 128;  // along M, N and K
+constexpr int64_t kGemmBlock = 128;  // of K: one scale, one stage
 
-// The kernel's row; one that does not say what fp8_tile.cuh needs does not compile.
-constexpr const Kernel& fp8_kernel(std::string_view name) {
+// The row of a kernel of such tiles; one that does not say what fp8_tile.cuh needs does not compile.
+constexpr const Kernel& fp8_kernel(std::string_view name, uint32_t tile_m, uint32_t tile_n) {
   const Kernel& row = kernel(name);
-  if (row.threads != kFp8Threads || row.shared_bytes != kFp8SharedBytes || row.cluster != 1) throw "not such a kernel";
+  if (row.threads != kFp8Threads || row.shared_bytes != fp8_shared_bytes(tile_m, tile_n) || row.cluster != 1) {
+    throw "not such a kernel";
+  }
   return row;
-}
-
-inline int64_t gemm_tiles(int64_t extent) {
-  return (extent + kGemmTile - 1) / kGemmTile;
 }
 
 // Extents and numbers of tiles are 32-bit in the kernels.
@@ -32,17 +31,23 @@ inline int32_t to_int32(const char* op, const char* what, int64_t value) {
   return static_cast<int32_t>(value);
 }
 
-// Boxes of one 128 x 128 tile, swizzled as wgmma's descriptors say. An operand without columns has no map: its kernel
-// reads none. The stride of a dimension of one row means nothing, and may be what no map takes.
-inline TensorMap operand_map(Driver& driver, const char* op, const char* argument, const GemmOperand& x) {
+// Boxes of one tile's rows and one k-block, swizzled as wgmma's descriptors say. An operand without columns has no map:
+// its kernel reads none. The stride of a dimension of one row means nothing, and may be what no map takes.
+inline TensorMap operand_map(Driver& driver, const char* op, const char* argument, const GemmOperand& x, int64_t rows) {
   if (x.columns == 0 || x.rows == 0 || x.groups == 0) return {};
   const int64_t row_stride = x.rows > 1 ? x.row_stride : (x.columns + 15) / 16 * 16;
   const int64_t group_stride = x.groups > 1 ? x.group_stride : x.rows * row_stride;
   return tensor_map_3d(driver, op, argument, CU_TENSOR_MAP_DATA_TYPE_UINT8, x.data, x.groups, x.rows, x.columns,
-                       group_stride, row_stride, 1, kGemmTile, kGemmTile, CU_TENSOR_MAP_SWIZZLE_128B);
+                       group_stride, row_stride, 1, static_cast<uint32_t>(rows), kGemmBlock,
+                       CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
-inline ScaleView scale_view(const GemmScale& scale) {
+// Offsets within a tile are 32-bit in the kernels.
+inline ScaleView scale_view(const char* op, const char* argument, const GemmScale& scale) {
+  if (scale.row_stride >= 1 << 24) {
+    throw Error(std::string(op) + ": " + argument + ": got a row stride of " + std::to_string(scale.row_stride) +
+                " elements, wanted less than 2^24");
+  }
   return {static_cast<const float*>(scale.data), scale.group_stride, scale.row_stride, scale.block_stride};
 }
 
@@ -72,10 +77,14 @@ inline Buffer buffer(const GemmOutput& x) {
           x.accumulate ? Access::kReadWrite : Access::kWrite};
 }
 
-// One CTA per SM, or per tile where there are fewer.
-inline Dim3 persistent_grid(Driver& driver, const Target& target, int64_t tiles, int num_sms) {
+inline int64_t sms_of(Driver& driver, const Target& target, int num_sms) {
   const int64_t sms = driver.multiprocessors(target);
-  return {static_cast<unsigned>(std::min(tiles, num_sms > 0 ? std::min<int64_t>(num_sms, sms) : sms)), 1, 1};
+  return num_sms > 0 ? std::min<int64_t>(num_sms, sms) : sms;
+}
+
+// One CTA per SM, or per tile where there are fewer.
+inline Dim3 persistent_grid(int64_t tiles, int64_t sms) {
+  return {static_cast<unsigned>(std::min(tiles, sms)), 1, 1};
 }
 
 }  // namespace dsv3

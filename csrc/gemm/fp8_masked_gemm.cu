@@ -5,32 +5,33 @@
 // Tmax is. Groups without rows cost nothing; tiles are found as in fp8_grouped_gemm.
 // Roles, barriers and budget: gemm/fp8_tile.cuh.
 #include "gemm/fp8_masked_gemm_params.h"
+#include "gemm/fp8_store.cuh"
 #include "gemm/fp8_tile.cuh"
 #include "gemm/group_walk.cuh"
 
 namespace dsv3 {
 namespace {
 
-template <BScale kScale>
+template <class Tile, BScale kScale>
 __device__ __forceinline__ void gemm(const Fp8MaskedGemmParams& p) {
   extern __shared__ __align__(1024) uint8_t memory[];
   const uint32_t shared = ptx::cvta_to_shared(memory);
   const int warp = warp_index();
-  initialise_ring(shared, &p.a, &p.b, p.blocks);
+  initialise_ring<Tile>(shared, &p.a, &p.b, p.blocks);
 
   // Counts that no caller may pass stay inside the tensors.
   const auto rows_of = [&p](int group) { return RowRange{0, min(max(p.counts[group], 0), p.rows)}; };
   // visit(group, row of the group, rows left in it, column): this CTA's tiles, in the same order for every warp.
   const auto for_each_tile = [&](auto visit) {
-    GroupWalk walk;
+    GroupWalk<Tile> walk;
     GroupTile tile;
     for (int t = blockIdx.x; walk.find(t, p.groups, p.n_tiles, rows_of, tile); t += gridDim.x) {
-      const TilePlace at = rasterise(tile.tile, (tile.rows.count + kTileM - 1) / kTileM, p.n_tiles);
+      const TilePlace at = rasterise<Tile>(tile.tile, (tile.rows.count + Tile::kM - 1) / Tile::kM, p.n_tiles);
       visit(tile.group, at.m, tile.rows.count - at.m, at.n);
     }
   };
 
-  Slot slot;
+  Slot<Tile> slot;
   if (warp < 4) {
     ptx::setmaxnreg_dec<kProducerRegisters>();
     if (warp == 0) {
@@ -47,10 +48,10 @@ __device__ __forceinline__ void gemm(const Fp8MaskedGemmParams& p) {
     }
   } else {
     ptx::setmaxnreg_inc<kConsumerRegisters>();
-    const Consumer me(warp);
+    const Consumer<Tile> me(warp);
     for_each_tile([&](int group, int row, int rows, int column) {
-      float results[64];
-      multiply_tile<kScale>(shared, slot, me, p.blocks, results);
+      float results[Tile::kWaves][Tile::kResults];
+      multiply_tile<kScale>(shared, slot, me, column, p.blocks, results);
       store_tile(shared, me, p.out, group, row, column, rows, p.n - column, results);
     });
   }
@@ -61,10 +62,10 @@ __device__ __forceinline__ void gemm(const Fp8MaskedGemmParams& p) {
 
 extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)
     fp8_masked_gemm_128x128_block(const __grid_constant__ dsv3::Fp8MaskedGemmParams p) {
-  dsv3::gemm<dsv3::BScale::kBlock>(p);
+  dsv3::gemm<dsv3::Tile<128, 128>, dsv3::BScale::kBlock>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)
     fp8_masked_gemm_128x128_row(const __grid_constant__ dsv3::Fp8MaskedGemmParams p) {
-  dsv3::gemm<dsv3::BScale::kRow>(p);
+  dsv3::gemm<dsv3::Tile<128, 128>, dsv3::BScale::kRow>(p);
 }

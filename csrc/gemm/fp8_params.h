@@ -9,7 +9,14 @@ namespace dsv3 {
 
 // What the table of kernels says of those that are made of fp8_tile.cuh.
 constexpr uint32_t kFp8Threads = 384;
-constexpr uint32_t kFp8SharedBytes = 219232;
+// As many stages as fit beside the output's slabs.
+constexpr uint32_t fp8_stages(uint32_t tile_m, uint32_t tile_n) {
+  return tile_m == 256 ? 4 : tile_n == 192 ? 5 : 6;
+}
+// A stage: two operands, their scales, two barriers; and eight warps' slabs.
+constexpr uint32_t fp8_shared_bytes(uint32_t tile_m, uint32_t tile_n) {
+  return fp8_stages(tile_m, tile_n) * ((tile_m + tile_n) * (128 + 4) + 16) + 8 * 2048;
+}
 
 // Scales in any strides (elements): one per row (1x128) or per 128 rows (128x128), and per 128 of K.
 struct ScaleView {

@@ -1,25 +1,26 @@
-// A 128x128 output tile of D = A * B^T in E4M3, promoted to float32 every 128 of K: what the FP8 GEMM kernels share.
+// A tile of D = A * B^T in E4M3, promoted to float32 every 128 of K: what the FP8 GEMM kernels share.
 //
 // Roles      warp 0        tensor copies of A and B (one elected lane)
 //            warp 1        copies of the scales, 4 bytes a lane: any strides, no relayout before the GEMM
 //            warps 2, 3    leave at once
-//            warps 4..11   two consumer warpgroups of 64 rows each: wgmma, promotion, output
-// Barriers   full[s]       1 arrival with 32768 bytes (warp 0) + 32 arrivals as their copies land (warp 1's lanes)
+//            warps 4..11   two consumer warpgroups, half of the tile's rows each: wgmma, promotion, output
+// Barriers   full[s]       1 arrival with the bytes of A and B (warp 0) + 32 as the scales land (the lanes of warp 1)
 //            empty[s]      8 arrivals, one per consumer warp, when it no longer reads the stage
 //            Both sides walk the ring with a Slot that lives as long as the CTA, across tiles. No named barriers.
-// Registers  40 for the producers, 232 for the consumers (64 results, 2 x 64 partial sums of two k-blocks)
-// Shared     6 stages of A 16384, B 16384, scales 512 + 512; 8 slabs of 2048 for the output: 219232 bytes
-// Cycles     per k-block: 512 on the tensor cores; wgmma reads 48 KB of shared memory and the copies write 32 KB: 640
-//            at 128 bytes a cycle, which is the bound; 16384 FFMA take 128 of each quarter's issue slots
-// Overlap    a warpgroup promotes one k-block while its next one multiplies, four k-blocks per iteration: a partial sum
-//            in flight across the loop's back edge would make ptxas serialise every wgmma (C7514)
+// Registers  40 for the producers, 232 for the consumers
+// Budget     tile      stages  bytes     cycles per k-block: tensor  shared memory  FFMA    results + partial sums
+//            128x128   6       219232                        512     640            128     64 + 2 x 64
+//            256x128   4       219200                        1024    1152           256     2 x 64 + 64
+//            128x192   5       227664                        768     832            192     96 + 96
+//            Shared memory is the bound: what wgmma reads and the copies write, at 128 bytes a cycle.
+// Overlap    128x128: a warpgroup promotes one k-block while its next one multiplies, four k-blocks per iteration; a
+//            partial sum in flight across the loop's back edge would make ptxas serialise every wgmma (C7514). The
+//            larger tiles have registers for one partial sum only: there one warpgroup promotes while the other
+//            multiplies.
 #pragma once
-
-#include <cuda_bf16.h>
 
 #include "gemm/fp8_params.h"
 #include "ptx/cluster.cuh"
-#include "ptx/convert.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/fence.cuh"
 #include "ptx/mbarrier.cuh"
@@ -28,46 +29,58 @@
 
 namespace dsv3 {
 
-constexpr int kTileM = 128;
-constexpr int kTileN = 128;
 constexpr int kTileK = 128;
-constexpr int kStages = 6;
 constexpr int kConsumerWarps = 8;
 constexpr int kThreads = 128 + 32 * kConsumerWarps;
 constexpr int kProducerRegisters = 40;
 constexpr int kConsumerRegisters = 232;
 constexpr int kBlocksPerIteration = 4;
+constexpr uint32_t kSlabBytes = 16 * 128;  // of one warp's output: 16 rows of 64 bfloat16
+
+static_assert(kTileK == 128, "one k-block is a row of 128 bytes: the swizzle's span, and one scale");
+static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * 168, "setmaxnreg.inc would wait for ever");
+static_assert(kThreads == kFp8Threads, "what the launchers ask for");
 
 // Whether B has a scale per 128 rows (weights) or per row (the other operand of a weight gradient).
 enum class BScale { kBlock, kRow };
 
-// Byte offsets from the start of dynamic shared memory.
-constexpr uint32_t kOperandBytes = kTileM * kTileK;
-constexpr uint32_t kScaleBytes = kTileM * sizeof(float);
-constexpr uint32_t kSlabBytes = 16 * 128;  // 16 rows of 64 bfloat16
-constexpr uint32_t kOffsetA = 0;
-constexpr uint32_t kOffsetB = kOffsetA + kStages * kOperandBytes;
-constexpr uint32_t kOffsetSlab = kOffsetB + kStages * kOperandBytes;
-constexpr uint32_t kOffsetScaleA = kOffsetSlab + kConsumerWarps * kSlabBytes;
-constexpr uint32_t kOffsetScaleB = kOffsetScaleA + kStages * kScaleBytes;
-constexpr uint32_t kOffsetFull = kOffsetScaleB + kStages * kScaleBytes;
-constexpr uint32_t kOffsetEmpty = kOffsetFull + 8 * kStages;
-constexpr uint32_t kSharedBytes = kOffsetEmpty + 8 * kStages;
+// Rows and columns of a tile, and the byte offsets of what it keeps in dynamic shared memory.
+template <int kRows, int kColumns>
+struct Tile {
+  static constexpr int kM = kRows;
+  static constexpr int kN = kColumns;
+  static constexpr int kWaves = kM / 128;  // a consumer warpgroup takes 64 rows at a time
+  static constexpr int kResults = kN / 2;  // registers of 64 rows
+  static constexpr int kStages = fp8_stages(kM, kN);
+  static constexpr bool kTwoPartials = kM == 128 && kN == 128;
 
-static_assert(kTileM == kTileN, "A and B have the same tile, stage offset and scale slots");
-static_assert(kOperandBytes % 1024 == 0,
-              "the 128-byte swizzle repeats every 1024 bytes; descriptors have no base offset");
-static_assert(kTileK == 128, "one k-block is a row of 128 bytes: the swizzle's span, and one scale");
-static_assert(kSharedBytes == kFp8SharedBytes && kThreads == kFp8Threads, "what the launchers ask for");
-static_assert(kSharedBytes <= 232448, "shared memory of one CTA on sm_90");
-static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * 168, "setmaxnreg.inc would wait for ever");
+  static constexpr uint32_t kBytesA = kM * kTileK;
+  static constexpr uint32_t kBytesB = kN * kTileK;
+  static constexpr uint32_t kScaleBytesA = kM * 4;
+  static constexpr uint32_t kScaleBytesB = kN * 4;
+  static constexpr uint32_t kA = 0;
+  static constexpr uint32_t kB = kA + kStages * kBytesA;
+  static constexpr uint32_t kSlabs = kB + kStages * kBytesB;
+  static constexpr uint32_t kScaleA = kSlabs + kConsumerWarps * kSlabBytes;
+  static constexpr uint32_t kScaleB = kScaleA + kStages * kScaleBytesA;
+  static constexpr uint32_t kFull = kScaleB + kStages * kScaleBytesB;
+  static constexpr uint32_t kEmpty = kFull + 8 * kStages;
+  static constexpr uint32_t kBytes = kEmpty + 8 * kStages;
+
+  static_assert(kM == 128 || kM == 256, "one or two waves of two warpgroups; a box has 256 rows at most");
+  static_assert(kN == 128 || kN == 192, "what promotion fits into registers, and the scales below");
+  static_assert(kBytesA % 1024 == 0 && kBytesB % 1024 == 0, "the swizzle repeats every 1024 bytes: no base offset");
+  static_assert(kBytes == fp8_shared_bytes(kM, kN), "what the launchers ask for");
+  static_assert(kBytes <= 232448, "shared memory of one CTA on sm_90");
+};
 
 // A place in the ring. The producers wait for a stage's parity ^ 1, so that a fresh stage counts as empty.
+template <class Tile>
 struct Slot {
   uint32_t stage = 0;
   uint32_t parity = 0;
   __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
+    if (++stage == Tile::kStages) {
       stage = 0;
       parity ^= 1;
     }
@@ -79,12 +92,13 @@ struct Slot {
 struct TilePlace {
   int m, n;  // first row and column
 };
+template <class Tile>
 __device__ __forceinline__ TilePlace rasterise(int tile, int m_tiles, int n_tiles) {
   constexpr int kBand = 8;
   const int band = tile / (kBand * n_tiles);
   const int height = min(kBand, m_tiles - band * kBand);
   const int within = tile - band * kBand * n_tiles;
-  return {(band * kBand + within % height) * kTileM, within / height * kTileN};
+  return {(band * kBand + within % height) * Tile::kM, within / height * Tile::kN};
 }
 
 // Role of this warp, in a register that is the same for all its lanes.
@@ -93,6 +107,7 @@ __device__ __forceinline__ int warp_index() {
 }
 
 // First thing in the kernel, by all threads. Without k-blocks there are no tensor maps.
+template <class Tile>
 __device__ __forceinline__ void initialise_ring(uint32_t shared, const TensorMap* a, const TensorMap* b, int blocks) {
   if (threadIdx.x == 0) {
     if (blocks > 0) {
@@ -100,9 +115,9 @@ __device__ __forceinline__ void initialise_ring(uint32_t shared, const TensorMap
       ptx::prefetch_tensormap(b);
     }
 #pragma unroll
-    for (int s = 0; s < kStages; ++s) {
-      ptx::mbarrier_init(shared + kOffsetFull + 8 * s, 1 + 32);
-      ptx::mbarrier_init(shared + kOffsetEmpty + 8 * s, kConsumerWarps);
+    for (int s = 0; s < Tile::kStages; ++s) {
+      ptx::mbarrier_init(shared + Tile::kFull + 8 * s, 1 + 32);
+      ptx::mbarrier_init(shared + Tile::kEmpty + 8 * s, kConsumerWarps);
     }
     ptx::fence_mbarrier_init();
   }
@@ -116,15 +131,18 @@ struct OperandPlace {
 
 // Warp 0, one lane: `blocks` k-blocks of A and B from `first_block` on. Boxes that hang over an edge are filled with
 // zeros and count in full.
-__device__ __forceinline__ void load_operands(uint32_t shared, Slot& slot, const TensorMap* a, OperandPlace a_place,
-                                              const TensorMap* b, OperandPlace b_place, int first_block, int blocks) {
+template <class Tile>
+__device__ __forceinline__ void load_operands(uint32_t shared, Slot<Tile>& slot, const TensorMap* a,
+                                              OperandPlace a_place, const TensorMap* b, OperandPlace b_place,
+                                              int first_block, int blocks) {
+#pragma unroll 1
   for (int block = first_block; block < first_block + blocks; ++block) {
-    const uint32_t full = shared + kOffsetFull + 8 * slot.stage;
-    ptx::mbarrier_wait_parity(shared + kOffsetEmpty + 8 * slot.stage, slot.parity ^ 1);
-    ptx::mbarrier_arrive_expect_tx(full, 2 * kOperandBytes);
-    ptx::cp_async_bulk_tensor_3d_g2s(shared + kOffsetA + slot.stage * kOperandBytes, a, full, block * kTileK,
+    const uint32_t full = shared + Tile::kFull + 8 * slot.stage;
+    ptx::mbarrier_wait_parity(shared + Tile::kEmpty + 8 * slot.stage, slot.parity ^ 1);
+    ptx::mbarrier_arrive_expect_tx(full, Tile::kBytesA + Tile::kBytesB);
+    ptx::cp_async_bulk_tensor_3d_g2s(shared + Tile::kA + slot.stage * Tile::kBytesA, a, full, block * kTileK,
                                      a_place.row, a_place.plane);
-    ptx::cp_async_bulk_tensor_3d_g2s(shared + kOffsetB + slot.stage * kOperandBytes, b, full, block * kTileK,
+    ptx::cp_async_bulk_tensor_3d_g2s(shared + Tile::kB + slot.stage * Tile::kBytesB, b, full, block * kTileK,
                                      b_place.row, b_place.plane);
     slot.advance();
   }
@@ -132,52 +150,55 @@ __device__ __forceinline__ void load_operands(uint32_t shared, Slot& slot, const
 
 // Warp 1: the scales of the same k-blocks. `rows` and `columns` count what is left of the matrix from the tile's corner
 // on: a row beyond takes the last one's scale, since its results are not stored.
-template <BScale kScale>
-__device__ __forceinline__ void load_scales(uint32_t shared, Slot& slot, const ScaleView& a, int group_a, int row,
+template <BScale kScale, class Tile>
+__device__ __forceinline__ void load_scales(uint32_t shared, Slot<Tile>& slot, const ScaleView& a, int group_a, int row,
                                             int rows, const ScaleView& b, int group_b, int column, int columns,
                                             int first_block, int blocks) {
+  constexpr int kLoadsB = kScale == BScale::kRow ? Tile::kN / 32 : 1;
   const int lane = threadIdx.x % 32;
-  const float *a_scale[4], *b_scale[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    a_scale[i] = a.data + group_a * a.group_stride + (row + min(lane + 32 * i, rows - 1)) * a.row_stride +
-                 first_block * a.block_stride;
-    b_scale[i] = b.data + group_b * b.group_stride + first_block * b.block_stride +
-                 (kScale == BScale::kRow ? column + min(lane + 32 * i, columns - 1) : column / 128) * b.row_stride;
-  }
+  const float* a_corner = a.data + group_a * a.group_stride + row * a.row_stride + first_block * a.block_stride;
+  const float* b_corner = b.data + group_b * b.group_stride + first_block * b.block_stride +
+                          (kScale == BScale::kRow ? column : column / 128) * b.row_stride;
+  // Offsets within the tile; launchers refuse strides that overflow them. With a scale of B per block, lane 0 copies
+  // that of the tile's first column and lane 1 that of its last one.
+  const uint32_t a_stride = static_cast<uint32_t>(a.row_stride), b_stride = static_cast<uint32_t>(b.row_stride);
+  const int a_last = min(Tile::kM, rows) - 1;
+  const int b_last =
+      kScale == BScale::kRow ? min(Tile::kN, columns) - 1 : (column + min(Tile::kN, columns) - 1) / 128 - column / 128;
+#pragma unroll 1
   for (int block = 0; block < blocks; ++block) {
-    ptx::mbarrier_wait_parity(shared + kOffsetEmpty + 8 * slot.stage, slot.parity ^ 1);
-    const uint32_t a_slot = shared + kOffsetScaleA + slot.stage * kScaleBytes + 4 * lane;
-    const uint32_t b_slot = shared + kOffsetScaleB + slot.stage * kScaleBytes + 4 * lane;
+    ptx::mbarrier_wait_parity(shared + Tile::kEmpty + 8 * slot.stage, slot.parity ^ 1);
+    const uint32_t a_slot = shared + Tile::kScaleA + slot.stage * Tile::kScaleBytesA + 4 * lane;
+    const uint32_t b_slot = shared + Tile::kScaleB + slot.stage * Tile::kScaleBytesB + 4 * lane;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      ptx::cp_async_ca_4(a_slot + 128 * i, a_scale[i]);
-      a_scale[i] += a.block_stride;
+    for (int i = 0; i < Tile::kM / 32; ++i) {
+      ptx::cp_async_ca_4(a_slot + 128 * i, a_corner + min(lane + 32 * i, a_last) * a_stride);
     }
-    if (kScale == BScale::kRow) {
+    if (kScale == BScale::kRow || lane < 2) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        ptx::cp_async_ca_4(b_slot + 128 * i, b_scale[i]);
-        b_scale[i] += b.block_stride;
+      for (int i = 0; i < kLoadsB; ++i) {
+        ptx::cp_async_ca_4(b_slot + 128 * i, b_corner + min(lane + 32 * i, b_last) * b_stride);
       }
-    } else {
-      if (lane == 0) ptx::cp_async_ca_4(b_slot, b_scale[0]);
-      b_scale[0] += b.block_stride;
-      __syncwarp();
     }
-    ptx::cp_async_mbarrier_arrive_noinc(shared + kOffsetFull + 8 * slot.stage);
+    __syncwarp();
+    ptx::cp_async_mbarrier_arrive_noinc(shared + Tile::kFull + 8 * slot.stage);
+    a_corner += a.block_stride;
+    b_corner += b.block_stride;
     slot.advance();
   }
 }
 
-// A consumer thread's place in the tile. Accumulator i of a thread is element
-// (row() + 8 * (i >> 1 & 1), 8 * (i >> 2) + column() + (i & 1)) of the tile (PTX ISA, wgmma, register fragments of D).
+// A consumer thread's place. Accumulator i of its wave w is element
+// (row(w) + 8 * (i >> 1 & 1), 8 * (i >> 2) + column() + (i & 1)) of the tile (PTX ISA, wgmma, register fragments of D).
+template <class Tile>
 struct Consumer {
   int warpgroup, warp, lane;  // 0..1, 0..3, 0..31
-  __device__ __forceinline__ Consumer(int warp_of_cta)
+  __device__ __forceinline__ explicit Consumer(int warp_of_cta)
       : warpgroup(warp_of_cta / 4 - 1), warp(warp_of_cta % 4), lane(threadIdx.x % 32) {}
-  __device__ __forceinline__ int first_row() const { return 64 * warpgroup + 16 * warp; }
-  __device__ __forceinline__ int row() const { return first_row() + lane / 4; }
+  __device__ __forceinline__ int first_row(int wave) const {
+    return 64 * (Tile::kWaves * warpgroup + wave) + 16 * warp;
+  }
+  __device__ __forceinline__ int row(int wave) const { return first_row(wave) + lane / 4; }
   __device__ __forceinline__ int column() const { return 2 * (lane % 4); }
 };
 
@@ -192,28 +213,32 @@ __device__ __forceinline__ float2 ld_shared_pair(uint32_t address) {
   return pair;
 }
 
-// A k-block that multiplies: its stage, and the scales of this thread's two rows.
+// 64 rows of a k-block that multiply: their stage, and the scales of this thread's two rows. With a scale of B per
+// block they are multiplied by it: [0] by that of the tile's first columns, [1] of its last ones.
 struct Running {
   uint32_t stage;
-  float scale[2];
+  float scale[2][2];
 };
 
-// Waits for the next stage and starts its multiplication into d.
-template <BScale kScale>
-__device__ __forceinline__ Running start_block(uint32_t shared, Slot& slot, const Consumer& me, float (&d)[64]) {
-  ptx::mbarrier_wait_parity(shared + kOffsetFull + 8 * slot.stage, slot.parity);
+// Starts the multiplication of the stage at `slot`, which is full, into d.
+template <BScale kScale, class Tile>
+__device__ __forceinline__ Running start_wave(uint32_t shared, const Slot<Tile>& slot, const Consumer<Tile>& me,
+                                              int wave, float (&d)[Tile::kResults]) {
   Running running;
   running.stage = slot.stage;
-  const uint32_t scales = shared + kOffsetScaleA + slot.stage * kScaleBytes + 4 * me.row();
-  running.scale[0] = ld_shared(scales);
-  running.scale[1] = ld_shared(scales + 4 * 8);
-  if (kScale == BScale::kBlock) {
-    const float b_scale = ld_shared(shared + kOffsetScaleB + slot.stage * kScaleBytes);
-    running.scale[0] *= b_scale;
-    running.scale[1] *= b_scale;
+  const uint32_t a_scales = shared + Tile::kScaleA + slot.stage * Tile::kScaleBytesA + 4 * me.row(wave);
+  const uint32_t b_scales = shared + Tile::kScaleB + slot.stage * Tile::kScaleBytesB;
+  const float low = ld_shared(a_scales), high = ld_shared(a_scales + 4 * 8);
+#pragma unroll
+  for (int side = 0; side < 2; ++side) {
+    const float b_scale =
+        kScale == BScale::kBlock && (side == 0 || Tile::kN > 128) ? ld_shared(b_scales + 4 * side) : 1;
+    running.scale[side][0] = kScale == BScale::kBlock ? low * b_scale : low;
+    running.scale[side][1] = kScale == BScale::kBlock ? high * b_scale : high;
   }
-  const uint32_t a_tile = shared + kOffsetA + slot.stage * kOperandBytes + me.warpgroup * 64 * kTileK;
-  const uint32_t b_tile = shared + kOffsetB + slot.stage * kOperandBytes;
+  const uint32_t a_tile =
+      shared + Tile::kA + slot.stage * Tile::kBytesA + (Tile::kWaves * me.warpgroup + wave) * 64 * kTileK;
+  const uint32_t b_tile = shared + Tile::kB + slot.stage * Tile::kBytesB;
   const uint64_t a = ptx::matrix_descriptor(a_tile, 16, 8 * kTileK, ptx::Swizzle::k128B);
   const uint64_t b = ptx::matrix_descriptor(b_tile, 16, 8 * kTileK, ptx::Swizzle::k128B);
   ptx::pin(d);
@@ -222,189 +247,91 @@ __device__ __forceinline__ Running start_block(uint32_t shared, Slot& slot, cons
   for (int k = 0; k < kTileK / 32; ++k) ptx::wgmma_e4m3_ss(d, a + 2 * k, b + 2 * k, k != 0);  // 2: 32 bytes along K
   ptx::wgmma_commit_group();
   ptx::pin(d);
-  slot.advance();
   return running;
 }
 
-__device__ __forceinline__ void release(uint32_t shared, uint32_t stage, const Consumer& me) {
-  __syncwarp();
-  if (me.lane == 0) ptx::mbarrier_arrive(shared + kOffsetEmpty + 8 * stage);
+template <class Tile>
+__device__ __forceinline__ void wait_full(uint32_t shared, const Slot<Tile>& slot) {
+  ptx::mbarrier_wait_parity(shared + Tile::kFull + 8 * slot.stage, slot.parity);
 }
 
-// Promotes a k-block that has been waited for: results += partial * (a_scale * b_scale).
-template <BScale kScale>
-__device__ __forceinline__ void promote_block(uint32_t shared, const Running& running, const Consumer& me,
-                                              float (&d)[64], float (&results)[64]) {
+template <class Tile>
+__device__ __forceinline__ void release(uint32_t shared, uint32_t stage, const Consumer<Tile>& me) {
+  __syncwarp();
+  if (me.lane == 0) ptx::mbarrier_arrive(shared + Tile::kEmpty + 8 * stage);
+}
+
+// Promotes a product that has been waited for: results += partial * (a_scale * b_scale). `last`: the stage is released.
+// `split`: from which column on a tile of more than 128 has its last scale of B, 64 or 128.
+template <BScale kScale, class Tile>
+__device__ __forceinline__ void promote(uint32_t shared, const Running& running, const Consumer<Tile>& me, bool last,
+                                        int split, float (&d)[Tile::kResults], float (&results)[Tile::kResults]) {
   ptx::pin(d);
   if (kScale == BScale::kBlock) {
-    release(shared, running.stage, me);  // its operands are multiplied and its scales in registers
+    if (last) release(shared, running.stage, me);  // its operands are multiplied and its scales in registers
+    const float middle[2] = {split == 64 ? running.scale[1][0] : running.scale[0][0],
+                             split == 64 ? running.scale[1][1] : running.scale[0][1]};
 #pragma unroll
-    for (int i = 0; i < 64; ++i) results[i] = fmaf(running.scale[i >> 1 & 1], d[i], results[i]);
-  } else {
-    const uint32_t scales = shared + kOffsetScaleB + running.stage * kScaleBytes + 4 * me.column();
-#pragma unroll
-    for (int i = 0; i < 64; i += 4) {
-      const float2 b_scale = ld_shared_pair(scales + 4 * 2 * i);
-      results[i + 0] = fmaf(running.scale[0] * b_scale.x, d[i + 0], results[i + 0]);
-      results[i + 1] = fmaf(running.scale[0] * b_scale.y, d[i + 1], results[i + 1]);
-      results[i + 2] = fmaf(running.scale[1] * b_scale.x, d[i + 2], results[i + 2]);
-      results[i + 3] = fmaf(running.scale[1] * b_scale.y, d[i + 3], results[i + 3]);
+    for (int i = 0; i < Tile::kResults; ++i) {
+      const int column = 8 * (i >> 2), half = i >> 1 & 1;
+      const float scale = Tile::kN == 128 || column < 64 ? running.scale[0][half]
+                          : column < 128                 ? middle[half]
+                                                         : running.scale[1][half];
+      results[i] = fmaf(scale, d[i], results[i]);
     }
-    release(shared, running.stage, me);
+  } else {
+    const uint32_t scales = shared + Tile::kScaleB + running.stage * Tile::kScaleBytesB + 4 * me.column();
+#pragma unroll
+    for (int i = 0; i < Tile::kResults; i += 4) {
+      const float2 b_scale = ld_shared_pair(scales + 4 * 2 * i);
+      results[i + 0] = fmaf(running.scale[0][0] * b_scale.x, d[i + 0], results[i + 0]);
+      results[i + 1] = fmaf(running.scale[0][0] * b_scale.y, d[i + 1], results[i + 1]);
+      results[i + 2] = fmaf(running.scale[0][1] * b_scale.x, d[i + 2], results[i + 2]);
+      results[i + 3] = fmaf(running.scale[0][1] * b_scale.y, d[i + 3], results[i + 3]);
+    }
+    if (last) release(shared, running.stage, me);
   }
 }
 
-// A consumer warpgroup's 64 rows of the tile, over `blocks` k-blocks (none: zeros).
-template <BScale kScale>
-__device__ __forceinline__ void multiply_tile(uint32_t shared, Slot& slot, const Consumer& me, int blocks,
-                                              float (&results)[64]) {
+// A consumer warpgroup's rows of the tile whose first column is `column`, over `blocks` k-blocks (none: zeros).
+template <BScale kScale, class Tile>
+__device__ __forceinline__ void multiply_tile(uint32_t shared, Slot<Tile>& slot, const Consumer<Tile>& me, int column,
+                                              int blocks, float (&results)[Tile::kWaves][Tile::kResults]) {
 #pragma unroll
-  for (int i = 0; i < 64; ++i) results[i] = 0.0f;
+  for (int wave = 0; wave < Tile::kWaves; ++wave) {
+#pragma unroll
+    for (int i = 0; i < Tile::kResults; ++i) results[wave][i] = 0.0f;
+  }
+  const int split = 128 - column % 128;
   int block = 0;
-  for (; block + kBlocksPerIteration <= blocks; block += kBlocksPerIteration) {
-    float d[2][64];
-    Running running[2];
-    running[0] = start_block<kScale>(shared, slot, me, d[0]);
+  if constexpr (Tile::kTwoPartials) {
+    for (; block + kBlocksPerIteration <= blocks; block += kBlocksPerIteration) {
+      float d[2][Tile::kResults];
+      Running running[2];
 #pragma unroll
-    for (int i = 1; i < kBlocksPerIteration; ++i) {
-      running[i % 2] = start_block<kScale>(shared, slot, me, d[i % 2]);
-      ptx::wgmma_wait_group<1>();
-      promote_block<kScale>(shared, running[(i - 1) % 2], me, d[(i - 1) % 2], results);
+      for (int i = 0; i < kBlocksPerIteration; ++i) {
+        wait_full(shared, slot);
+        running[i % 2] = start_wave<kScale>(shared, slot, me, 0, d[i % 2]);
+        slot.advance();
+        if (i == 0) continue;
+        ptx::wgmma_wait_group<1>();
+        promote<kScale>(shared, running[(i - 1) % 2], me, true, split, d[(i - 1) % 2], results[0]);
+      }
+      ptx::wgmma_wait_group<0>();
+      constexpr int kLast = (kBlocksPerIteration - 1) % 2;
+      promote<kScale>(shared, running[kLast], me, true, split, d[kLast], results[0]);
     }
-    ptx::wgmma_wait_group<0>();
-    constexpr int kLast = (kBlocksPerIteration - 1) % 2;
-    promote_block<kScale>(shared, running[kLast], me, d[kLast], results);
   }
   for (; block < blocks; ++block) {
-    float d[64];
-    const Running running = start_block<kScale>(shared, slot, me, d);
-    ptx::wgmma_wait_group<0>();
-    promote_block<kScale>(shared, running, me, d, results);
-  }
-}
-
-// Output. Every store stops at the tile's last row and column, so that a tile may end inside another group's rows.
-
-template <class T>
-struct Pair;
-template <>
-struct Pair<float> {
-  using Type = float2;
-  static __device__ __forceinline__ float2 widen(float2 pair) { return pair; }
-  static __device__ __forceinline__ float2 round(float x, float y) { return make_float2(x, y); }
-};
-template <>
-struct Pair<__nv_bfloat16> {
-  using Type = __nv_bfloat162;
-  static __device__ __forceinline__ float2 widen(__nv_bfloat162 pair) { return __bfloat1622float2(pair); }
-  static __device__ __forceinline__ __nv_bfloat162 round(float x, float y) { return __floats2bfloat162_rn(x, y); }
-};
-
-// visit(i, address): accumulators i and i + 1 of this thread belong at address[0] and address[1].
-template <class T, class Visit>
-__device__ __forceinline__ void for_each_pair(const Consumer& me, T* corner, int64_t row_stride, int rows, int columns,
-                                              Visit visit) {
+    wait_full(shared, slot);
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = me.row() + 8 * half;
-    if (row >= rows) continue;
-    T* address = corner + row * row_stride + me.column();
-#pragma unroll
-    for (int i = 2 * half; i < 64; i += 4) {
-      if (8 * (i >> 2) < columns) visit(i, address + 8 * (i >> 2));
+    for (int wave = 0; wave < Tile::kWaves; ++wave) {
+      float d[Tile::kResults];
+      const Running running = start_wave<kScale>(shared, slot, me, wave, d);
+      ptx::wgmma_wait_group<0>();
+      promote<kScale>(shared, running, me, wave == Tile::kWaves - 1, split, d, results[wave]);
     }
-  }
-}
-
-// With kVectors a pair is one access, otherwise two.
-template <class T, bool kVectors>
-__device__ __forceinline__ void add_old(const Consumer& me, const T* corner, int64_t row_stride, int rows, int columns,
-                                        float (&results)[64]) {
-  for_each_pair(me, corner, row_stride, rows, columns, [&](int i, const T* address) {
-    typename Pair<T>::Type pair;
-    if (kVectors) {
-      pair = *reinterpret_cast<const typename Pair<T>::Type*>(address);
-    } else {
-      pair.x = address[0], pair.y = address[1];
-    }
-    const float2 old = Pair<T>::widen(pair);
-    results[i] += old.x, results[i + 1] += old.y;
-  });
-}
-template <class T, bool kVectors>
-__device__ __forceinline__ void store_pairs(const Consumer& me, T* corner, int64_t row_stride, int rows, int columns,
-                                            const float (&results)[64]) {
-  for_each_pair(me, corner, row_stride, rows, columns, [&](int i, T* address) {
-    const typename Pair<T>::Type pair = Pair<T>::round(results[i], results[i + 1]);
-    if (kVectors) {
-      *reinterpret_cast<typename Pair<T>::Type*>(address) = pair;
-    } else {
-      address[0] = pair.x, address[1] = pair.y;
-    }
-  });
-}
-
-// bfloat16 through this warp's own slab of shared memory, 64 columns at a time: fragments in by stmatrix, whole lines
-// of 128 bytes out. The 16-byte chunks of a row are permuted by its index, so that neither side meets a bank twice.
-__device__ __forceinline__ void store_lines(uint32_t shared, const Consumer& me, __nv_bfloat16* corner,
-                                            int64_t row_stride, int rows, int columns, const float (&results)[64]) {
-  const uint32_t slab = shared + kOffsetSlab + (4 * me.warpgroup + me.warp) * kSlabBytes;
-  const int in_row = me.lane % 16, out_row = me.lane / 8, chunk = me.lane % 8;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    __syncwarp();  // the slab has been read
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {  // 16 columns
-      const float* f = results + 32 * half + 8 * j;
-      ptx::stmatrix_x4(slab + in_row * 128 + (((2 * j + me.lane / 16) ^ (in_row % 8)) << 4),
-                       ptx::cvt_rn_bf16x2_f32(f[0], f[1]), ptx::cvt_rn_bf16x2_f32(f[2], f[3]),
-                       ptx::cvt_rn_bf16x2_f32(f[4], f[5]), ptx::cvt_rn_bf16x2_f32(f[6], f[7]));
-    }
-    __syncwarp();
-    const int column = 64 * half + 8 * chunk;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = out_row + 4 * i;
-      uint4 line;
-      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(line.x), "=r"(line.y), "=r"(line.z), "=r"(line.w)
-                   : "r"(slab + row * 128 + ((chunk ^ (row % 8)) << 4))
-                   : "memory");
-      if (me.first_row() + row < rows && column < columns) {
-        *reinterpret_cast<uint4*>(corner + (me.first_row() + row) * row_stride + column) = line;
-      }
-    }
-  }
-}
-
-template <class T, bool kVectors>
-__device__ __forceinline__ void store_as(uint32_t shared, const Consumer& me, const OutputView& out, int64_t corner,
-                                         int rows, int columns, float (&results)[64]) {
-  T* data = static_cast<T*>(out.data) + corner;
-  if (out.accumulate) add_old<T, kVectors>(me, data, out.row_stride, rows, columns, results);
-  if constexpr (kVectors && sizeof(T) == 2) {
-    store_lines(shared, me, data, out.row_stride, rows, columns, results);
-  } else {
-    store_pairs<T, kVectors>(me, data, out.row_stride, rows, columns, results);
-  }
-}
-
-// Stores the tile whose corner is (row, column) of group `group`; `rows` and `columns` are what is left from there on.
-__device__ __forceinline__ void store_tile(uint32_t shared, const Consumer& me, const OutputView& out, int group,
-                                           int64_t row, int column, int rows, int columns, float (&results)[64]) {
-  const int64_t corner = group * out.group_stride + row * out.row_stride + column;
-  if (out.is_float32) {
-    if (out.vectors) {
-      store_as<float, true>(shared, me, out, corner, rows, columns, results);
-    } else {
-      store_as<float, false>(shared, me, out, corner, rows, columns, results);
-    }
-  } else {
-    if (out.vectors) {
-      store_as<__nv_bfloat16, true>(shared, me, out, corner, rows, columns, results);
-    } else {
-      store_as<__nv_bfloat16, false>(shared, me, out, corner, rows, columns, results);
-    }
+    slot.advance();
   }
 }
 

@@ -1,5 +1,5 @@
 // Launchers of the gemm family: raw pointers, sizes and strides in elements; the target last. Arguments were checked in
-// Python. `num_sms` 0 means all.
+// Python. `num_sms` 0 means all; `fixed` keeps the choice of a tile from depending on M.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +31,8 @@ struct GemmOutput {
 };
 
 void fp8_gemm(const GemmOperand& a, const GemmScale& a_scale, const GemmOperand& b, const GemmScale& b_scale,
-              const void* bias, bool bias_is_float32, const GemmOutput& out, int num_sms, const Target& target);
+              const void* bias, bool bias_is_float32, const GemmOutput& out, bool fixed, int num_sms,
+              const Target& target);
 
 void fp8_grouped_gemm(const GemmOperand& a, const GemmScale& a_scale, const GemmOperand& b, const GemmScale& b_scale,
                       const void* offsets, const GemmOutput& out, int num_sms, const Target& target);

@@ -22,11 +22,15 @@ inline constexpr Kernel kKernels[] = {
     {"quantize_1x128_f16", "quantize_1x128", 256, 0, 1, "64 blocks of 128"},
     {"fp8_gemm_128x128_block", "fp8_gemm", 384, 219232, 1, "128 x 128 of D, persistent"},
     {"fp8_gemm_128x128_row", "fp8_gemm", 384, 219232, 1, "128 x 128 of D, persistent"},
+    {"fp8_gemm_256x128_block", "fp8_gemm", 384, 219200, 1, "256 x 128 of D, persistent"},
+    {"fp8_gemm_128x192_block", "fp8_gemm", 384, 227664, 1, "128 x 192 of D, persistent"},
     {"fp8_grouped_gemm_128x128_block", "fp8_grouped_gemm", 384, 219232, 1, "128 x 128 of a group, persistent"},
     {"fp8_grouped_gemm_128x128_row", "fp8_grouped_gemm", 384, 219232, 1, "128 x 128 of a group, persistent"},
+    {"fp8_grouped_gemm_256x128_block", "fp8_grouped_gemm", 384, 219200, 1, "256 x 128 of a group, persistent"},
     {"fp8_masked_gemm_128x128_block", "fp8_masked_gemm", 384, 219232, 1, "128 x 128 of a group, persistent"},
     {"fp8_masked_gemm_128x128_row", "fp8_masked_gemm", 384, 219232, 1, "128 x 128 of a group, persistent"},
     {"fp8_grouped_wgrad_128x128", "fp8_grouped_wgrad", 384, 219232, 1, "128 x 128 of a gradient, persistent"},
+    {"fp8_grouped_wgrad_256x128", "fp8_grouped_wgrad", 384, 219200, 1, "256 x 128 of a gradient, persistent"},
 };
 
 inline constexpr size_t kNumKernels = sizeof(kKernels) / sizeof(kKernels[0]);

@@ -44,7 +44,7 @@ def fp8_gemm(
     num_sms: int | None,
     out: Tensor,
 ) -> None:
-    _gemm(a, a_scale, b, b_scale, bias, num_sms, out, False)
+    _gemm(a, a_scale, b, b_scale, bias, policy, num_sms, out, False)
 
 
 fp8_gemm_accumulate_cannot = fp8_gemm_cannot
@@ -60,7 +60,7 @@ def fp8_gemm_accumulate(
     num_sms: int | None,
     out: Tensor,
 ) -> None:
-    _gemm(a, a_scale, b, b_scale, bias, num_sms, out, True)
+    _gemm(a, a_scale, b, b_scale, bias, policy, num_sms, out, True)
 
 
 def _gemm(
@@ -69,6 +69,7 @@ def _gemm(
     b: Tensor,
     b_scale: Tensor,
     bias: Tensor | None,
+    policy: str,
     num_sms: int | None,
     out: Tensor,
     accumulate: bool,
@@ -83,6 +84,7 @@ def _gemm(
         _layout(out),
         out.dtype is torch.float32,
         accumulate,
+        policy == "fixed",
         num_sms or 0,
         *_target(a),
     )

@@ -1,0 +1,304 @@
+"""The FP8 GEMM kernels through the simulator: their PTX and their launchers, element by element against float64.
+
+Shapes are the smallest that reach a case: ring and parity wrap, tails, several tiles on one CTA, ragged groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from checks import close, same_bits
+from torch import Tensor
+
+import dsv3_kernels as dk
+from dsv3_kernels import _simulator
+from dsv3_kernels.gemm import _cuda
+
+needs_simulator = pytest.mark.skipif(_simulator.missing() is not None, reason=str(_simulator.missing()))
+pytestmark = needs_simulator
+
+NAN_CODE = 0x7F
+
+
+@dataclass
+class Case:
+    """Operands whose neighbours in memory are NaN, and what their product should be."""
+
+    a: Tensor
+    a_scale: Tensor
+    b: Tensor
+    b_scale: Tensor
+    wanted: Tensor  # float64
+    size: Tensor  # sum |a| |b| of scaled values, float64
+
+
+def codes(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Random finite E4M3 codes `[rows, columns]`, inside a larger tensor of NaN."""
+    stride = (columns + 15) // 16 * 16 + 16
+    memory = torch.full((rows + 2, stride), NAN_CODE, dtype=torch.uint8)
+    values = torch.randint(0, 256, (rows, columns), generator=generator, dtype=torch.int32)
+    memory[:rows, :columns] = torch.where((values & 0x7F) == NAN_CODE, 0x38, values).to(torch.uint8)
+    return memory.view(torch.float8_e4m3fn)[:rows, :columns]
+
+
+def scales(rows: int, blocks: int, generator: torch.Generator, layout: str) -> Tensor:
+    """Random scales `[rows, blocks]`: "mn" column by column, "k" row by row, "gaps" neither; NaN in between."""
+    values = torch.rand(rows, blocks, generator=generator) + 0.5
+    if layout == "k":
+        return values
+    memory = torch.full((blocks, 2 if layout == "gaps" else 1, rows + 3), torch.nan)
+    view = memory[:, 0, :rows].t()
+    view.copy_(values)
+    return view
+
+
+def expand(scale: Tensor, rows: int, columns: int) -> Tensor:
+    if scale.shape[0] != rows:
+        scale = scale.repeat_interleave(128, 0)[:rows]
+    return scale.double().repeat_interleave(128, 1)[:, :columns]
+
+
+def product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The product in float64, and the same of magnitudes."""
+    x = a.float().double() * expand(a_scale, *a.shape)
+    y = b.float().double() * expand(b_scale, *b.shape)
+    return x @ y.t(), x.abs() @ y.abs().t()
+
+
+def make(m: int, n: int, k: int, *, by_row: bool = False, layout: str = "mn", seed: int = 0) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+    blocks = (k + 127) // 128
+    a, b = codes(m, k, generator), codes(n, k, generator)
+    a_scale = scales(m, blocks, generator, layout)
+    b_scale = scales(n if by_row else (n + 127) // 128, blocks, generator, layout)
+    return Case(a, a_scale, b, b_scale, *product(a, a_scale, b, b_scale))
+
+
+def canvas(shape: tuple[int, ...], dtype: torch.dtype, *, offset: int = 8) -> tuple[Tensor, Tensor]:
+    """An output of NaN inside a larger tensor of NaN, and that tensor."""
+    *leading, n = shape
+    memory = torch.full((*leading[:-1], leading[-1] + 2, n + offset + 8), torch.nan, dtype=dtype)
+    return memory[..., : leading[-1], offset : offset + n], memory
+
+
+def check(out: Tensor, wanted: Tensor, size: Tensor, what: str = "out") -> None:
+    bound = 1e-5 * size
+    if out.dtype == torch.bfloat16:
+        bound = bound + wanted.abs() * 2**-8 + 1e-30
+    close(out, wanted, bound, what)
+
+
+def only_wrote(memory: Tensor, written: Tensor) -> None:
+    """Everything else of the canvas is still NaN."""
+    count = int((~memory.isnan()).sum())
+    assert count == written.numel(), f"{count} elements written, wanted {written.numel()}"
+
+
+def run(kernel: str, call, *args) -> None:
+    before = dk.launch_counts()[kernel]
+    with _simulator.active("cuda"):
+        call(*args)
+    assert dk.launch_counts()[kernel] == before + 1, f"{kernel} did not run"
+
+
+def gemm(case: Case, out: Tensor, kernel: str, *, bias: Tensor | None = None, sms: int | None = None) -> None:
+    run(kernel, _cuda.fp8_gemm, case.a, case.a_scale, case.b, case.b_scale, bias, out.dtype, "auto", sms, out)
+
+
+SQUARE, ROW = "fp8_gemm_128x128_block", "fp8_gemm_128x128_row"
+TALL, WIDE = "fp8_gemm_256x128_block", "fp8_gemm_128x192_block"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "m", "n", "k", "sms"),
+    [
+        (SQUARE, 128, 128, 128, None),  # one tile, one k-block
+        (SQUARE, 1, 8, 16, None),  # the smallest
+        (SQUARE, 77, 120, 80, None),  # tails of M, N and K
+        (SQUARE, 128, 128, 7 * 128, None),  # ring wrap: six stages
+        (SQUARE, 64, 64, 13 * 128 + 48, None),  # parity wrap, and a tail of K
+        (SQUARE, 129, 136, 384, None),  # two by two tiles, three of them slivers
+        (ROW, 128, 128, 128, None),
+        (ROW, 77, 120, 7 * 128 + 16, None),
+        (ROW, 200, 264, 256, 1),  # six tiles on one CTA: the ring runs on across tiles
+        (TALL, 256, 128, 128, 1),
+        (TALL, 250, 120, 9 * 128 + 16, 1),  # ring and parity wrap: four stages
+        (TALL, 512, 256, 128, 1),  # several tiles on one CTA
+        (WIDE, 128, 192, 128, 1),
+        (WIDE, 100, 184, 11 * 128 + 16, 1),  # ring and parity wrap: five stages
+        (WIDE, 128, 384, 256, 1),  # the second tile starts inside a block of B's scales
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_gemm(kernel: str, m: int, n: int, k: int, sms: int | None, dtype: torch.dtype) -> None:
+    case = make(m, n, k, by_row=kernel == ROW)
+    out, memory = canvas((m, n), dtype)
+    gemm(case, out, kernel, sms=sms)
+    check(out, case.wanted, case.size)
+    only_wrote(memory, out)
+    again, _ = canvas((m, n), dtype)
+    gemm(case, again, kernel, sms=sms)
+    assert same_bits(out, again)
+
+
+@pytest.mark.parametrize("layout", ["k", "gaps"])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_gemm_takes_scales_as_they_are(layout: str, by_row: bool) -> None:
+    case = make(100, 136, 272, by_row=by_row, layout=layout)
+    out, _ = canvas((100, 136), torch.float32)
+    gemm(case, out, ROW if by_row else SQUARE)
+    check(out, case.wanted, case.size)
+
+
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("offset", [8, 1])  # 1: rows that no vector store may touch
+def test_gemm_adds_bias_and_what_was_there(bias_dtype, dtype: torch.dtype, offset: int) -> None:
+    case = make(70, 72, 144)
+    bias = None if bias_dtype is None else torch.randn(72, generator=torch.Generator().manual_seed(1)).to(bias_dtype)
+    out, memory = canvas((70, 72), dtype, offset=offset)
+    out.copy_(torch.randn(70, 72, generator=torch.Generator().manual_seed(2)))
+    wanted = case.wanted + out.double() + (0 if bias is None else bias.double())
+    args = (case.a, case.a_scale, case.b, case.b_scale, bias, "fixed", None, out)
+    run(SQUARE, _cuda.fp8_gemm_accumulate, *args)
+    check(out, wanted, case.size + wanted.abs())
+    only_wrote(memory, out)
+
+
+def test_gemm_without_k_is_the_bias() -> None:
+    case = make(3, 16, 0)
+    bias = torch.arange(16, dtype=torch.float32)
+    out, memory = canvas((3, 16), torch.float32)
+    gemm(case, out, SQUARE, bias=bias)
+    assert torch.equal(out, bias.expand(3, 16))
+    only_wrote(memory, out)
+
+
+def test_gemm_without_rows_launches_nothing() -> None:
+    case = make(0, 16, 32)
+    before = dk.launch_counts()
+    with _simulator.active("cuda"):
+        _cuda.fp8_gemm(
+            case.a, case.a_scale, case.b, case.b_scale, None, torch.float32, "auto", None, torch.empty(0, 16)
+        )
+    assert dk.launch_counts() == before
+
+
+def test_gemm_rows_do_not_depend_on_m() -> None:
+    case = make(256, 128, 640)
+    outs = []
+    for m in (256, 65, 1):
+        out = torch.empty(m, 128)
+        args = (case.a[:m], case.a_scale[:m], case.b, case.b_scale, None, torch.float32, "fixed", None, out)
+        run(SQUARE, _cuda.fp8_gemm, *args)
+        outs.append(out)
+    assert same_bits(outs[0][:65], outs[1]) and same_bits(outs[0][:1], outs[2])
+
+
+def test_gemm_keeps_nan_in_its_row_and_block() -> None:
+    case = make(130, 128, 256)
+    case.a_scale[5, 1] = torch.nan
+    out = torch.empty(130, 128)
+    gemm(case, out, SQUARE)
+    wanted, size = product(case.a, case.a_scale, case.b, case.b_scale)
+    assert out[5].isnan().all()
+    check(out, wanted, size.nan_to_num())
+
+
+GROUPS = {
+    "ragged": [0, 3, 3, 131, 132, 260],  # a boundary inside a tile, an empty group, one row
+    "empty": [0, 0, 0, 0],
+    "many": [0, *range(1, 70, 2)],  # more groups than a warp has lanes
+    "short": [0, 40, 90],  # rows that no group owns
+}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "groups", "sms", "dtype"),
+    [
+        ("fp8_grouped_gemm_128x128_block", "ragged", None, torch.bfloat16),
+        ("fp8_grouped_gemm_128x128_block", "ragged", 1, torch.float32),
+        ("fp8_grouped_gemm_128x128_block", "many", 3, torch.bfloat16),
+        ("fp8_grouped_gemm_128x128_block", "empty", None, torch.float32),
+        ("fp8_grouped_gemm_128x128_row", "short", 2, torch.float32),
+        ("fp8_grouped_gemm_256x128_block", "tall", 1, torch.bfloat16),
+    ],
+)
+def test_grouped_gemm(kernel: str, groups: str, sms: int | None, dtype: torch.dtype) -> None:
+    offsets = [0, 300, 512] if groups == "tall" else GROUPS[groups]
+    rows, n, k, count = (
+        offsets[-1] + (20 if groups != "tall" else 0),
+        136 if groups == "ragged" else 40,
+        272,
+        len(offsets) - 1,
+    )
+    generator = torch.Generator().manual_seed(3)
+    by_row = kernel.endswith("row")
+    a, a_scale = codes(rows, k, generator), scales(rows, 3, generator, "mn")
+    b = torch.stack([codes(n, k, generator).view(torch.uint8) for _ in range(count)]).contiguous().view(a.dtype)
+    b_scale = torch.rand(count, n if by_row else (n + 127) // 128, 3, generator=generator) + 0.5
+    a[offsets[-1] :].view(torch.uint8).fill_(NAN_CODE)
+    a_scale[offsets[-1] :] = torch.nan
+    out, memory = canvas((rows, n), dtype)
+    run(kernel, _cuda.fp8_grouped_gemm, a, a_scale, b, b_scale, torch.tensor(offsets, dtype=torch.int32), sms, out)
+    for g in range(count):
+        span = slice(offsets[g], offsets[g + 1])
+        check(out[span], *product(a[span], a_scale[span], b[g], b_scale[g]), f"group {g}")
+    only_wrote(memory, out[: offsets[-1]])
+
+
+@pytest.mark.parametrize("kernel", ["fp8_masked_gemm_128x128_block", "fp8_masked_gemm_128x128_row"])
+def test_masked_gemm(kernel: str) -> None:
+    counts, most, n, k = [3, 0, 150, 70, 1], 150, 136, 144
+    generator = torch.Generator().manual_seed(4)
+    by_row = kernel.endswith("row")
+    a = torch.stack([codes(most, k, generator).view(torch.uint8) for _ in counts]).contiguous()
+    a_scale = torch.rand(len(counts), most, 2, generator=generator) + 0.5
+    for g, rows in enumerate(counts):
+        a[g, rows:] = NAN_CODE
+        a_scale[g, rows:] = torch.nan
+    a = a.view(torch.float8_e4m3fn)
+    b = torch.stack([codes(n, k, generator).view(torch.uint8) for _ in counts]).contiguous().view(a.dtype)
+    b_scale = torch.rand(len(counts), n if by_row else 2, 2, generator=generator) + 0.5
+    out, memory = canvas((len(counts), most, n), torch.bfloat16)
+    run(kernel, _cuda.fp8_masked_gemm, a, a_scale, b, b_scale, torch.tensor(counts, dtype=torch.int32), None, 2, out)
+    for g, rows in enumerate(counts):
+        wanted = product(a[g, :rows], a_scale[g, :rows], b[g], b_scale[g])
+        check(out[g, :rows], *wanted, f"group {g}")
+    assert int((~memory.isnan()).sum()) == sum(counts) * n
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize(
+    ("kernel", "m", "dtype"),
+    [
+        ("fp8_grouped_wgrad_128x128", 72, torch.float32),
+        ("fp8_grouped_wgrad_128x128", 72, torch.bfloat16),
+        ("fp8_grouped_wgrad_256x128", 200, torch.float32),
+    ],
+)
+def test_grouped_wgrad(kernel: str, m: int, dtype: torch.dtype, accumulate: bool) -> None:
+    offsets, n = [0, 128, 128, 128 * 8, 128 * 9], 40
+    total = 128 * 10
+    generator = torch.Generator().manual_seed(5)
+    a, b = codes(m, total, generator), codes(n, total, generator)
+    a_scale, b_scale = scales(m, 10, generator, "k"), scales(n, 10, generator, "mn")
+    for x in (a, b):
+        x[:, offsets[-1] :].view(torch.uint8).fill_(NAN_CODE)
+    out, memory = canvas((4, m, n), dtype)
+    old = torch.zeros(4, m, n, dtype=torch.float64)
+    call = _cuda.fp8_grouped_wgrad
+    args = [a, a_scale, b, b_scale, torch.tensor(offsets, dtype=torch.int32), dtype, 1, out]
+    if accumulate:
+        out.copy_(torch.randn(4, m, n, generator=generator))
+        old, call = out.double(), _cuda.fp8_grouped_wgrad_accumulate
+        del args[5]
+    run(kernel, call, *args)
+    for g in range(4):
+        k = slice(offsets[g], offsets[g + 1])
+        blocks = slice(offsets[g] // 128, offsets[g + 1] // 128)
+        wanted, size = product(a[:, k], a_scale[:, blocks], b[:, k], b_scale[:, blocks])
+        check(out[g], wanted + old[g], size + old[g].abs(), f"group {g}")
+    assert int((~memory.isnan()).sum()) == out.numel()
