@@ -136,7 +136,8 @@ class Sampler:
         if self.top_p < 1:
             ordered, index = p.sort(dim=-1, descending=True)
             before = ordered.cumsum(-1) - ordered  # the set keeps the token that reaches top_p
-            p = torch.zeros_like(p).scatter(-1, index, ordered.masked_fill(before >= self.top_p, 0.0))
+            kept = ordered.masked_fill(before >= self.top_p, 0.0)
+            p = torch.zeros_like(p).scatter(-1, index, kept / kept.sum(-1, keepdim=True))
         return p
 
     def draw(self, p: Tensor) -> Tensor:

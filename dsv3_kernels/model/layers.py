@@ -139,7 +139,7 @@ class Linear(nn.Module):
     def grouped(self, rows: Tensor, offsets: Tensor, *, fp8: bool = False) -> Tensor:
         """rows[offsets[e]:offsets[e+1]] @ W[e]^T for every expert; every row belongs to an expert."""
         if fp8:
-            return dk.fp8_grouped_linear(rows, self.weight, offsets)
+            return dk.fp8_grouped_linear(rows, self.weight, offsets, pow2_scale=self.pow2_scale)
         if rows.is_cuda and rows.dtype == torch.bfloat16 and self.scale is None:
             return torch._grouped_mm(rows, self.dense(rows.dtype).mT, offs=offsets[1:])
         bounds = offsets.tolist()  # on the CPU nothing waits; on a GPU this path is for float32 comparisons only
@@ -306,6 +306,7 @@ class Attention(nn.Module):
             step.seqlens,
             softmax_scale=config.softmax_scale,
             plan=step.plan,
+            latent=config.kv_lora_rank,
         )
         return torch.bmm(out.flatten(0, 1).transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
 
@@ -322,7 +323,9 @@ class Attention(nn.Module):
             counts = [min(max(n - start, 0), size) if new else 0 for n, new in zip(prefix, step.lengths, strict=True)]
             cu_k = cumulative(counts, cu.device)
             table = cache.block_table[:, start // cache.page_size :].contiguous()
-            old, old_rope = dk.mla_cache_gather(cache.pages[self.layer], table, cu_k, sum(counts))
+            old, old_rope = dk.mla_cache_gather(
+                cache.pages[self.layer], table, cu_k, sum(counts), latent=self.config.kv_lora_rank
+            )
             k_nope, v = self._expand(old.to(q.dtype), step)
             part = dk.mla_prefill(q, k_nope, old_rope.to(q.dtype), v, cu, cu_k, softmax_scale=scale, causal=False)
             out, lse = dk.merge_attention(out, lse, *part)

@@ -370,6 +370,7 @@ class DeepSeekV3(nn.Module):
     def _check_cache(self, cache: Any, lengths: list[int]) -> None:
         if not isinstance(cache, PagedLatentCache):
             raise TypeError(f"model: cache: got {type(cache).__name__}, wanted a PagedLatentCache")
+        _checks.dtype("model", "cache", cache.pages, self.dtype, torch.uint8)
         _checks.device("model", cache=cache.pages, weights=self.lm_head.weight)
         batch, held = len(lengths), len(cache.lengths)
         _checks.value("model", "cache", batch == held, f"{held} sequences", f"{batch} as in tokens")

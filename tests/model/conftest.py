@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,12 @@ def cases(tmp_path_factory):
         return made[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def bf16(cases):
+    """bf16(name) -> transformers' own bfloat16 model of a case."""
+    return functools.cache(lambda name: oracle.Oracle(cases(name).folder, dtype=torch.bfloat16))
 
 
 @pytest.fixture(scope="session")

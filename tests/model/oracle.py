@@ -246,9 +246,38 @@ class Oracle:
             out.append(torch.cat([layer.keys[0, 0], torch.stack([first, second], -1).flatten(-2)], -1))
         return out
 
-    @torch.no_grad()
-    def mtp(self, tokens: list[int], pre_norm: bool = False) -> tuple[Tensor, float]:
-        """(logits [S-1, V] of the MTP module, routing margin)."""
+    def gradients(
+        self, tokens: Tensor, mtp_weight: float, replay: list[Tensor] | None = None
+    ) -> tuple[float, float, dict[str, Tensor]]:
+        """(main loss, MTP loss, {released name: gradient}) of tokens [B, S], by torch autograd."""
+        layer = self._mtp_model()
+        parameters = [*self.model.named_parameters(), *((f"mtp.{n}", p) for n, p in layer.layers.named_parameters())]
+        for _, parameter in parameters:
+            parameter.requires_grad_(True).grad = None
+        positions = torch.arange(1, tokens.shape[1]).expand(len(tokens), -1)
+        with self._routers([], replay):
+            hidden = self.model.model(tokens, use_cache=False).last_hidden_state
+            main = _cross_entropy(self.model.lm_head(hidden)[:, :-1], tokens[:, 1:])
+            out = layer.forward_layer(0, hidden[:, :-1], positions, None, input_ids=tokens[:, 1:])
+        extra = _cross_entropy(layer._project_to_logits(out)[:, :-1], tokens[:, 2:])
+        (main + mtp_weight * extra).backward()
+        grads = {}
+        for name, parameter in parameters:
+            depth = self.model.config.num_hidden_layers
+            name = name.replace("mtp.0.mtp_block.", "mtp.0.").replace("post_norm", "shared_head.norm")
+            name = name.replace("mtp.0.", f"model.layers.{depth}.")
+            at, _, kind = name.rpartition(".")
+            grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+            if kind == "gate_up_proj":
+                for e, (gate, up) in enumerate(g.chunk(2) for g in grad):
+                    grads |= {f"{at}.{e}.gate_proj.weight": gate, f"{at}.{e}.up_proj.weight": up}
+            elif kind == "down_proj":
+                grads |= {f"{at}.{e}.down_proj.weight": g for e, g in enumerate(grad)}
+            else:
+                grads[name] = grad
+        return main.item(), extra.item(), grads
+
+    def _mtp_model(self):
         from transformers.modeling_layers import MtpModel
 
         if self._mtp is None:
@@ -256,6 +285,12 @@ class Oracle:
             for layer in self._mtp.layers:
                 layer.mtp_block.self_attn.config._attn_implementation = "eager"
                 layer.mtp_block.mlp.experts.config._experts_implementation = "eager"
+        return self._mtp
+
+    @torch.no_grad()
+    def mtp(self, tokens: list[int], pre_norm: bool = False) -> tuple[Tensor, float]:
+        """(logits [S-1, V] of the MTP module, routing margin)."""
+        layer = self._mtp_model()
         ids = torch.tensor([tokens])
         base = self.model.model
         seen: list = []
@@ -266,9 +301,13 @@ class Oracle:
             hook.remove()
             hidden = states[0] if pre_norm else hidden
             positions = torch.arange(1, ids.shape[1])[None]
-            out = self._mtp.forward_layer(0, hidden[:, :-1], positions, None, input_ids=ids[:, 1:])
-        logits = self._mtp._project_to_logits(out)[0].float()
+            out = layer.forward_layer(0, hidden[:, :-1], positions, None, input_ids=ids[:, 1:])
+        logits = layer._project_to_logits(out)[0].float()
         return logits, min(_margin(r, z) for r, z, _ in seen)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
 def _margin(router, logits: Tensor) -> float:
