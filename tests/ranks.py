@@ -40,7 +40,7 @@ def _main(
 
 
 def run(
-    function: Callable, num_ranks: int, *arguments: Any, seconds: float = 60, lost: tuple[int, ...] = ()
+    function: Callable, num_ranks: int, *arguments: Any, seconds: float = 180, lost: tuple[int, ...] = ()
 ) -> list[Any]:
     """``function(rank, *arguments)`` on every rank; the results in order of rank (None for ``lost`` ranks, which may
     die).
@@ -49,7 +49,15 @@ def run(
     rank that dies, or ranks that are not done after ``seconds`` fail the test, and no process stays behind.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "numpy", "dsv3_kernels.pipeline.executor"])
+    context.set_forkserver_preload(
+        [
+            "torch",
+            "torch.distributed",
+            "numpy",
+            "dsv3_kernels.pipeline.executor",
+            "dsv3_kernels.parallel.expert_parallel",
+        ]
+    )
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         processes, pipes = [], []

@@ -6,11 +6,18 @@ from importlib import import_module
 from typing import Any
 
 _MODULES = ("eplb", "simulate")
+_NAMES = {
+    "EPCapacityError": "expert_parallel",
+    "EPTimeoutError": "transport",
+    "ExpertParallel": "expert_parallel",
+}
 
-__all__ = ["eplb", "simulate"]
+__all__ = ["EPCapacityError", "EPTimeoutError", "ExpertParallel", "eplb", "simulate"]
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return import_module(f"{__name__}.{name}")
+    if name in _NAMES:
+        return getattr(import_module(f"{__name__}.{_NAMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
