@@ -24,7 +24,7 @@ class BuildPython(build_py):
         native.build()
         self.__dict__.pop("data_files", None)  # setuptools caches the list
         if not native.wanted():
-            self.package_data = {"*": ["*.pyi", "py.typed", "images/manifest.json"]}
+            self.package_data = {"": ["*.pyi", "py.typed", "images/manifest.json"]}
         super().run()
 
 

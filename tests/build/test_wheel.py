@@ -91,7 +91,7 @@ def test_contents(native):
 
 def test_images_and_objects_are_taken_as_they_are(native):
     _, log = native
-    assert "compiling" not in log, log
+    assert not [line for line in log.splitlines() if line.startswith("dsv3_kernels: ")], log
 
 
 def test_metadata(native):
@@ -163,9 +163,9 @@ import dsv3_kernels._host
 
 def test_source_distribution(tmp_path):
     tree = copy_of_the_tree(tmp_path / "tree")
-    script = f"from build_backend import hooks; print(hooks.build_sdist({str(tmp_path)!r}))"
-    name = run(sys.executable, "-c", script, cwd=tree).split()[-1]
-    shutil.unpack_archive(tmp_path / name, tmp_path / "unpacked")
+    script = f"from build_backend import hooks; hooks.build_sdist({str(tmp_path)!r})"
+    run(sys.executable, "-c", script, cwd=tree)
+    shutil.unpack_archive(tmp_path / "dsv3_kernels-0.1.0.tar.gz", tmp_path / "unpacked")
     (top,) = (tmp_path / "unpacked").iterdir()
     inside = {str(path.relative_to(top)) for path in top.rglob("*") if path.is_file()}
     sources = {
