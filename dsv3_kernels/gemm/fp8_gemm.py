@@ -32,7 +32,7 @@ def fp8_gemm(
     Every 128 of K are multiplied in FP8 and promoted: `D += partial * (a_scale * b_scale)` in float32; then come the
     bias and, when accumulating, what `out` held, and one rounding to the output's dtype. DeepSeek-V3 technical report
     (arXiv 2412.19437), section 3.3.2. On eager, a partial product is the exact sum rounded once to float32: a row of D
-    is a function of its row of A alone, whatever the batch.
+    is a function of its row of A alone, whatever the batch. Not differentiable: `fp8_linear` is.
 
     Args:
         a: `[M, K]` float8_e4m3fn, any M and K.
