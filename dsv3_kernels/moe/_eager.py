@@ -129,7 +129,7 @@ def moe_unpermute_backward(
 
 def moe_update_bias(bias: Tensor, counts: Tensor, speed: float) -> None:
     counts = counts.long()
-    bias += speed * (counts.sum() - counts.numel() * counts).sign()
+    bias += (counts.sum() - counts.numel() * counts).sign().to(bias.dtype) * speed
 
 
 def _loads(scores: Tensor, experts: Tensor, seq_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

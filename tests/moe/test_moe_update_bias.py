@@ -50,12 +50,12 @@ def test_evens_out_a_skewed_router(device):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(512, 8, generator=generator) + torch.linspace(-2, 2, 8)
     bias, busiest = torch.zeros(8), []
-    for _ in range(200):
+    for _ in range(80):
         _, experts = dk.moe_gate(logits, bias, num_groups=1, topk_groups=1, top_k=2, scaling=1.0)
         counts = dk.moe_permute(torch.zeros(512, 1), experts, 8)[3].counts
         busiest.append(int(counts.max()))
-        dk.moe_update_bias(bias, counts, 0.01)
-    assert busiest[0] > 1.8 * 128 and busiest[-1] < 1.1 * 128
+        dk.moe_update_bias(bias, counts, 0.02)
+    assert busiest[0] > 3 * 128 and busiest[-1] < 1.2 * 128
 
 
 def test_memory_around_it_stays(backend, device):
