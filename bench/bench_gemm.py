@@ -182,32 +182,41 @@ def deep_gemm_masked(
     return lambda: deep_gemm.m_grouped_fp8_gemm_nt_masked((a, scale), (b, b_scale), out, counts, mean)
 
 
-def fp8_grouped_wgrad(groups: int, tokens: int, m: int, n: int, *, quick: bool = False) -> Case:
+def fp8_grouped_wgrad(
+    groups: int, tokens: int, m: int, n: int, *, accumulate: bool = False, quick: bool = False
+) -> Case:
+    op = "fp8_grouped_wgrad_accumulate" if accumulate else "fp8_grouped_wgrad"
+
     def make(device: torch.device) -> tuple[Any, ...]:
         offsets = uneven_offsets(device, tokens, groups)
         a, b = (dk.quantize_1x128_both(normal(device, tokens, size), offsets=offsets)[2:] for size in (m, n))
-        return *a[:2], *b, torch.empty(groups, m, n, device=device)
+        return *a[:2], *b, torch.zeros(groups, m, n, device=device)
+
+    def run(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, out: Tensor) -> Tensor:
+        return dk.fp8_grouped_wgrad(a, a_scale, b, b_scale, offsets, out=out, accumulate=accumulate)
 
     def check(inputs: tuple[Any, ...], out: Tensor) -> str | None:
         a, a_scale, b, b_scale, offsets, _ = inputs
         bounds = offsets.tolist()
-        return first(
+        wrong = first(
             off(
-                "fp8_grouped_wgrad",
+                op,
                 out[g],
                 (a[:, start:end], a_scale[:, start // 128 : end // 128]),
                 (b[:, start:end], b_scale[:, start // 128 : end // 128]),
             )
             for g, (start, end) in enumerate(pairwise(bounds))
         )
+        out.zero_()  # the next side starts from nothing too
+        return wrong
 
     return Case(
-        op="fp8_grouped_wgrad",
+        op=op,
         shape={"G": groups, "S": tokens, "M": m, "N": n},
         make=make,
-        run=lambda a, a_scale, b, b_scale, offsets, out: dk.fp8_grouped_wgrad(a, a_scale, b, b_scale, offsets, out=out),
+        run=run,
         check=check,
-        bytes=(m + n) * tokens + scales(m + n, tokens) + 4 * groups * m * n,
+        bytes=(m + n) * tokens + scales(m + n, tokens) + (8 if accumulate else 4) * groups * m * n,
         flops=2 * tokens * m * n,
         unit="fp8",
         quick=quick,
@@ -259,5 +268,6 @@ CASES = [
     fp8_masked_gemm(1, 1024, 512, 4096, 7168),
     fp8_grouped_wgrad(8, 32768, 4096, 7168, quick=True),
     fp8_grouped_wgrad(8, 32768, 7168, 2048),
+    fp8_grouped_wgrad(8, 32768, 7168, 2048, accumulate=True),
     fp8_grouped_gemm_swiglu_quantize(8, 32768, 2048, 7168, quick=True),
 ]

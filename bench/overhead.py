@@ -10,6 +10,7 @@ import functools
 import importlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -39,22 +40,22 @@ def probes(quick: bool) -> dict[str, Callable[[], dict[str, Any]]]:
 
 
 def import_time(rounds: int = 7) -> dict[str, Any]:
-    """Seconds that `import dsv3_kernels` adds to a bare Python; the least of several."""
+    """Processor seconds that `import dsv3_kernels` adds to a bare Python; the least of several."""
+
+    def processor() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    def once(code: str) -> float:
+        before = processor()
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+        return processor() - before
 
     def least(code: str) -> float:
-        return min(_seconds([sys.executable, "-c", code]) for _ in range(rounds))
+        return min(once(code) for _ in range(rounds))
 
     bare = least("pass")
     return {"import_s": max(0.0, least("import dsv3_kernels") - bare), "bare_python_s": bare}
-
-
-def _seconds(command: list[str], **options: Any) -> float:
-    started = time.perf_counter()
-    done = subprocess.run(command, cwd=options.pop("cwd", ROOT), capture_output=True, text=True, **options)
-    seconds = time.perf_counter() - started
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command[:3])} failed: {done.stderr[-2000:]}")
-    return seconds
 
 
 def launch_time(op: str) -> dict[str, Any]:
@@ -148,7 +149,11 @@ def build_time() -> dict[str, Any]:
         for name in ("csrc", "build_backend"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "ptxsim"))
         (copy / NAMESPACE).mkdir()
-        seconds = _seconds([sys.executable, "-m", "build_backend"], cwd=copy)
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "build_backend"], cwd=copy, capture_output=True, text=True)
+        seconds = time.perf_counter() - started
+        if done.returncode:
+            raise RuntimeError(f"python -m build_backend failed: {done.stderr[-2000:]}")
         images = json.loads((copy / NAMESPACE / "images" / "manifest.json").read_text())["images"]
         return {"build_s": seconds, "images": len(images), "host_module": any((copy / NAMESPACE).glob("_host*.so"))}
 

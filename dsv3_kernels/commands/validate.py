@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._library import OPS
+from .._library import COMPOSITIONS, OPS
 from ..backends import NAMES
 from . import UserError
 from .console import GOOD, Console
@@ -35,8 +35,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Exit code 0 when everything agrees, 1 when something does not, 2 for a request that cannot be served."""
-    if unknown := [op for op in options.op or () if op not in OPS]:
-        raise UserError(f"--op {unknown[0]}: no such op; there are {', '.join(OPS)}")
+    known = [*OPS, *COMPOSITIONS]
+    if unknown := [op for op in options.op or () if op not in known]:
+        raise UserError(f"--op {unknown[0]}: no such op; there are {', '.join(known)}")
     try:
         import torch  # noqa: F401
     except ImportError as error:
@@ -62,16 +63,15 @@ def report(results: Iterable[Result], console: Console) -> int:
     ops = {op for result in results for op in result.ops}
     console.line(f"{len(ops)} ops on {', '.join(backends)}: {agree} of {len(results)} cases agree with float64")
     for result in failed:
-        console.line(f"FAIL {result.ops[0]} on {_place(result)} {result.shape}: {result.error}")
+        console.line(f"FAIL {result.title} on {_place(result)} {result.shape}: {result.error}")
     return 1 if failed else 0
 
 
 def _row(result: Result) -> list[str]:
     exact = "bits" if result.exact else _figure(result.of_bound)
     state = GOOD if result.ok else "FAIL"
-    name = " + ".join(result.ops)
     numbers = [_figure(result.absolute), _figure(result.relative), exact, f"{result.seconds * 1e3:.2f}"]
-    return [name, _place(result), result.shape, *numbers, state]
+    return [result.title, _place(result), result.shape, *numbers, state]
 
 
 def _place(result: Result) -> str:

@@ -83,12 +83,16 @@ def summing(terms: int) -> float:
     return (8 + 4 * terms**0.5) * UNIT[torch.float32]
 
 
+Make = Callable[[Inputs], Problem]
+
+
 @dataclass(frozen=True)
 class Case:
-    """Makes a problem of the ops named: the public one first, then those that it brings in (backward passes)."""
+    """Makes a problem whose run calls all of `ops`; `title` is what a reader knows it by."""
 
+    title: str
     ops: tuple[str, ...]
-    make: Callable[[Inputs], Problem]
+    make: Make
 
     @property
     def name(self) -> str:
@@ -99,6 +103,7 @@ class Case:
 class Result:
     """What one case gave on one backend."""
 
+    title: str
     ops: tuple[str, ...]
     case: str
     backend: str
@@ -116,14 +121,19 @@ class Result:
         return self.error is None
 
 
+def failure(title: str, ops: tuple[str, ...], backend: str, device: str, error: str) -> Result:
+    """What could not even be run."""
+    return Result(title, ops, "", backend, device, "", 0.0, 0.0, 0.0, False, 0.0, error)
+
+
 CASES: list[Case] = []
 
 
-def case(*ops: str) -> Callable[[Callable[[Inputs], Problem]], Callable[[Inputs], Problem]]:
-    """Enter a function in the table of cases."""
+def case(*ops: str, title: str = "") -> Callable[[Callable[[Inputs], Problem]], Callable[[Inputs], Problem]]:
+    """Enter a function in the table of cases, with every op of the library that its run calls."""
 
-    def enter(make: Callable[[Inputs], Problem]) -> Callable[[Inputs], Problem]:
-        CASES.append(Case(ops, make))
+    def enter(make: Make) -> Make:
+        CASES.append(Case(title or " + ".join(ops), ops, make))
         return make
 
     return enter
@@ -154,7 +164,7 @@ def places(ops: Iterable[str], wanted: Iterable[str] | None = None) -> Iterator[
 
 
 def validate(ops: Iterable[str] | None = None, names: Iterable[str] | None = None) -> Iterator[Result]:
-    """Run the cases that touch one of `ops` (default: all) on the backends `names` (default: all that are here).
+    """Run the cases that touch or are called one of `ops` (default: all) on the backends `names` (default: all that are here).
 
     An op without a case on a backend where it could run gives a failed result of its own.
     """
@@ -162,11 +172,11 @@ def validate(ops: Iterable[str] | None = None, names: Iterable[str] | None = Non
     names = None if names is None else list(names)
     covered: set[tuple[str, str, str]] = set()
     for entry in cases():
-        if not wanted & set(entry.ops):
+        if not wanted & {entry.title.partition(",")[0], *entry.ops}:
             continue
         if unknown := set(entry.ops) - set(OPS):
             words = f"not in _library.OPS: {', '.join(sorted(unknown))}"
-            yield Result(entry.ops, entry.name, "", "", "", 0.0, 0.0, 0.0, False, 0.0, words)
+            yield failure(entry.title, entry.ops, "", "", words)
             continue
         for name, device in places(entry.ops, names):
             covered |= {(op, name, device.type) for op in entry.ops}
@@ -174,7 +184,7 @@ def validate(ops: Iterable[str] | None = None, names: Iterable[str] | None = Non
     for op in OPS:
         for name, device in places([op], names):
             if op in wanted and (op, name, device.type) not in covered:
-                yield Result((op,), "", name, device.type, "", 0.0, 0.0, 0.0, False, 0.0, "no validation case")
+                yield failure(op, (op,), name, device.type, "no validation case")
 
 
 def check(entry: Case, name: str, device: torch.device) -> Result:
@@ -200,9 +210,9 @@ def check(entry: Case, name: str, device: torch.device) -> Result:
             error = f"{changed[0]}: a second run gave other bits"
         if error is None and name.endswith("cuda") and _launches(name) == before:
             error = "no kernel was launched"
-    except Exception as failure:  # a case that raises has failed; the others still run
-        error = f"{type(failure).__name__}: {' '.join(str(failure).split())}"
-    return Result(entry.ops, entry.name, name, device.type, shape, *worst, exact, seconds, error)
+    except Exception as raised:  # a case that raises has failed; the others still run
+        error = f"{type(raised).__name__}: {' '.join(str(raised).split())}"
+    return Result(entry.title, entry.ops, entry.name, name, device.type, shape, *worst, exact, seconds, error)
 
 
 def compare(got: dict[str, Tensor], wanted: Mapping[str, Bits | Near]) -> tuple[tuple[float, float, float], str | None]:

@@ -183,17 +183,17 @@ def rows(x: Tensor) -> Tensor:
     return real(*quantize(x, 1, 128))
 
 
-@case("fp8_linear")
+@case("quantize_1x128", "quantize_128x128", "fp8_gemm", title="fp8_linear")
 def fp8_linear(r: Inputs) -> Problem:
-    x, w, bias = r.randn(6, K, dtype=torch.bfloat16), r.randn(24, K), r.randn(24)
+    x, w, bias = r.randn(6, K, dtype=torch.bfloat16), r.randn(32, K), r.randn(32)
     a64, b64 = rows(x), real(*quantize(w, 128, 128), 128)
     value = a64 @ b64.mT + bias.cpu().double()
     bound = r.dot(a64.abs() @ b64.abs().mT + bias.cpu().double().abs(), K, fp8=True)
     wanted = rounded(value, bound, torch.bfloat16)
-    return Problem(f"[6, {K}] -> 24, bias", lambda: {"out": dk.fp8_linear(x, w, bias=bias)}, {"out": wanted})
+    return Problem(f"[6, {K}] -> 32, bias", lambda: {"out": dk.fp8_linear(x, w, bias=bias)}, {"out": wanted})
 
 
-@case("fp8_linear")
+@case("quantize_1x128_both", "quantize_128x128", "fp8_gemm", title="fp8_linear, gradients")
 def fp8_linear_gradient(r: Inputs) -> Problem:
     """dx from rows of dy and the weight's 128x128 codes; dw from columns of dy and x."""
     tokens, outputs = 144, 32
@@ -209,16 +209,19 @@ def fp8_linear_gradient(r: Inputs) -> Problem:
     return Problem(f"[{tokens}, {K}] -> {outputs}, gradients", run, {"x": dx, "weight": dw})
 
 
-@case("fp8_grouped_linear")
+@case("quantize_1x128", "quantize_128x128", "fp8_grouped_gemm", title="fp8_grouped_linear")
 def fp8_grouped_linear(r: Inputs) -> Problem:
-    x, w = r.randn(70, K, dtype=torch.bfloat16), r.randn(3, 24, K)
+    x, w = r.randn(70, K, dtype=torch.bfloat16), r.randn(3, 32, K)
     wanted = grouped(r, rows(x), real(*quantize(w, 128, 128), 128), GROUPS)
     return Problem(
-        f"[70, {K}] -> [3, 24]", lambda: {"out": dk.fp8_grouped_linear(x, w, r.ints(*GROUPS))}, {"out": wanted}
+        f"[70, {K}] -> [3, 32]", lambda: {"out": dk.fp8_grouped_linear(x, w, r.ints(*GROUPS))}, {"out": wanted}
     )
 
 
-@case("fp8_grouped_linear")
+@case(
+    *("quantize_1x128_both", "quantize_128x128", "fp8_grouped_gemm", "fp8_grouped_wgrad"),
+    title="fp8_grouped_linear, gradients",
+)
 def fp8_grouped_linear_gradient(r: Inputs) -> Problem:
     groups, outputs = (0, 3, 3, 150), 32
     x, w, dy = r.randn(150, K), r.randn(3, outputs, K), r.randn(150, outputs)

@@ -169,3 +169,63 @@ def moe_permute_gradient(r: Inputs) -> Problem:
         return {"x": torch.autograd.grad(rows, ours, seed)[0]}
 
     return Problem("[9, 64], gradient", run, {"x": Near(value, magnitude * summing(3))})
+
+
+@case("moe_update_bias")
+def moe_update_bias(r: Inputs) -> Problem:
+    """Counts above, below and at their mean, which is no integer's float: the sign is exact."""
+    start, counts = r.randn(6), r.ints(2**30, 0, 2**30 - 1, 2**30 + 1, 2**31 - 1, 1)
+    totals = counts.cpu().long()
+    sign = torch.sign(totals.sum() - 6 * totals).double()
+    wanted = (start.cpu().double() + float(torch.tensor(0.001)) * sign).float()
+
+    def run() -> dict[str, Tensor]:
+        bias = start.clone()
+        dk.moe_update_bias(bias, counts, 0.001)
+        return {"bias": bias}
+
+    return Problem("[6]", run, {"bias": Bits(wanted)})
+
+
+def balance_loss(scores: Tensor, experts: Tensor, seq_ids: Tensor, alpha: float) -> Tensor:
+    """Equations 17 to 20 of the report, sequence by sequence, averaged over the sequences."""
+    losses = []
+    for sequence in seq_ids[seq_ids >= 0].unique():
+        mine = (seq_ids == sequence).nonzero().flatten()
+        chosen = experts[mine]
+        share = torch.stack([(chosen == e).sum() for e in range(scores.shape[1])]).double()
+        f = share * scores.shape[1] / (chosen.shape[1] * len(mine))
+        p = (scores[mine] / scores[mine].sum(-1, keepdim=True)).mean(0)
+        losses.append(alpha * (f * p).sum())
+    return torch.stack(losses).mean()
+
+
+def balance_inputs(r: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, choices with some dropped, and two sequences mixed with tokens that belong to none."""
+    ids = torch.tensor([0, 3, 3, -1, 0, 3, 3, -1, 3], device=r.device)
+    return torch.sigmoid(r.randn(9, EXPERTS)), routed(r)[0], ids
+
+
+@case("moe_balance_loss")
+def moe_balance_loss(r: Inputs) -> Problem:
+    scores, experts, ids = balance_inputs(r)
+    wanted = balance_loss(scores.cpu().double(), experts.cpu(), ids.cpu(), 0.01)
+
+    def run() -> dict[str, Tensor]:
+        return {"loss": dk.moe_balance_loss(scores, experts, seq_ids=ids, alpha=0.01)}
+
+    return Problem("[9, 5], 2 sequences", run, {"loss": Near(wanted, wanted * summing(64))})
+
+
+@case("moe_balance_loss", "moe_balance_loss_backward")
+def moe_balance_loss_gradient(r: Inputs) -> Problem:
+    scores, experts, ids = balance_inputs(r)
+    leaf = scores.cpu().double().requires_grad_()
+    (wanted,) = torch.autograd.grad(balance_loss(leaf, experts.cpu(), ids.cpu(), 0.01), leaf)
+
+    def run() -> dict[str, Tensor]:
+        ours = scores.clone().requires_grad_()
+        loss = dk.moe_balance_loss(ours, experts, seq_ids=ids, alpha=0.01)
+        return {"scores": torch.autograd.grad(loss, ours)[0]}
+
+    return Problem("[9, 5], gradient", run, {"scores": Near(wanted, wanted.abs().max() * summing(64))})

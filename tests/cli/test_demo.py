@@ -168,7 +168,7 @@ def test_where_runs_part(model):
     plain = model.generate([prompt], 6)[0][7:]
     assert demo.disagreement(model, prompt, plain, list(plain)) is None
     assert demo.disagreement(model, prompt, plain, plain[:5]) == "FAIL: 6 and 5 of them"
-    other = plain[:3] + [(plain[3] + 1) % 256] + plain[4:]
+    other = [*plain[:3], (plain[3] + 1) % 256, *plain[4:]]
     assert demo.disagreement(model, prompt, plain, other).startswith("FAIL: other ones from token 3 on")
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dsv3_kernels as dk
 from dsv3_kernels import backends, cli, validation
-from dsv3_kernels._library import OPS
+from dsv3_kernels._library import COMPOSITIONS, OPS
 from dsv3_kernels.quant import _eager
 from dsv3_kernels.validation import Bits, Case, Inputs, Near, Problem
 
@@ -46,6 +46,7 @@ def test_case(case):
 
 def test_every_op_has_a_case():
     assert set(OPS) <= {op for case in CASES for op in case.ops}
+    assert set(COMPOSITIONS) <= {case.title.partition(",")[0] for case in CASES}
     names = [case.name for case in CASES]
     assert len(names) == len(set(names))
 
@@ -103,7 +104,7 @@ def test_an_exception_is_a_failed_case(broken):
 def test_a_run_that_differs_from_the_first_is_found():
     outputs = iter((torch.zeros(3), torch.tensor([0.0, 0.0, -0.0])))
     problem = Problem("", lambda: {"x": next(outputs)}, {"x": Near(torch.zeros(3).double(), torch.tensor(1.0))})
-    result = validation.check(Case(("dequantize",), lambda inputs: problem), "eager", CPU)
+    result = validation.check(Case("", ("dequantize",), lambda inputs: problem), "eager", CPU)
     assert result.error == "x: a second run gave other bits"
 
 
