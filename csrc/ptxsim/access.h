@@ -1,0 +1,50 @@
+// Memory accesses of lanes, checked: which bytes they may touch and where these are on the host.
+#pragma once
+#include "sim.h"
+
+namespace ptxsim {
+
+enum class Kind : uint8_t { Read, Write, Atomic };
+
+struct Place {
+  uint8_t* p = nullptr;
+  uint8_t* valid = nullptr;  // one byte per byte, 1 = initialised; nullptr: all are
+  Cta* cta = nullptr;        // shared memory of this CTA, at `offset`
+  uint32_t offset = 0;
+  Buffer* buffer = nullptr;  // global memory
+};
+
+// Checks bounds, alignment (`align` bytes) and permission; throws what a debugger would want to read.
+Place locate(Warp& w, const Inst& in, int lane, Space space, uint64_t address, uint32_t bytes, Kind kind, uint32_t align);
+// At a shared::cluster address; `own`: it must be this CTA's.
+Place locateShared(Warp& w, const Inst& in, int lane, uint32_t address, uint32_t bytes, Kind kind, uint32_t align, bool own);
+Place locateGlobal(Warp& w, const Inst& in, int lane, uint64_t address, uint32_t bytes, Kind kind, uint32_t align);
+
+// The lanes of `m` access `bytes` each, aligned to their size.
+struct Span {
+  uint8_t* p[kLanes];
+  uint8_t* v[kLanes];
+  bool tracked = false;      // some v is set
+};
+void resolve(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* address, uint32_t bytes, Kind kind, Span& s);
+void addresses(Warp& w, const Inst& in, uint32_t m, uint64_t* out);  // in.a + in.imm; in.x[5] bytes of the register
+
+inline bool allValid(const uint8_t* v, uint32_t bytes) {
+  if (!v) return true;
+  if (bytes % 8 == 0) {
+    for (uint32_t i = 0; i < bytes; i += 8) {
+      uint64_t x;
+      memcpy(&x, v + i, 8);
+      if (x != 0x0101010101010101ull) return false;
+    }
+    return true;
+  }
+  for (uint32_t i = 0; i < bytes; ++i)
+    if (!v[i]) return false;
+  return true;
+}
+inline void markValid(uint8_t* v, uint32_t bytes, bool valid) {
+  if (v) memset(v, valid, bytes);
+}
+
+}  // namespace ptxsim

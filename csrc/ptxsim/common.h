@@ -1,0 +1,7 @@
+// What every file includes, to be compiled once.
+#include <algorithm>
+#include <array>
+#include <cmath>
+
+#include "async.h"
+#include "half.h"

@@ -1,0 +1,505 @@
+#include "decode.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace ptxsim {
+
+const OpTable& opTable() {
+  static const OpTable* table = [] {
+    auto* t = new OpTable;
+    addIntegerOps(*t);
+    addLogicOps(*t);
+    addFloatOps(*t);
+    addHalfOps(*t);
+    addConvertOps(*t);
+    addMemoryOps(*t);
+    addAtomicOps(*t);
+    addWarpOps(*t);
+    addControlOps(*t);
+    addBarrierOps(*t);
+    addAsyncOps(*t);
+    addTmaOps(*t);
+    addMatrixOps(*t);
+    addWgmmaOps(*t);
+    return t;
+  }();
+  return *table;
+}
+
+// ---- module variables
+
+uint64_t globalAddress(Module& m, Var& v) {
+  if (v.address) return v.address;
+  if (v.isExtern) throw Error("variable '" + v.name + "' is declared .extern and defined nowhere");
+  v.address =
+      Arena::get().allocate(std::max<uint64_t>(v.bytes, 1), v.name, true);  // written below, then as the module says
+  if (!v.init.empty()) memcpy((void*)v.address, v.init.data(), v.init.size());
+  for (auto& r : v.relocs) {
+    auto it = m.varByName.find(r.second);
+    if (it == m.varByName.end()) throw Error("initialiser of '" + v.name + "' refers to unknown '" + r.second + "'");
+    uint64_t value;
+    memcpy(&value, (void*)(v.address + r.first), 8);
+    value += globalAddress(m, *it->second);
+    memcpy((void*)(v.address + r.first), &value, 8);
+  }
+  if (v.space == Space::Const) Arena::get().find(v.address, 1)->writable = false;
+  return v.address;
+}
+
+// ---- KernelBuilder
+
+static unsigned slotBytes(Type t) {
+  return t == Type::Pred ? 4 : std::max(2u, typeBytes(t));
+}
+
+Ref KernelBuilder::reg(const Func& f, int index, unsigned* bytes) {
+  auto& table = regs[&f];
+  if (table.size() < f.regs.size()) table.resize(f.regs.size(), Placed{0, 0, 0});
+  Placed& p = table[(size_t)index];
+  if (!p.id) {
+    Type t = f.regs[(size_t)index].type;
+    p.bytes = t == Type::Pred ? 0 : slotBytes(t);
+    p.id = k.numIds++;
+    p.off = k.regBytes;
+    k.regBytes += t == Type::Pred ? 64 : p.bytes * kLanes;
+  }
+  if (bytes) *bytes = p.bytes;
+  return {p.off, p.id};
+}
+
+Ref KernelBuilder::sreg(Sreg kind, unsigned bytes, uint32_t value) {
+  std::string key = std::to_string((int)kind) + ":" + std::to_string(bytes) + ":" + std::to_string(value);
+  auto it = sregs.find(key);
+  if (it != sregs.end()) return it->second;
+  Ref r{k.regBytes, 0};
+  k.regBytes += bytes * kLanes;
+  k.sregs.push_back({kind, r.off, (uint8_t)bytes, value});
+  return sregs[key] = r;
+}
+
+uint32_t KernelBuilder::sharedOffset(const Var& v) {
+  auto it = shared.find(&v);
+  if (it != shared.end()) return it->second;
+  if (v.isExtern) throw Error("dynamic shared memory '" + v.name + "' was not placed");
+  uint32_t off = (kSharedReserved + k.staticShared + v.align - 1) / v.align * v.align;
+  k.staticShared = off + (uint32_t)v.bytes - kSharedReserved;
+  k.sharedVars.emplace_back(off, const_cast<Var*>(&v));
+  return shared[&v] = off;
+}
+
+uint32_t KernelBuilder::frameOffset(const Var& v) {
+  auto it = frame.find(&v);
+  if (it != frame.end()) return it->second;
+  unsigned align = std::max(v.align, 1u);
+  uint32_t off = (k.localBytes + align - 1) / align * align;
+  k.localBytes = off + (uint32_t)std::max<uint64_t>(v.bytes, 1);
+  return frame[&v] = off;
+}
+
+// ---- Dec
+
+void Dec::fail(const std::string& what) const {
+  throw Error("PTX line " + std::to_string(p.ptxLine) + ": " + p.text() + ": " + what);
+}
+bool Dec::has(const char* mod) const {
+  for (size_t i = 1; i < p.op.size(); ++i)
+    if (!used[i] && p.op[i] == mod) return true;
+  return false;
+}
+bool Dec::take(const char* mod) {
+  for (size_t i = 1; i < p.op.size(); ++i)
+    if (!used[i] && p.op[i] == mod) {
+      used[i] = true;
+      return true;
+    }
+  return false;
+}
+int Dec::takeOneOf(std::initializer_list<const char*> mods) {
+  int n = 0;
+  for (auto m : mods) {
+    if (take(m)) return n;
+    ++n;
+  }
+  return -1;
+}
+Type Dec::takeType() {
+  for (size_t i = 1; i < p.op.size(); ++i)
+    if (!used[i]) {
+      Type t = typeFromName(p.op[i]);
+      if (t != Type::None) {
+        used[i] = true;
+        return t;
+      }
+    }
+  return Type::None;
+}
+Type Dec::needType() {
+  Type t = takeType();
+  if (t == Type::None) fail("a type is missing");
+  return t;
+}
+void Dec::takePrefix(const char* prefix) {
+  for (size_t i = 1; i < p.op.size(); ++i)
+    if (p.op[i].compare(0, strlen(prefix), prefix) == 0) used[i] = true;
+}
+void Dec::wantArgs(size_t lo, size_t hi) {
+  if (p.args.size() < lo || p.args.size() > hi)
+    fail("takes " + std::to_string(lo) + " to " + std::to_string(hi) + " operands, got " +
+         std::to_string(p.args.size()));
+}
+const Operand& Dec::arg(size_t i) const {
+  if (i >= p.args.size()) fail("operand " + std::to_string(i) + " is missing");
+  return p.args[i];
+}
+Extra* Dec::extra() {
+  if (!out.ext) {
+    kb.k.extras.emplace_back();
+    out.ext = &kb.k.extras.back();
+  }
+  return const_cast<Extra*>(out.ext);
+}
+int64_t Dec::intArg(size_t i) const {
+  if (arg(i).kind != Operand::Int) fail("operand " + std::to_string(i) + " must be an integer constant");
+  return arg(i).i;
+}
+
+unsigned Dec::regBytes(const Operand& o) const {
+  if (o.kind != Operand::Register) return 0;
+  unsigned b;
+  kb.reg(fn, o.reg, &b);
+  return b;
+}
+
+Ref Dec::constant(uint64_t bits, unsigned bytes) {
+  if (bytes < 8) bits &= (1ull << (8 * bytes)) - 1;
+  std::string key = std::to_string(bytes) + ":" + std::to_string(bits);
+  auto it = kb.consts.find(key);
+  if (it != kb.consts.end()) return it->second;
+  auto& pool = kb.k.constants;
+  Ref r{(uint32_t)(pool.size() * 8) | Ref::kConstBit, 0};
+  size_t words = bytes * kLanes / 8, at = pool.size();
+  pool.resize(at + words, 0);
+  uint8_t* to = reinterpret_cast<uint8_t*>(&pool[at]);
+  for (unsigned l = 0; l < kLanes; ++l) memcpy(to + l * bytes, &bits, std::min(bytes, 8u));
+  return kb.consts[key] = r;
+}
+
+uint64_t immediateBits(const Operand& o, Type t, const Dec& d) {
+  uint64_t bits = 0;
+  if (o.kind == Operand::Float) {
+    if (o.width == 32 && (t == Type::F64)) {
+      float f;
+      uint32_t b = (uint32_t)o.bits;
+      memcpy(&f, &b, 4);
+      double x = f;
+      memcpy(&bits, &x, 8);
+      return bits;
+    }
+    if (o.width == 64 && typeBytes(t) == 4) {
+      double x;
+      memcpy(&x, &o.bits, 8);
+      float f = (float)x;
+      memcpy(&bits, &f, 4);
+      return bits;
+    }
+    return o.bits;
+  }
+  if (o.kind != Operand::Int) d.fail("expected a constant");
+  if (t == Type::F32) {  // an integer constant in a float instruction is a value
+    float f = (float)o.i;
+    memcpy(&bits, &f, 4);
+    return bits;
+  }
+  if (t == Type::F64) {
+    double x = (double)o.i;
+    memcpy(&bits, &x, 8);
+    return bits;
+  }
+  return (uint64_t)o.i;
+}
+
+Ref Dec::dst(const Operand& o, unsigned bytes) {
+  if (o.kind == Operand::Sink) {  // a slot nobody reads
+    Ref r{kb.k.regBytes, kb.k.numIds++};
+    kb.k.regBytes += std::max(bytes, 8u) * kLanes;
+    return r;
+  }
+  if (o.kind != Operand::Register) fail("the destination must be a register");
+  unsigned b;
+  Ref r = kb.reg(fn, o.reg, &b);
+  if (b == 0) fail("register " + fn.regs[(size_t)o.reg].name + " is a predicate");
+  if (bytes && b != bytes)
+    fail("register " + fn.regs[(size_t)o.reg].name + " has " + std::to_string(b * 8) + " bits, the instruction wants " +
+         std::to_string(bytes * 8));
+  return r;
+}
+
+Ref Dec::srcWide(const Operand& o, Type t, unsigned* bytes) {
+  unsigned want = t == Type::None ? 0 : std::max(1u, typeBytes(t));
+  switch (o.kind) {
+    case Operand::Register: {
+      Ref r = kb.reg(fn, o.reg, bytes);
+      if (*bytes == 0) fail("register " + fn.regs[(size_t)o.reg].name + " is a predicate");
+      if (o.i) fail("offset on a register operand");
+      return r;
+    }
+    case Operand::Int:
+    case Operand::Float:
+      *bytes = std::max(2u, want ? want : 4u);
+      return constant(immediateBits(o, t, *this), *bytes);
+    case Operand::Special: {
+      Sreg kind;
+      if (!specialKind(o.name, &kind)) fail("special register " + o.name + " is not supported here");
+      *bytes = want >= 8 ? 8 : want == 2 ? 2 : 4;
+      return kb.sreg(kind, *bytes);
+    }
+    case Operand::Symbol: {
+      const Var& v = *o.var;
+      *bytes = want >= 8 ? 8 : 4;
+      if (v.space == Space::Shared) return kb.sreg(Sreg::SharedAddress, *bytes, kb.sharedOffset(v) + (uint32_t)o.i);
+      if (v.space == Space::Param && kb.isEntryParam(v))
+        return constant((uint64_t)kb.k.params + kb.params[&v] + (uint64_t)o.i, 8);
+      if (v.space == Space::Param) return constant(kLocalWindow + kb.frameOffset(v) + (uint64_t)o.i, 8);
+      if (v.space == Space::Local) return constant(kb.frameOffset(v) + (uint64_t)o.i, *bytes);
+      return constant(globalAddress(kb.module, const_cast<Var&>(v)) + (uint64_t)o.i, 8);
+    }
+    default:
+      fail("operand is not a value");
+  }
+}
+
+Ref Dec::src(const Operand& o, Type t) {
+  unsigned bytes;
+  Ref r = srcWide(o, t, &bytes);
+  unsigned want = std::max(2u, typeBytes(t));
+  if (bytes != want) {
+    if (o.kind == Operand::Register)
+      fail("register " + fn.regs[(size_t)o.reg].name + " has " + std::to_string(bytes * 8) +
+           " bits, the instruction wants " + std::to_string(want * 8));
+    fail("operand has the wrong width");
+  }
+  return r;
+}
+
+Ref Dec::pred(const Operand& o, bool* negate) {
+  if (negate)
+    *negate = o.negate;
+  else if (o.negate)
+    fail("a negated predicate is not allowed here");
+  if (o.kind == Operand::Int) return constant(o.i ? kAll : 0, 4);
+  if (o.kind != Operand::Register || fn.regs[(size_t)o.reg].type != Type::Pred) fail("operand must be a predicate");
+  return kb.reg(fn, o.reg, nullptr);
+}
+
+Ref Dec::predDst(const Operand& o) {
+  if (o.kind == Operand::Sink) {
+    Ref r{kb.k.regBytes, kb.k.numIds++};
+    kb.k.regBytes += 64;
+    return r;
+  }
+  return pred(o, nullptr);
+}
+
+Ref Dec::address(const Operand& o, Space space, int64_t* offset) {
+  const Operand& b = o.kind == Operand::Address ? o.sub[0] : o;
+  *offset = 0;
+  if (b.kind == Operand::Register) {
+    unsigned bytes;
+    Ref r = kb.reg(fn, b.reg, &bytes);
+    if (bytes != 4 && bytes != 8) fail("an address register has 32 or 64 bits");
+    *offset = b.i;
+    out.x[5] = (uint8_t)bytes;
+    return r;
+  }
+  Operand plain = b;
+  *offset = b.i;
+  plain.i = 0;
+  if (b.kind == Operand::Int) {
+    out.x[5] = 8;
+    *offset = 0;
+    return constant((uint64_t)b.i, 8);
+  }
+  (void)space;
+  unsigned bytes;
+  Ref r = srcWide(plain, Type::U64, &bytes);
+  out.x[5] = (uint8_t)bytes;
+  return r;
+}
+
+bool specialKind(const std::string& name, Sreg* kind) {
+  static const std::unordered_map<std::string, Sreg> kMap = {{"%tid.x", Sreg::TidX},
+                                                             {"%tid.y", Sreg::TidY},
+                                                             {"%tid.z", Sreg::TidZ},
+                                                             {"%ntid.x", Sreg::NtidX},
+                                                             {"%ntid.y", Sreg::NtidY},
+                                                             {"%ntid.z", Sreg::NtidZ},
+                                                             {"%laneid", Sreg::LaneId},
+                                                             {"%warpid", Sreg::WarpId},
+                                                             {"%nwarpid", Sreg::NwarpId},
+                                                             {"%ctaid.x", Sreg::CtaidX},
+                                                             {"%ctaid.y", Sreg::CtaidY},
+                                                             {"%ctaid.z", Sreg::CtaidZ},
+                                                             {"%nctaid.x", Sreg::NctaidX},
+                                                             {"%nctaid.y", Sreg::NctaidY},
+                                                             {"%nctaid.z", Sreg::NctaidZ},
+                                                             {"%smid", Sreg::SmId},
+                                                             {"%nsmid", Sreg::NsmId},
+                                                             {"%gridid", Sreg::GridId},
+                                                             {"%clusterid.x", Sreg::ClusteridX},
+                                                             {"%clusterid.y", Sreg::ClusteridY},
+                                                             {"%clusterid.z", Sreg::ClusteridZ},
+                                                             {"%nclusterid.x", Sreg::NclusteridX},
+                                                             {"%nclusterid.y", Sreg::NclusteridY},
+                                                             {"%nclusterid.z", Sreg::NclusteridZ},
+                                                             {"%cluster_ctaid.x", Sreg::ClusterCtaidX},
+                                                             {"%cluster_ctaid.y", Sreg::ClusterCtaidY},
+                                                             {"%cluster_ctaid.z", Sreg::ClusterCtaidZ},
+                                                             {"%cluster_nctaid.x", Sreg::ClusterNctaidX},
+                                                             {"%cluster_nctaid.y", Sreg::ClusterNctaidY},
+                                                             {"%cluster_nctaid.z", Sreg::ClusterNctaidZ},
+                                                             {"%cluster_ctarank", Sreg::ClusterCtarank},
+                                                             {"%cluster_nctarank", Sreg::ClusterNctarank},
+                                                             {"%is_explicit_cluster", Sreg::IsExplicitCluster},
+                                                             {"%lanemask_eq", Sreg::MaskEq},
+                                                             {"%lanemask_le", Sreg::MaskLe},
+                                                             {"%lanemask_lt", Sreg::MaskLt},
+                                                             {"%lanemask_ge", Sreg::MaskGe},
+                                                             {"%lanemask_gt", Sreg::MaskGt},
+                                                             {"%dynamic_smem_size", Sreg::DynamicSmem},
+                                                             {"%total_smem_size", Sreg::TotalSmem},
+                                                             {"%reserved_smem_offset_end", Sreg::SmemReserved},
+                                                             {"%reserved_smem_offset_begin", Sreg::Zero}};
+  auto it = kMap.find(name);
+  if (it == kMap.end()) return false;
+  *kind = it->second;
+  return true;
+}
+
+// ---- a kernel
+
+static void collectCalls(const Module& m, const Func& f, std::vector<const Func*>& order,
+                         std::vector<const Func*>& stack) {
+  if (std::find(stack.begin(), stack.end(), &f) != stack.end())
+    throw Error("recursive function '" + f.name + "' is not supported");
+  if (std::find(order.begin(), order.end(), &f) != order.end()) return;
+  order.push_back(&f);
+  stack.push_back(&f);
+  for (auto& in : f.code) {
+    if (in.op[0] != "call") continue;
+    for (auto& a : in.args)
+      if (a.kind == Operand::Name)
+        if (auto it = m.funcByName.find(a.name); it != m.funcByName.end() && it->second->hasBody)
+          collectCalls(m, *it->second, order, stack);
+  }
+  stack.pop_back();
+}
+
+static void decodeFunction(KernelBuilder& kb, const Func& f) {
+  Kernel& k = kb.k;
+  size_t first = k.code.size();
+  kb.start[&f] = (int)first;
+  std::vector<bool> leader(f.code.size() + 1, false);
+  if (!leader.empty()) leader[0] = true;
+  for (auto& sc : f.scopes)
+    for (auto& l : sc.labels) leader[(size_t)l.second] = true;
+  for (size_t i = 0; i < f.code.size(); ++i) {
+    const PInst& p = f.code[i];
+    auto it = opTable().find(p.op[0]);
+    Dec d(kb, f, p);
+    if (it == opTable().end()) d.fail("no such instruction here");
+    if (p.guard >= 0) {
+      if (f.regs[(size_t)p.guard].type != Type::Pred) d.fail("the guard is not a predicate");
+      Ref g = kb.reg(f, p.guard, nullptr);
+      d.out.guard = g.off;
+      d.out.guardId = g.id;
+      d.out.guardNegate = p.guardNegate;
+    }
+    it->second(d);
+    if (!d.out.fn) d.fail("this form is not supported");
+    for (size_t j = 0; j < d.used.size(); ++j)
+      if (!d.used[j]) d.fail("modifier ." + p.op[j] + " is not supported here");
+    k.code.push_back(d.out);
+    k.source.push_back({p.ptxLine, p.file, p.line, p.text()});
+    k.leader.push_back(leader[i] || (i && (f.code[i - 1].op[0] == "bra" || f.code[i - 1].op[0] == "ret" ||
+                                           f.code[i - 1].op[0] == "exit")));
+  }
+  // Falling off the end returns.
+  static const PInst kRet = [] {
+    PInst r;
+    r.op = {"ret"};
+    return r;
+  }();
+  Dec d(kb, f, kRet);
+  opTable().at("ret")(d);
+  k.code.push_back(d.out);
+  k.source.push_back({f.code.empty() ? 0 : f.code.back().ptxLine, 0, 0, "ret"});
+  k.leader.push_back(false);
+}
+
+std::unique_ptr<Kernel> decodeKernel(Module& m, Func& f) {
+  auto kernel = std::make_unique<Kernel>();
+  Kernel& k = *kernel;
+  k.name = f.name;
+  k.module = &m;
+  k.func = &f;
+  KernelBuilder kb(m, k);
+  uint32_t off = 0;
+  for (Var* p : f.params) {
+    off = (off + p->align - 1) / p->align * p->align;
+    kb.params[p] = off;
+    k.paramLayout.emplace_back(off, (uint32_t)p->bytes);
+    off += (uint32_t)p->bytes;
+  }
+  k.paramBytes = off;
+  k.params = (uint8_t*)Arena::get().allocate(std::max(off, 1u), f.name + " parameters", false);
+  // Function-scope shared variables first, in order; dynamic shared memory follows the static part.
+  std::vector<const Func*> order, stack;
+  collectCalls(m, f, order, stack);
+  std::vector<const Var*> dynamic;
+  std::vector<bool> seen;
+  auto visit = [&](const Operand& o, auto&& self) -> void {
+    if (o.kind == Operand::Symbol && o.var->space == Space::Shared) {
+      if (o.var->isExtern) {
+        if (std::find(dynamic.begin(), dynamic.end(), o.var) == dynamic.end()) dynamic.push_back(o.var);
+      } else {
+        kb.sharedOffset(*o.var);
+      }
+    }
+    for (auto& s : o.sub) self(s, self);
+  };
+  for (auto* fn : order)
+    for (auto& in : fn->code)
+      for (auto& a : in.args) visit(a, visit);
+  for (auto* v : dynamic) k.dynSharedAlign = std::max(k.dynSharedAlign, v->align);
+  uint32_t dynStart = (kSharedReserved + k.staticShared + k.dynSharedAlign - 1) / k.dynSharedAlign * k.dynSharedAlign;
+  k.staticShared = dynStart - kSharedReserved;
+  for (auto* v : dynamic) {
+    kb.shared[v] = dynStart;
+    k.sharedVars.emplace_back(dynStart, const_cast<Var*>(v));
+  }
+  k.localBytes = 16;
+  for (auto* fn : order) decodeFunction(kb, *fn);
+  // Branches hold label positions relative to their function, calls hold functions: make both absolute.
+  for (auto* fn : order) {
+    int start = kb.start[fn];
+    for (size_t i = 0; i < fn->code.size(); ++i) {
+      Inst& in = k.code[(size_t)start + i];
+      const PInst& p = fn->code[i];
+      if (p.op[0] == "bra") in.imm += start;
+      if (p.op[0] == "brx")
+        for (auto& t : const_cast<Extra*>(in.ext)->targets) t += start;
+      if (p.op[0] == "call" && in.ext)
+        for (auto& a : p.args)
+          if (a.kind == Operand::Name)
+            if (auto it = m.funcByName.find(a.name); it != m.funcByName.end() && kb.start.count(it->second))
+              in.imm = kb.start[it->second];
+    }
+  }
+  k.entry = kb.start[&f];
+  k.localBytes = (k.localBytes + 15) / 16 * 16;
+  k.hits.assign(k.code.size(), 0);
+  return kernel;
+}
+
+}  // namespace ptxsim

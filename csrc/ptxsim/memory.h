@@ -1,0 +1,54 @@
+// Simulated address spaces. A global address is a host address inside one reserved arena in which every buffer stands alone between
+// guard chunks; shared and local memory are 4 GB windows of the generic space.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace ptxsim {
+
+constexpr uint64_t kSharedWindow = 1ull << 32;  // generic address of shared::cluster address 0
+constexpr uint64_t kLocalWindow = 2ull << 32;
+inline bool inShared(uint64_t a) { return (a >> 32) == 1; }
+inline bool inLocal(uint64_t a) { return (a >> 32) == 2; }
+
+struct Buffer {
+  uint64_t begin = 0, end = 0;
+  bool writable = true;
+  bool live = false;
+  std::string name;
+  uint8_t* host = nullptr;                // where it is copied back to
+  std::vector<uint8_t> valid;             // of a buffer the kernel may not read before it wrote: 1 = written
+  std::vector<uint32_t> shadow;           // race detector, made on demand
+};
+
+class Arena {
+ public:
+  static Arena& get();
+  // Zero-filled memory of `bytes` whose address is `misalign` past a multiple of 1024.
+  uint64_t allocate(size_t bytes, const std::string& name, bool writable = true, unsigned misalign = 0);
+  void release(uint64_t address);
+  // The buffer that holds all of [a, a+bytes), or nullptr.
+  Buffer* find(uint64_t a, uint64_t bytes) {
+    uint64_t off = a - base_;
+    if (off >= size_) return nullptr;
+    uint32_t id = owner_[off >> kShift];
+    Buffer& b = buffers_[id];
+    return a >= b.begin && a + bytes <= b.end && b.live ? &b : nullptr;
+  }
+  std::string describe(uint64_t a, uint64_t bytes) const;  // for out-of-bounds reports
+  size_t liveBuffers() const;
+  std::vector<Buffer>& buffers() { return buffers_; }
+
+ private:
+  Arena();
+  static constexpr unsigned kShift = 16;
+  uint64_t base_ = 0, size_ = 0;
+  std::vector<uint32_t> owner_;           // chunk -> buffer; 0 none
+  std::vector<Buffer> buffers_;
+  std::vector<uint32_t> freeIds_;
+  size_t cursor_ = 1;
+};
+
+}  // namespace ptxsim

@@ -1,0 +1,398 @@
+// float32 and float64 arithmetic (PTX ISA 9.7.3). Approximate functions are computed in double and rounded, which is
+// inside the error bounds the ISA gives for them.
+#include <cfenv>
+#include <cmath>
+
+#include "half.h"
+#include "ops.h"
+
+namespace ptxsim {
+
+bool decodeIntegerArithmetic(Dec& d, const std::string& op);
+bool decodeHalfArithmetic(Dec& d, const std::string& op);
+
+namespace {
+
+template <bool Ftz>
+inline float in32(float f) {
+  return Ftz ? flush(f) : f;
+}
+template <bool Ftz, bool Sat>
+inline float out32(float f) {
+  if (Sat) return f != f ? 0.0f : f < 0.0f ? 0.0f : f > 1.0f ? 1.0f : f;  // .sat: NaN gives +0
+  f = canonical(f);
+  return Ftz ? flush(f) : f;
+}
+template <bool Z, bool S>
+struct AddF {
+  float operator()(float a, float b) const { return out32<Z, S>(in32<Z>(a) + in32<Z>(b)); }
+};
+template <bool Z, bool S>
+struct SubF {
+  float operator()(float a, float b) const { return out32<Z, S>(in32<Z>(a) - in32<Z>(b)); }
+};
+template <bool Z, bool S>
+struct MulF {
+  float operator()(float a, float b) const { return out32<Z, S>(in32<Z>(a) * in32<Z>(b)); }
+};
+template <bool Z, bool S>
+struct FmaF {
+  float operator()(float a, float b, float c) const {
+    return out32<Z, S>(__builtin_fmaf(in32<Z>(a), in32<Z>(b), in32<Z>(c)));
+  }
+};
+template <bool Z, bool S>
+struct DivF {
+  float operator()(float a, float b) const { return out32<Z, S>(in32<Z>(a) / in32<Z>(b)); }
+};
+template <bool Z, bool S>
+struct SqrtF {
+  float operator()(float a) const { return out32<Z, S>(std::sqrt(in32<Z>(a))); }
+};
+template <bool Z, bool S>
+struct RcpF {
+  float operator()(float a) const { return out32<Z, S>(1.0f / in32<Z>(a)); }
+};
+template <bool Z, bool S>
+struct RsqrtF {
+  float operator()(float a) const {
+    a = in32<Z>(a);
+    return out32<Z, S>((float)(1.0 / std::sqrt((double)a)));
+  }
+};
+template <bool Z, bool S>
+struct SinF {
+  float operator()(float a) const { return out32<Z, S>((float)std::sin((double)in32<Z>(a))); }
+};
+template <bool Z, bool S>
+struct CosF {
+  float operator()(float a) const { return out32<Z, S>((float)std::cos((double)in32<Z>(a))); }
+};
+template <bool Z, bool S>
+struct Lg2F {
+  float operator()(float a) const { return out32<Z, S>((float)std::log2((double)in32<Z>(a))); }
+};
+template <bool Z, bool S>
+struct Ex2F {
+  float operator()(float a) const { return out32<Z, S>((float)std::exp2((double)in32<Z>(a))); }
+};
+template <bool Z, bool S>
+struct TanhF {
+  float operator()(float a) const { return out32<Z, S>((float)std::tanh((double)a)); }
+};
+template <bool Z, bool S>
+struct AbsF {
+  float operator()(float a) const { return in32<Z>(f32(bits(a) & 0x7fffffffu)); }
+};
+template <bool Z, bool S>
+struct NegF {
+  float operator()(float a) const { return in32<Z>(f32(bits(a) ^ 0x80000000u)); }
+};
+
+// -0 is below +0; one NaN operand loses unless .NaN
+template <bool Min>
+inline float pick(float a, float b) {
+  if (a == b) return (bits(a) >> 31) == (uint32_t)Min ? a : b;
+  return (a < b) == Min ? a : b;
+}
+template <bool Min, bool Ftz, bool PropagateNan>
+struct MinMaxF {
+  float operator()(float a, float b) const {
+    a = in32<Ftz>(a), b = in32<Ftz>(b);
+    if (PropagateNan && (a != a || b != b)) return f32(kNan32);
+    if (a != a) return canonical(b);
+    if (b != b) return a;
+    return pick<Min>(a, b);
+  }
+};
+template <bool Min, bool Ftz, bool PropagateNan>
+struct MinMaxXor {
+  float operator()(float a, float b) const {
+    a = in32<Ftz>(a), b = in32<Ftz>(b);
+    uint32_t sign = (bits(a) ^ bits(b)) & 0x80000000u;
+    if (PropagateNan && (a != a || b != b)) return f32(kNan32);
+    if (a != a && b != b) return f32(kNan32);
+    float x = std::fabs(a), y = std::fabs(b);
+    float r = a != a ? y : b != b ? x : Min ? std::fmin(x, y) : std::fmax(x, y);
+    return f32(bits(r) | sign);
+  }
+};
+
+struct AddD {
+  double operator()(double a, double b) const { return a + b; }
+};
+struct SubD {
+  double operator()(double a, double b) const { return a - b; }
+};
+struct MulD {
+  double operator()(double a, double b) const { return a * b; }
+};
+struct FmaD {
+  double operator()(double a, double b, double c) const { return __builtin_fma(a, b, c); }
+};
+struct DivD {
+  double operator()(double a, double b) const { return a / b; }
+};
+struct SqrtD {
+  double operator()(double a) const { return std::sqrt(a); }
+};
+struct RcpD {
+  double operator()(double a) const { return 1.0 / a; }
+};
+struct RsqrtD {
+  double operator()(double a) const { return 1.0 / std::sqrt(a); }
+};
+struct AbsD {
+  double operator()(double a) const { return std::fabs(a); }
+};
+struct NegD {
+  double operator()(double a) const { return -a; }
+};
+struct MinD {
+  double operator()(double a, double b) const {
+    return a != a ? b : b != b ? a : a == b ? (std::signbit(a) ? a : b) : a < b ? a : b;
+  }
+};
+struct MaxD {
+  double operator()(double a, double b) const {
+    return a != a ? b : b != b ? a : a == b ? (std::signbit(a) ? b : a) : a > b ? a : b;
+  }
+};
+// The upper half of 1/x, as a seed for Newton steps.
+struct RcpSeed {
+  double operator()(double a) const {
+    uint64_t b = bits(1.0 / (std::fpclassify(a) == FP_SUBNORMAL ? std::copysign(0.0, a) : a)) & 0xffffffff00000000ull;
+    return bitsAs<double>(b);
+  }
+};
+struct RsqrtSeed {
+  double operator()(double a) const { return bitsAs<double>(bits(1.0 / std::sqrt(a)) & 0xffffffff00000000ull); }
+};
+
+// Directed rounding: the inner handler runs under the host's rounding mode. Its loads and stores cannot move across the
+// calls.
+int hostMode(int r) {
+  return r == 1 ? FE_TOWARDZERO : r == 2 ? FE_DOWNWARD : FE_UPWARD;
+}
+template <Handler H>
+void directed(Warp& w, const Inst& in, uint32_t m) {
+  std::fesetround(hostMode(in.x[4]));
+  H(w, in, m);
+  std::fesetround(FE_TONEAREST);
+}
+
+template <template <bool, bool> class F>
+Handler unary32(bool ftz, bool sat, int rnd) {
+  if (rnd > 0) return ftz ? directed<op1<float, float, F<true, false>>> : directed<op1<float, float, F<false, false>>>;
+  return ftz ? (sat ? op1<float, float, F<true, true>> : op1<float, float, F<true, false>>)
+             : (sat ? op1<float, float, F<false, true>> : op1<float, float, F<false, false>>);
+}
+template <template <bool, bool> class F>
+Handler binary32(bool ftz, bool sat, int rnd) {
+  if (rnd > 0) {
+    return ftz ? (sat ? directed<op2<float, float, float, F<true, true>>>
+                      : directed<op2<float, float, float, F<true, false>>>)
+               : (sat ? directed<op2<float, float, float, F<false, true>>>
+                      : directed<op2<float, float, float, F<false, false>>>);
+  }
+  return ftz ? (sat ? op2<float, float, float, F<true, true>> : op2<float, float, float, F<true, false>>)
+             : (sat ? op2<float, float, float, F<false, true>> : op2<float, float, float, F<false, false>>);
+}
+template <class F>
+Handler unary64(int rnd) {
+  return rnd > 0 ? directed<op1<double, double, F>> : op1<double, double, F>;
+}
+template <class F>
+Handler binary64(int rnd) {
+  return rnd > 0 ? directed<op2<double, double, double, F>> : op2<double, double, double, F>;
+}
+
+struct Mods {
+  int rnd;
+  bool ftz, sat;
+};
+Mods takeMods(Dec& d) {
+  Mods m;
+  m.rnd = d.takeOneOf({"rn", "rz", "rm", "rp"});
+  m.ftz = d.take("ftz");
+  m.sat = d.take("sat");
+  d.out.x[4] = (uint8_t)std::max(0, m.rnd);
+  return m;
+}
+
+void arithmetic(Dec& d, const std::string& op) {
+  if (decodeIntegerArithmetic(d, op) || decodeHalfArithmetic(d, op)) return;
+  Mods m = takeMods(d);
+  if (op == "fma" || op == "mad") {
+    Type t = d.needType();
+    setOperands(d, t, t, t, t);
+    if (t == Type::F64) {
+      d.out.fn =
+          m.rnd > 0 ? directed<op3<double, double, double, double, FmaD>> : op3<double, double, double, double, FmaD>;
+    } else if (t == Type::F32) {
+      if (m.rnd > 0)
+        d.out.fn = m.ftz ? (m.sat ? directed<op3<float, float, float, float, FmaF<true, true>>>
+                                  : directed<op3<float, float, float, float, FmaF<true, false>>>)
+                         : (m.sat ? directed<op3<float, float, float, float, FmaF<false, true>>>
+                                  : directed<op3<float, float, float, float, FmaF<false, false>>>);
+      else
+        d.out.fn = m.ftz ? (m.sat ? op3<float, float, float, float, FmaF<true, true>>
+                                  : op3<float, float, float, float, FmaF<true, false>>)
+                         : (m.sat ? op3<float, float, float, float, FmaF<false, true>>
+                                  : op3<float, float, float, float, FmaF<false, false>>);
+    }
+    return;
+  }
+  if (op == "min" || op == "max") {
+    bool nan = d.take("NaN"), xorsign = d.take("xorsign") && d.take("abs"), min = op == "min";
+    Type t = d.needType();
+    setOperands(d, t, t, t);
+    if (t == Type::F64) {
+      d.out.fn = min ? (Handler)op2<double, double, double, MinD> : (Handler)op2<double, double, double, MaxD>;
+      return;
+    }
+    static const Handler kPlain[2][2][2] = {
+        {{op2<float, float, float, MinMaxF<false, false, false>>,
+          op2<float, float, float, MinMaxF<false, false, true>>},
+         {op2<float, float, float, MinMaxF<false, true, false>>, op2<float, float, float, MinMaxF<false, true, true>>}},
+        {{op2<float, float, float, MinMaxF<true, false, false>>, op2<float, float, float, MinMaxF<true, false, true>>},
+         {op2<float, float, float, MinMaxF<true, true, false>>, op2<float, float, float, MinMaxF<true, true, true>>}}};
+    static const Handler kXor[2][2][2] = {{{op2<float, float, float, MinMaxXor<false, false, false>>,
+                                            op2<float, float, float, MinMaxXor<false, false, true>>},
+                                           {op2<float, float, float, MinMaxXor<false, true, false>>,
+                                            op2<float, float, float, MinMaxXor<false, true, true>>}},
+                                          {{op2<float, float, float, MinMaxXor<true, false, false>>,
+                                            op2<float, float, float, MinMaxXor<true, false, true>>},
+                                           {op2<float, float, float, MinMaxXor<true, true, false>>,
+                                            op2<float, float, float, MinMaxXor<true, true, true>>}}};
+    d.out.fn = (xorsign ? kXor : kPlain)[min][m.ftz][nan];
+    return;
+  }
+  bool approx = d.take("approx"), full = d.take("full");
+  Type t = d.needType();
+  if (op == "abs" || op == "neg") {
+    setOperands(d, t, t);
+    if (t == Type::F64)
+      d.out.fn = op == "abs" ? unary64<AbsD>(0) : unary64<NegD>(0);
+    else
+      d.out.fn = op == "abs" ? unary32<AbsF>(m.ftz, false, 0) : unary32<NegF>(m.ftz, false, 0);
+    return;
+  }
+  setOperands(d, t, t, t);
+  if (t == Type::F64) {
+    if (op == "div" && (approx || full)) d.fail("no approximate float64 division exists");
+    d.out.fn = op == "add"   ? binary64<AddD>(m.rnd)
+               : op == "sub" ? binary64<SubD>(m.rnd)
+               : op == "mul" ? binary64<MulD>(m.rnd)
+               : op == "div" ? binary64<DivD>(m.rnd)
+                             : nullptr;
+  } else if (t == Type::F32) {
+    d.out.fn = op == "add"   ? binary32<AddF>(m.ftz, m.sat, m.rnd)
+               : op == "sub" ? binary32<SubF>(m.ftz, m.sat, m.rnd)
+               : op == "mul" ? binary32<MulF>(m.ftz, m.sat, m.rnd)
+               : op == "div" ? binary32<DivF>(m.ftz, false, m.rnd)
+                             : nullptr;
+  }
+}
+
+template <template <bool, bool> class F, class D64>
+void unaryFunction(Dec& d) {
+  if (decodeHalfArithmetic(d, d.p.op[0])) return;
+  Mods m = takeMods(d);
+  d.take("approx");
+  Type t = d.needType();
+  setOperands(d, t, t);
+  if (t == Type::F32) d.out.fn = unary32<F>(m.ftz, false, m.rnd);
+  if (t == Type::F64 && !std::is_same<D64, void>::value) {
+    using Fn = std::conditional_t<std::is_same<D64, void>::value, RcpD, D64>;
+    d.out.fn = unary64<Fn>(m.rnd);
+  }
+}
+
+template <class T>
+void testp(Warp& w, const Inst& in, uint32_t m) {
+  uint32_t r = 0;
+  for (unsigned i = 0; i < kLanes; ++i) {
+    T a = w.ptr<T>(in.a)[i];
+    int c = std::fpclassify(a);
+    bool t = in.x[0] == 0   ? c != FP_NAN && c != FP_INFINITE
+             : in.x[0] == 1 ? c == FP_INFINITE
+             : in.x[0] == 2 ? c != FP_NAN
+             : in.x[0] == 3 ? c == FP_NAN
+             : in.x[0] == 4 ? c == FP_NORMAL
+                            : c == FP_SUBNORMAL;
+    r |= (uint32_t)t << i;
+  }
+  uint32_t& d = w.pred(in.d);
+  d = (d & ~m) | (r & m);
+  w.setValid(in.d, m, w.validOf(in.a));
+}
+struct Copysign32 {
+  uint32_t operator()(uint32_t a, uint32_t b) const { return (a & 0x80000000u) | (b & 0x7fffffffu); }
+};
+struct Copysign64 {
+  uint64_t operator()(uint64_t a, uint64_t b) const {
+    return (a & 0x8000000000000000ull) | (b & 0x7fffffffffffffffull);
+  }
+};
+
+}  // namespace
+
+void addFloatOps(OpTable& t) {
+  t["add"] = [](Dec& d) { arithmetic(d, "add"); };
+  t["sub"] = [](Dec& d) { arithmetic(d, "sub"); };
+  t["mul"] = [](Dec& d) { arithmetic(d, "mul"); };
+  t["mad"] = [](Dec& d) { arithmetic(d, "mad"); };
+  t["fma"] = [](Dec& d) { arithmetic(d, "fma"); };
+  t["div"] = [](Dec& d) { arithmetic(d, "div"); };
+  t["rem"] = [](Dec& d) { arithmetic(d, "rem"); };
+  t["min"] = [](Dec& d) { arithmetic(d, "min"); };
+  t["max"] = [](Dec& d) { arithmetic(d, "max"); };
+  t["abs"] = [](Dec& d) { arithmetic(d, "abs"); };
+  t["neg"] = [](Dec& d) { arithmetic(d, "neg"); };
+  t["sqrt"] = unaryFunction<SqrtF, SqrtD>;
+  t["rcp"] = [](Dec& d) {
+    if (d.has("approx") && d.has("f64")) {
+      d.take("approx");
+      d.take("ftz");
+      d.needType();
+      setOperands(d, Type::F64, Type::F64);
+      d.out.fn = op1<double, double, RcpSeed>;
+      return;
+    }
+    unaryFunction<RcpF, RcpD>(d);
+  };
+  t["rsqrt"] = [](Dec& d) {
+    if (d.has("ftz") && d.has("f64")) {
+      d.take("approx");
+      d.take("ftz");
+      d.needType();
+      setOperands(d, Type::F64, Type::F64);
+      d.out.fn = op1<double, double, RsqrtSeed>;
+      return;
+    }
+    unaryFunction<RsqrtF, RsqrtD>(d);
+  };
+  t["sin"] = unaryFunction<SinF, void>;
+  t["cos"] = unaryFunction<CosF, void>;
+  t["lg2"] = unaryFunction<Lg2F, void>;
+  t["ex2"] = unaryFunction<Ex2F, void>;
+  t["tanh"] = unaryFunction<TanhF, void>;
+  t["testp"] = [](Dec& d) {
+    int k = d.takeOneOf({"finite", "infinite", "number", "notanumber", "normal", "subnormal"});
+    Type ty = d.needType();
+    d.wantArgs(2, 2);
+    d.out.d = d.predDst(d.arg(0));
+    d.out.a = d.src(1, ty);
+    d.out.x[0] = (uint8_t)k;
+    d.out.fn = ty == Type::F64 ? (Handler)testp<double> : (Handler)testp<float>;
+  };
+  t["copysign"] = [](Dec& d) {  // sign of a, magnitude of b
+    Type ty = d.needType();
+    setOperands(d, ty, ty, ty);
+    d.out.fn = ty == Type::F64 ? (Handler)op2<uint64_t, uint64_t, uint64_t, Copysign64>
+                               : (Handler)op2<uint32_t, uint32_t, uint32_t, Copysign32>;
+  };
+}
+
+}  // namespace ptxsim

@@ -1,0 +1,429 @@
+// Happens-before, with vector clocks.
+//
+// The agents are warps and asynchronous operations. A warp has two clocks: `seen` says up to which point it knows of every other
+// warp's accesses, `async` up to which point those accesses are also visible to the async proxy, which is what a proxy fence
+// raises. An operation takes its issuer's clocks along, and is known to be over to whoever waited for it, and to whom these told.
+// Lanes of one warp are taken to be ordered among themselves.
+#include "race.h"
+
+#include <algorithm>
+#include <array>
+
+#include "ops.h"
+
+namespace ptxsim {
+
+struct RaceClock {
+  std::vector<uint32_t> seen, async;                       // by warp of the own cluster
+  std::unordered_map<uint32_t, std::array<uint32_t, 2>> foreign;  // by warp of the grid
+  void join(const RaceClock& o) {
+    if (seen.empty()) seen.assign(o.seen.size(), 0), async.assign(o.seen.size(), 0);
+    for (size_t i = 0; i < std::min(seen.size(), o.seen.size()); ++i) {
+      seen[i] = std::max(seen[i], o.seen[i]);
+      async[i] = std::max(async[i], o.async[i]);
+    }
+    for (auto& f : o.foreign) {
+      auto& mine = foreign[f.first];
+      mine[0] = std::max(mine[0], f.second[0]);
+      mine[1] = std::max(mine[1], f.second[1]);
+    }
+  }
+};
+struct RaceCompletion {                                    // who found out, and when
+  std::vector<std::pair<uint32_t, uint32_t>> observers;    // warp of the grid, its clock
+};
+struct RaceWarp {
+  RaceClock clock, fenced, pending;                        // pending: acquired by relaxed operations, until a fence
+  bool hasFenced = false, hasPending = false;
+  uint32_t first = 0, self = 0;                            // warps of the grid: first of the cluster, own
+  uint32_t& own() { return clock.seen[self - first]; }
+};
+
+namespace {
+
+enum Flag : uint8_t { kStrong = 1, kOpFlag = 2, kWriteFlag = 4 };
+struct Entry {
+  uint32_t agent, time, pc;                                // an operation: agent is its id
+  uint16_t mask;                                           // bytes of the granule; 0: free
+  uint8_t flags, age;
+};
+constexpr unsigned kSharedWrites = 4, kSharedReads = 11;
+struct Granule {                                           // 16 bytes of memory
+  Entry w[kSharedWrites], r[kSharedReads];
+};
+constexpr unsigned kPage = 64;
+
+struct OpRecord {
+  RaceClock clock;                                         // the issuer's, at issue
+  uint32_t first = 0, issuer = 0;
+  bool generic = false;                                    // cp.async: generic proxy
+  std::vector<std::shared_ptr<RaceCompletion>> full, read;
+};
+
+}  // namespace
+
+struct RaceShadow {
+  std::vector<std::unique_ptr<Granule[]>> pages;
+  Granule& at(uint64_t granule) {
+    auto& p = pages[granule / kPage];
+    if (!p) p.reset(new Granule[kPage]());
+    return p[granule % kPage];
+  }
+};
+
+struct RaceState {
+  Launch* launch;
+  std::vector<std::shared_ptr<OpRecord>> ops{nullptr};
+  std::unordered_map<uint64_t, RaceClock> sync;            // by address: what strong stores released
+  std::unordered_map<const Buffer*, RaceShadow> global;
+};
+
+RaceState* raceCreate(Launch& l) {
+  auto* s = new RaceState;
+  s->launch = &l;
+  return s;
+}
+void raceDestroy(RaceState* s) { delete s; }
+
+void raceStart(Launch& l, Cluster& c, uint64_t index) {
+  if (!l.race) return;
+  const uint32_t n = l.warpsPerCta * l.ctasPerCluster, first = (uint32_t)index * n;
+  for (auto& cta : c.ctas) {
+    cta->shadow = std::make_shared<RaceShadow>();
+    cta->shadow->pages.resize((cta->smemBytes + 16 * kPage - 1) / (16 * kPage));
+    for (auto& w : cta->warps) {
+      w.race = std::make_shared<RaceWarp>();
+      w.race->first = first;
+      w.race->self = first + cta->rank * l.warpsPerCta + w.index;
+      w.race->clock.seen.assign(n, 0);
+      w.race->clock.async.assign(n, 0);
+      w.race->own() = 1;
+    }
+  }
+}
+
+namespace {
+
+bool knows(const RaceClock& c, uint32_t first, uint32_t warp, uint32_t time, bool async) {
+  const uint32_t i = warp - first;
+  if (i < c.seen.size()) return (async ? c.async : c.seen)[i] >= time;
+  auto it = c.foreign.find(warp);
+  return it != c.foreign.end() && it->second[async] >= time;
+}
+
+// The accessing side of a check: a warp, or an operation with the clocks of its issuer.
+struct Side {
+  const RaceClock* clock;
+  uint32_t first, agent, time, pc;
+  uint8_t flags;
+  bool async, isOp;
+};
+
+const char* verb(bool write) { return write ? "write" : "read"; }
+
+// "": ordered. Otherwise what is missing.
+const char* ordered(RaceState& s, const Side& me, const Entry& e) {
+  if (e.flags & kOpFlag) {
+    if (me.isOp && e.agent == me.agent) return "";
+    const OpRecord& op = *s.ops[e.agent];
+    const bool write = e.flags & kWriteFlag;
+    bool known = false;
+    for (int list = 0; list < (write ? 1 : 2); ++list)
+      for (auto& c : list ? op.read : op.full)
+        for (auto& o : c->observers) {
+          if (!knows(*me.clock, me.first, o.first, o.second, false)) continue;
+          known = true;
+          if (!(me.async && op.generic && write) || knows(*me.clock, me.first, o.first, o.second, true)) return "";
+        }
+    return known ? "no proxy fence (fence.proxy.async) lies between" : "nothing waits for that operation in between";
+  }
+  if (!me.isOp && e.agent == me.agent) return "";
+  if (!knows(*me.clock, me.first, e.agent, e.time, false)) return "nothing orders them";
+  if (me.async && (e.flags & kWriteFlag) && !knows(*me.clock, me.first, e.agent, e.time, true)) return "no proxy fence (fence.proxy.async) lies between";
+  return "";
+}
+
+[[noreturn]] void report(RaceState& s, Warp& w, const Inst& in, const Side& me, const Entry& e, bool write, const std::string& place, const char* why) {
+  const Kernel& k = *w.kernel;
+  const SourceLine& line = k.source[e.pc];
+  const uint32_t n = s.launch->warpsPerCta;
+  std::string other;
+  uint32_t warp = e.flags & kOpFlag ? s.ops[e.agent]->issuer : e.agent;
+  if (e.flags & kOpFlag) other = "the asynchronous operation issued by ";
+  other += "warp " + std::to_string(warp % n) + " of CTA " + std::to_string(warp / n) + " at " + (line.line ? "source line " + std::to_string(line.line) + ", " : "") + "PTX line " + std::to_string(line.ptxLine) + " (" + line.text + ")";
+  throw Error("race on " + place + ": this " + (me.async ? "asynchronous " : "") + verb(write) + " and the " + verb(e.flags & kWriteFlag) + " by " + other + ": " + why + "\n  at " + where(w, in, -1));
+}
+
+void put(Entry* list, unsigned n, const Side& me, uint16_t mask, uint8_t flags) {
+  Entry* free = nullptr;
+  Entry* oldest = list;
+  for (unsigned i = 0; i < n; ++i) {
+    Entry& e = list[i];
+    if (e.mask && e.agent == me.agent && (e.flags & kOpFlag) == (flags & kOpFlag) && e.time == me.time && e.flags == flags && e.pc == me.pc) {
+      e.mask |= mask;
+      return;
+    }
+    // one's own older record of the same bytes says nothing more
+    if (e.mask && !(flags & kOpFlag) && e.agent == me.agent && !(e.flags & kOpFlag) && !(e.mask & ~mask)) e.mask = 0;
+    if (!e.mask && !free) free = &e;
+    if (e.age < oldest->age) oldest = &e;
+  }
+  if (!free) free = oldest;
+  uint8_t age = 0;
+  for (unsigned i = 0; i < n; ++i) age = std::max(age, list[i].age);
+  *free = Entry{me.agent, me.time, me.pc, mask, flags, (uint8_t)(age < 255 ? age + 1 : 255)};
+}
+
+void touch(RaceState& s, Warp& w, const Inst& in, Granule& g, const Side& me, uint16_t mask, Kind kind, uint64_t where16, const std::string& space) {
+  const bool write = kind != Kind::Read;
+  auto check = [&](const Entry& e) {
+    if (!(e.mask & mask)) return;
+    if (e.flags & me.flags & kStrong) return;  // both strong: ordered by the memory system
+    const char* why = ordered(s, me, e);
+    if (*why) report(s, w, in, me, e, write, space + " at byte " + std::to_string(where16 * 16 + (unsigned)__builtin_ctz(e.mask & mask)), why);
+  };
+  for (auto& e : g.w) check(e);
+  if (write) {
+    for (auto& e : g.r) check(e);
+    for (auto& e : g.w) e.mask &= (uint16_t)~mask;
+    for (auto& e : g.r) e.mask &= (uint16_t)~mask;
+    put(g.w, kSharedWrites, me, mask, me.flags | kWriteFlag);
+  } else {
+    put(g.r, kSharedReads, me, mask, me.flags);
+  }
+}
+
+void range(RaceState& s, Warp& w, const Inst& in, RaceShadow& shadow, const Side& me, uint64_t offset, uint64_t bytes, Kind kind, const std::string& space) {
+  const uint64_t end = offset + bytes;
+  for (uint64_t g = offset / 16; g * 16 < end; ++g) {
+    const uint64_t lo = std::max(offset, g * 16) - g * 16, hi = std::min(end, g * 16 + 16) - g * 16;
+    touch(s, w, in, shadow.at(g), me, (uint16_t)(((1u << hi) - 1) & ~((1u << lo) - 1)), kind, g, space);
+  }
+}
+
+Side side(Warp& w, const Inst& in, bool strong) {
+  RaceWarp& r = *w.race;
+  return {&r.clock, r.first, r.self, r.own(), (uint32_t)(&in - w.kernel->code.data()), (uint8_t)(strong ? kStrong : 0), false, false};
+}
+RaceShadow& globalShadow(RaceState& s, const Buffer& b) {
+  RaceShadow& g = s.global[&b];
+  if (g.pages.empty()) g.pages.resize((b.end - b.begin + 16 * kPage - 1) / (16 * kPage));
+  return g;
+}
+
+void release(Warp& w, RaceClock& to, bool strongRelease) {
+  RaceWarp& r = *w.race;
+  if (strongRelease) {
+    to.join(r.clock);
+    ++r.own();
+  } else if (r.hasFenced) {
+    to.join(r.fenced);
+  }
+}
+void acquire(Warp& w, const RaceClock& from, bool strongAcquire) {
+  RaceWarp& r = *w.race;
+  if (strongAcquire) r.clock.join(from);
+  else r.pending.join(from), r.hasPending = true;
+}
+// A clock that another cluster may read names its warps by their place in the grid.
+RaceClock exported(const RaceWarp& r, const RaceClock& c) {
+  RaceClock out;
+  out.foreign = c.foreign;
+  for (size_t i = 0; i < c.seen.size(); ++i)
+    if (c.seen[i]) out.foreign[r.first + (uint32_t)i] = {c.seen[i], c.async[i]};
+  return out;
+}
+void imported(Warp& w, const RaceClock& from, bool strongAcquire) {
+  RaceWarp& r = *w.race;
+  RaceClock own;
+  own.seen.assign(r.clock.seen.size(), 0);
+  own.async.assign(r.clock.seen.size(), 0);
+  for (auto& f : from.foreign) {
+    const uint32_t i = f.first - r.first;
+    if (i < own.seen.size()) own.seen[i] = f.second[0], own.async[i] = f.second[1];
+    else own.foreign[f.first] = f.second;
+  }
+  own.seen[r.self - r.first] = 0;
+  acquire(w, own, strongAcquire);
+}
+
+}  // namespace
+
+void raceAccess(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* a, uint32_t bytes, Kind kind) {
+  RaceState& s = *w.launch->race;
+  const bool strong = kind == Kind::Atomic || in.x[0] > 0;
+  if (space == Space::Local || space == Space::Param) return;
+  const Side me = side(w, in, strong);
+  for (uint32_t left = m; left;) {
+    int i = firstLane(left);
+    left &= left - 1;
+    uint64_t at = a[i], n = bytes;
+    // neighbours of the same granule or run are one access
+    while (left && a[firstLane(left)] == at + n && n < 64) n += bytes, left &= left - 1;
+    const bool shared = space == Space::Shared || (space == Space::Generic && inShared(at));
+    if (shared) {
+      Place p = locateShared(w, in, i, (uint32_t)at, 1, Kind::Read, 1, space == Space::Shared && in.x[4] == 0);
+      range(s, w, in, *p.cta->shadow, me, p.offset, n, kind, "shared memory of CTA " + std::to_string(p.cta->linear));
+    } else if (!inLocal(at)) {
+      Buffer* b = Arena::get().find(at, 1);
+      if (!b) {
+        uint64_t moved = w.launch->alias ? w.launch->alias(at, n) : 0;
+        if (!moved || !(b = Arena::get().find(at = moved, 1))) continue;
+      }
+      if (b->writable) range(s, w, in, globalShadow(s, *b), me, at - b->begin, n, kind, b->name);
+    }
+    if (!strong) continue;
+    // sem: 0 weak (an atomic without .sem is relaxed), 1 relaxed, 2 acquire, 3 release, 4 acq_rel, 5 volatile
+    const uint8_t sem = in.x[0];
+    const uint64_t key = shared ? at | (w.race->first + 1ull) << 40 : at;
+    if (kind != Kind::Write) {
+      auto it = s.sync.find(key);
+      if (it != s.sync.end()) imported(w, it->second, sem == 2 || sem == 4);
+    }
+    if (kind != Kind::Read) {
+      RaceClock out;
+      RaceWarp& r = *w.race;
+      if (sem == 3 || sem == 4) {
+        out = exported(r, r.clock);
+        ++r.own();
+      } else if (r.hasFenced) {
+        out = exported(r, r.fenced);
+      }
+      RaceClock& to = s.sync[key];
+      if (kind == Kind::Write) to = RaceClock();  // a plain store ends the release sequence; a read-modify-write continues it
+      to.join(out);
+    }
+  }
+}
+
+void raceAccessShared(Warp& w, const Inst& in, Cta& cta, uint32_t offset, uint32_t bytes, Kind kind) {
+  if (!w.launch->race) return;
+  range(*w.launch->race, w, in, *cta.shadow, side(w, in, false), offset, bytes, kind, "shared memory of CTA " + std::to_string(cta.linear));
+}
+
+// ---- synchronisation
+
+void raceFence(Warp& w, const Inst& in, uint32_t) {
+  if (!w.launch->race) return;
+  RaceWarp& r = *w.race;
+  if (in.x[0] == 1) {  // proxy fence: what is known is visible to the async proxy too
+    r.clock.async = r.clock.seen;
+    for (auto& f : r.clock.foreign) f.second[1] = f.second[0];
+    ++r.own();
+    return;
+  }
+  if (in.x[0] == 0) {
+    if (r.hasPending) r.clock.join(r.pending), r.hasPending = false, r.pending = RaceClock();
+    r.fenced = r.clock;
+    r.hasFenced = true;
+    ++r.own();
+  }
+}
+
+void raceArrive(Warp& w, NamedBarrier& b, bool) {
+  if (!w.launch->race) return;
+  if (!b.clock) b.clock = std::make_shared<RaceClock>();
+  release(w, *b.clock, true);
+}
+void raceBarrier(Cta& cta, NamedBarrier& b) {
+  if (!cta.launch->race) return;
+  for (auto& x : b.waiting) acquire(*x.warp, *b.clock, true);
+}
+void raceClusterArrive(Warp& w, bool strongRelease) {
+  if (!w.launch->race) return;
+  auto& c = w.cta->cluster->clock;
+  if (!c) c = std::make_shared<RaceClock>();
+  release(w, *c, strongRelease);
+}
+void raceClusterDone(Cluster& c) {
+  c.done = c.clock;
+  c.clock.reset();
+}
+void raceClusterWait(Warp& w) {
+  if (w.launch->race && w.cta->cluster->done) acquire(w, *w.cta->cluster->done, true);
+}
+
+void raceRelease(Warp& w, const Inst&, Mbarrier& b, bool strongRelease, bool) {
+  if (!w.launch->race) return;
+  if (!b.clock) b.clock = std::make_shared<RaceClock>();
+  release(w, *b.clock, strongRelease);
+}
+void racePhase(Mbarrier& b) {
+  b.done = std::move(b.clock);
+  b.clock.reset();
+  b.completion.reset();
+  b.completion = b.open;
+  b.open.reset();
+}
+void raceAcquire(Warp& w, Mbarrier& b, bool strongAcquire) {
+  if (!w.launch->race) return;
+  if (b.done) acquire(w, *b.done, strongAcquire);
+  if (b.completion) b.completion->observers.emplace_back(w.race->self, w.race->own());
+}
+
+// ---- asynchronous operations
+
+void raceIssue(Warp& w, AsyncOp& op) {
+  RaceState* s = w.launch->race;
+  if (!s) return;
+  auto r = std::make_shared<OpRecord>();
+  r->clock = w.race->clock;
+  r->first = w.race->first;
+  r->issuer = w.race->self;
+  r->generic = op.generic;
+  op.id = (uint32_t)s->ops.size();
+  s->ops.push_back(std::move(r));
+  ++w.race->own();
+}
+
+static Side opSide(const AsyncOp& op) {
+  const OpRecord& r = *op.warp->launch->race->ops[op.id];
+  return {&r.clock, r.first, op.id, 0, (uint32_t)(op.inst - op.warp->kernel->code.data()), kOpFlag, !r.generic, true};
+}
+void raceAsyncShared(AsyncOp& op, Cta& cta, uint32_t offset, uint32_t bytes, Kind kind) {
+  RaceState* s = op.warp->launch->race;
+  if (s) range(*s, *op.warp, *op.inst, *cta.shadow, opSide(op), offset, bytes, kind, "shared memory of CTA " + std::to_string(cta.linear));
+}
+void raceAsyncGlobal(AsyncOp& op, Buffer& b, uint64_t address, uint64_t bytes, Kind kind) {
+  RaceState* s = op.warp->launch->race;
+  if (!s || !b.writable) return;
+  Side me = opSide(op);
+  if (kind == Kind::Atomic) me.flags |= kStrong;
+  range(*s, *op.warp, *op.inst, globalShadow(*s, b), me, address - b.begin, bytes, kind, b.name);
+}
+void raceAsyncSignal(const AsyncOp& op, Mbarrier& b) {
+  RaceState* s = op.warp->launch->race;
+  if (!s) return;
+  if (!b.open) b.open = std::make_shared<RaceCompletion>();
+  auto add = [&](uint32_t id) { s->ops[id]->full.push_back(b.open); };
+  add(op.id);
+  for (uint32_t id : op.covers) add(id);
+}
+void raceWaited(Warp& w, const AsyncOp& op, bool readsOnly) {
+  RaceState* s = w.launch->race;
+  if (!s) return;
+  auto c = std::make_shared<RaceCompletion>();
+  c->observers.emplace_back(w.race->self, w.race->own());
+  (readsOnly ? s->ops[op.id]->read : s->ops[op.id]->full).push_back(std::move(c));
+}
+void raceReadMap(Warp&, const Inst&, uint64_t) {}
+
+// ---- the end of a CTA
+
+void checkExit(Cta& cta) {
+  if (!cta.launch->opt.detect) return;
+  for (auto& w : cta.warps) {
+    for (auto& op : w.bulk.ops)
+      if (!op->exitOk()) {
+        throw Error("the CTA exits before a bulk store has read its shared memory: cp.async.bulk.wait_group is missing\n  at " + where(w, *op->inst, -1));
+      }
+    if (!w.wgmma.ops.empty()) throw Error("the CTA exits with a wgmma that nobody has waited for\n  at " + where(w, *w.wgmma.ops.front()->inst, -1));
+  }
+  for (auto& o : cta.wgmma)
+    if (!o.issued.empty()) throw Error("kernel " + cta.launch->kernel->name + ": not all warps of a warpgroup have issued the same number of wgmma");
+  for (auto& b : cta.mbars)
+    if (b.live && b.tx != 0)
+      throw Error("kernel " + cta.launch->kernel->name + ": CTA " + std::to_string(cta.linear) + " exits while an mbarrier still expects " + std::to_string(b.tx) + " bytes (transaction count; negative: more came than were expected)");
+}
+
+}  // namespace ptxsim
