@@ -139,7 +139,7 @@ def trains_all(rank):
     return [trains(rank, kind, block) for kind in (DualPipe, DualPipeV) for block in (Block, Overlapping)]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_training_and_inference(ranks):
     for results in run(trains_all, ranks):
         plain, overlapping = results[0], results[1]
