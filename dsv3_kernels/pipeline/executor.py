@@ -92,7 +92,7 @@ class Pipeline:
     def __init__(
         self,
         modules: nn.Module | Sequence[nn.Module],
-        group: dist.ProcessGroup | None = None,
+        group: dist.ProcessGroup | None,
         schedule: str | Schedule = "dualpipe",
         *,
         timeout: float | None = None,

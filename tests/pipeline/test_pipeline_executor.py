@@ -213,7 +213,7 @@ def test_live_activations_are_those_of_the_simulator():
 def counts_overlaps(rank):
     modules = [OverlapStage(i) for i in stages_of("dualpipe", rank, 2)]
     x, y = batch(8)
-    Pipeline(modules).step(x, labels=y, criterion=criterion, num_microbatches=8)
+    Pipeline(modules, None).step(x, labels=y, criterion=criterion, num_microbatches=8)
     return Stage.overlapped
 
 
@@ -276,7 +276,7 @@ def refuses(rank):
     stage = Stage(rank)
     x, y = batch(6)
     bad = [
-        (lambda: Pipeline([stage, stage, stage]), ValueError, "modules: got 3, wanted 2"),
+        (lambda: Pipeline([stage, stage, stage], None), ValueError, "modules: got 3, wanted 2"),
         (lambda: Pipeline([stage], None, "dualpipev"), ValueError, "modules: got 1, wanted 2"),
         (lambda: Pipeline(stage, None, "gpipe"), ValueError, "name must be one of"),
         (lambda: Pipeline(stage, None, dk.pipeline.schedule("1f1b", 3, 4)), ValueError, "for 3 ranks, wanted 2"),
@@ -287,7 +287,11 @@ def refuses(rank):
     step = {"labels": y, "criterion": criterion}
     bad += [
         (lambda: one.step(x, **step, num_microbatches=0), ValueError, "num_microbatches must be at least 1"),
-        (lambda: Pipeline([stage, Stage(1 - rank)]).step(x, **step, num_microbatches=5), ValueError, "even num_micro"),
+        (
+            lambda: Pipeline([stage, Stage(1 - rank)], None).step(x, **step, num_microbatches=5),
+            ValueError,
+            "even num_micro",
+        ),
         (lambda: fixed.step(x, **step, num_microbatches=3), ValueError, "got 3, but the schedule is for 4"),
     ]
     if rank == 0:
