@@ -164,7 +164,7 @@ def places(ops: Iterable[str], wanted: Iterable[str] | None = None) -> Iterator[
 
 
 def validate(ops: Iterable[str] | None = None, names: Iterable[str] | None = None) -> Iterator[Result]:
-    """Run the cases that touch or are called one of `ops` (default: all) on the backends `names` (default: all that are here).
+    """Run the cases that touch one of `ops` (default: all), on the backends `names` (default: all that are here).
 
     An op without a case on a backend where it could run gives a failed result of its own.
     """

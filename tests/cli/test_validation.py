@@ -148,7 +148,7 @@ def test_compare_demands_all_outputs():
 
 def test_results_are_written(tmp_path, capsys):
     file = tmp_path / "results.jsonl"
-    assert cli.main(["validate", "--op", "quantize_1x128", "--backend", "eager", "--jsonl", str(file)]) == 0
+    assert cli.main(["validate", "--op", "dequantize", "--backend", "eager", "--jsonl", str(file)]) == 0
     records = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(records) == 2
     for record in records:
@@ -156,6 +156,6 @@ def test_results_are_written(tmp_path, capsys):
             record["kind"] == "validate"
             and record["ok"]
             and record["gpu"] is None
-            and record["ops"] == ["quantize_1x128"]
+            and record["ops"] == ["dequantize"]
         )
     assert "2 of 2 cases agree" in capsys.readouterr().out
