@@ -24,7 +24,10 @@ class BuildPython(build_py):
         native.build()
         self.__dict__.pop("data_files", None)  # setuptools caches the list
         if not native.wanted():
-            self.package_data = {"": ["*.pyi", "py.typed", "images/manifest.json"]}
+            self.package_data = {
+                package: [p for p in patterns if p not in ("images/*.cubin", "images/*.ptx")]
+                for package, patterns in self.package_data.items()
+            }
         super().run()
 
 

@@ -61,9 +61,15 @@ def names(wheel: Path) -> set[str]:
         return {name for name in archive.namelist() if ".dist-info/" not in name}
 
 
-def modules() -> set[str]:
-    files = (ROOT / "dsv3_kernels").rglob("*.py*")
-    return {str(path.relative_to(ROOT)) for path in files if path.suffix in (".py", ".pyi")}
+def python_part() -> set[str]:
+    """Modules, stubs, the demo's checkpoint and the manifest: what every wheel holds."""
+    package = ROOT / "dsv3_kernels"
+    files = [path for path in package.rglob("*.py*") if path.suffix in (".py", ".pyi")]
+    files += [path for path in (package / "model" / "demo").glob("*") if path.is_file()]
+    return {str(path.relative_to(ROOT)) for path in files} | {
+        "dsv3_kernels/py.typed",
+        "dsv3_kernels/images/manifest.json",
+    }
 
 
 def metadata(wheel: Path) -> email.message.Message:
@@ -84,8 +90,7 @@ def test_contents(native):
     tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
     platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
     assert wheel.name == f"dsv3_kernels-0.1.0-{tag}-{tag}-{platform}.whl"
-    expected = modules() | {"dsv3_kernels/py.typed", "dsv3_kernels/images/manifest.json"}
-    expected |= {f"dsv3_kernels/_host{sysconfig.get_config_var('EXT_SUFFIX')}"}
+    expected = python_part() | {f"dsv3_kernels/_host{sysconfig.get_config_var('EXT_SUFFIX')}"}
     expected |= {f"dsv3_kernels/images/{name}.{kind}" for name in images.sources() for kind in ("ptx", "cubin")}
     assert names(wheel) == expected
 
@@ -147,7 +152,7 @@ with _host.use_driver({NullDriver().path!r}):
 def test_python_only(python_only, tmp_path):
     wheel, log = python_only
     assert wheel.name == "dsv3_kernels-0.1.0-py3-none-any.whl" and "Python-only: DSV3_KERNELS_BUILD=python" in log
-    assert names(wheel) == modules() | {"dsv3_kernels/py.typed", "dsv3_kernels/images/manifest.json"}
+    assert names(wheel) == python_part()
     folder = unpack(wheel, tmp_path / "site")
     script = f"""
 import sys
