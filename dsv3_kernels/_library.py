@@ -37,12 +37,12 @@ OPS: dict[str, Op] = {
     "rms_norm_backward": Op("quant", module="rms_norm", internal=True),
     "rms_norm_quantize_1x128": Op("quant", out=True),
     # gemm
-    "fp8_gemm": Op("gemm", out=True),
-    "fp8_gemm_accumulate": Op("gemm", module="fp8_gemm", internal=True),
-    "fp8_grouped_gemm": Op("gemm"),
-    "fp8_masked_gemm": Op("gemm"),
-    "fp8_grouped_wgrad": Op("gemm", out=True),
-    "fp8_grouped_wgrad_accumulate": Op("gemm", module="fp8_grouped_wgrad", internal=True),
+    "fp8_gemm": Op("gemm", cuda=True, out=True),
+    "fp8_gemm_accumulate": Op("gemm", module="fp8_gemm", cuda=True, internal=True),
+    "fp8_grouped_gemm": Op("gemm", cuda=True),
+    "fp8_masked_gemm": Op("gemm", cuda=True),
+    "fp8_grouped_wgrad": Op("gemm", cuda=True, out=True),
+    "fp8_grouped_wgrad_accumulate": Op("gemm", module="fp8_grouped_wgrad", cuda=True, internal=True),
     "fp8_grouped_gemm_swiglu_quantize": Op("gemm"),
     # mla
     "rope": Op("mla", grad="rope"),

@@ -20,7 +20,8 @@ def gradient_operands(device, counts, m, n):
     operands, reals = [], []
     for columns in (m, n):
         x = exact.uneven(tokens, columns).to(device)
-        q_t, scale_t, bounds_t = dk.quantize_1x128_both(x, offsets=bounds)[2:]
+        with dk.backend("eager"):  # the op under test is another one
+            q_t, scale_t, bounds_t = dk.quantize_1x128_both(x, offsets=bounds)[2:]
         used = int(bounds_t[-1])
         exact.poison(q_t[:, used:], scale_t[:, used // 128 :])
         operands += [q_t, scale_t]

@@ -5,6 +5,9 @@ Shapes are the smallest that reach a case: ring and parity wrap, tails, several 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -104,7 +107,8 @@ def run(kernel: str, call, *args) -> None:
 
 
 def gemm(case: Case, out: Tensor, kernel: str, *, bias: Tensor | None = None, sms: int | None = None) -> None:
-    run(kernel, _cuda.fp8_gemm, case.a, case.a_scale, case.b, case.b_scale, bias, out.dtype, "auto", sms, out)
+    policy = "fixed" if kernel == SQUARE else "auto"
+    run(kernel, _cuda.fp8_gemm, case.a, case.a_scale, case.b, case.b_scale, bias, out.dtype, policy, sms, out)
 
 
 SQUARE, ROW = "fp8_gemm_128x128_block", "fp8_gemm_128x128_row"
@@ -165,6 +169,67 @@ def test_gemm_adds_bias_and_what_was_there(bias_dtype, dtype: torch.dtype, offse
     run(SQUARE, _cuda.fp8_gemm_accumulate, *args)
     check(out, wanted, case.size + wanted.abs())
     only_wrote(memory, out)
+
+
+@contextlib.contextmanager
+def schedule(**options: str) -> Iterator[None]:
+    """Launches inside the block run under these options of the simulator."""
+    library = ctypes.CDLL(str(_simulator.library()))
+    defaults = {"timing": "early", "order": "forward", "seed": "0", "fp8_truncate": "0"}
+    try:
+        for name, value in options.items():
+            assert library.dsv3SimSetOption(name.encode(), value.encode()) == 0, f"no option {name}={value}"
+        yield
+    finally:
+        for name in options:
+            library.dsv3SimSetOption(name.encode(), defaults[name].encode())
+
+
+SCHEDULES = {
+    "late": {"timing": "late", "order": "reverse"},  # copies and products at the last moment
+    "random1": {"timing": "random", "order": "random", "seed": "1"},
+    "random2": {"timing": "random", "order": "random", "seed": "2"},
+}
+
+
+@pytest.mark.parametrize("options", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize(
+    ("kernel", "m", "n", "k"), [(ROW, 130, 136, 1040), (SQUARE, 64, 264, 1040), (TALL, 512, 128, 640)]
+)
+def test_gemm_under_any_schedule(kernel: str, m: int, n: int, k: int, options: dict[str, str]) -> None:
+    case = make(m, n, k, by_row=kernel == ROW)
+    out, again = torch.empty(m, n), torch.empty(m, n)
+    gemm(case, out, kernel, sms=1)
+    with schedule(**options):
+        gemm(case, again, kernel, sms=1)
+    check(out, case.wanted, case.size)
+    assert same_bits(out, again)
+
+
+def fourteen_bits(products: Tensor) -> Tensor:
+    """Sum of `products [..., K]` in an accumulator that aligns every 32 addends to the largest and keeps 14 bits."""
+    total = torch.zeros(products.shape[:-1], dtype=torch.float64)
+    for addends in products.split(32, -1):
+        largest = torch.maximum(addends.abs().amax(-1), total.abs())
+        unit = torch.exp2(torch.floor(torch.log2(largest)) - 13)
+        total = ((total / unit).trunc() + (addends / unit[..., None]).trunc().sum(-1)) * unit
+    return total
+
+
+def test_promotion_keeps_the_error_of_fourteen_bits_small() -> None:
+    """Terms of one sign: an accumulator of 14 bits that runs on over K loses what one emptied every 128 keeps."""
+    generator, k = torch.Generator().manual_seed(6), 16384
+    a, b = (
+        torch.randint(0x30, 0x40, (8, k), generator=generator).to(torch.uint8).view(torch.float8_e4m3fn) for _ in "ab"
+    )
+    a_scale, b_scale = torch.ones(8, k // 128), torch.ones(1, k // 128)
+    wanted, size = product(a, a_scale, b, b_scale)
+    out = torch.empty(8, 8)
+    with schedule(fp8_truncate="1"):
+        gemm(Case(a, a_scale, b, b_scale, wanted, size), out, SQUARE)
+    promoted = ((out.double() - wanted).abs() / wanted).max()
+    carried = ((fourteen_bits(a.double()[:, None] * b.double()) - wanted).abs() / wanted).max()
+    assert 1e-6 < promoted < 2e-3 < carried, f"promoted {promoted:.3g}, carried on {carried:.3g}"
 
 
 def test_gemm_without_k_is_the_bias() -> None:
