@@ -484,7 +484,7 @@ void Launch::reportDeadlock() {
         for (size_t i = 0; i < w.frags.size(); ++i) {
           Fragment& f = w.frags[i];
           if (!f.mask || lines++ > 40) continue;
-          const Inst& in = kernel->code[f.shownPc ? f.shownPc : f.pc];
+          const Inst& in = kernel->code[f.wait == Wait::Barrier ? f.shownPc : f.pc];
           char lanes[32];
           snprintf(lanes, sizeof lanes, "lanes %08x ", f.mask);
           w.cur = (unsigned)i;

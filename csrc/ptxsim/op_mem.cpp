@@ -6,6 +6,7 @@
 namespace ptxsim {
 
 void decodeStAsync(Dec&);
+void raceWrites(Warp& w, const Inst& in, uint32_t m, uint32_t changed, Space space, const uint64_t* a, uint32_t bytes);
 
 static const char* verb(Kind k) { return k == Kind::Read ? "read" : k == Kind::Write ? "write" : "atomic"; }
 static std::string hex(uint64_t v) {
@@ -100,7 +101,7 @@ static void countBanks(Warp& w, uint32_t m, const uint64_t* a, uint32_t bytes) {
   }
 }
 
-void resolve(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* a, uint32_t bytes, Kind kind, Span& s) {
+static void place(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* a, uint32_t bytes, Kind kind, Span& s) {
   Launch& l = *w.launch;
   if (space == Space::Generic) {  // one window for all lanes is the rule
     uint64_t first = a[__builtin_ctz(m)] >> 32;
@@ -153,7 +154,10 @@ void resolve(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* a
     }
     if (space == Space::Generic) (kind == Kind::Read ? l.n.globalRead : l.n.globalWrite) += total;
   }
-  if (l.race) raceAccess(w, in, m, space, a, bytes, kind);
+}
+void resolve(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* a, uint32_t bytes, Kind kind, Span& s) {
+  place(w, in, m, space, a, bytes, kind, s);
+  if (w.launch->race) raceAccess(w, in, m, space, a, bytes, kind);
 }
 
 namespace {
@@ -189,7 +193,8 @@ void store(Warp& w, const Inst& in, uint32_t m) {
   Span s;
   addresses(w, in, m, a);
   const unsigned n = in.vec;
-  resolve(w, in, m, in.space, a, n * (uint32_t)sizeof(M), Kind::Write, s);
+  place(w, in, m, in.space, a, n * (uint32_t)sizeof(M), Kind::Write, s);
+  uint32_t changed = 0;
   const Ref* refs = n == 1 ? &in.d : in.ext->refs.data();
   for (unsigned k = 0; k < n; ++k) {
     const R* d = w.ptr<const R>(refs[k]);
@@ -202,10 +207,14 @@ void store(Warp& w, const Inst& in, uint32_t m) {
       M v;
       if constexpr (std::is_same<M, B128>::value) v = d[i];
       else v = (M)d[i];
-      memcpy(s.p[i] + k * sizeof(M), &v, sizeof(M));
+      if (memcmp(s.p[i] + k * sizeof(M), &v, sizeof(M))) {
+        changed |= 1u << i;
+        memcpy(s.p[i] + k * sizeof(M), &v, sizeof(M));
+      }
       if (s.tracked && s.v[i]) memset(s.v[i] + k * sizeof(M), (valid >> i) & 1, sizeof(M));
     }
   }
+  if (w.launch->race) raceWrites(w, in, m, changed, in.space, a, n * (uint32_t)sizeof(M));
   w.launch->progress();
 }
 

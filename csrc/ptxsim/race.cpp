@@ -116,7 +116,7 @@ struct Side {
   const RaceClock* clock;
   uint32_t first, agent, time, pc;
   uint8_t flags;
-  bool async, isOp;
+  bool async, isOp, unchanged = false;
 };
 
 const char* verb(bool write) { return write ? "write" : "read"; }
@@ -182,6 +182,10 @@ void touch(RaceState& s, Warp& w, const Inst& in, Granule& g, const Side& me, ui
     const char* why = ordered(s, me, e);
     if (*why) report(s, w, in, me, e, write, space + " at byte " + std::to_string(where16 * 16 + (unsigned)__builtin_ctz(e.mask & mask)), why);
   };
+  if (me.unchanged) {
+    put(g.w, kSharedWrites, me, mask, me.flags | kWriteFlag);
+    return;
+  }
   for (auto& e : g.w) check(e);
   if (write) {
     for (auto& e : g.r) check(e);
@@ -249,11 +253,13 @@ void imported(Warp& w, const RaceClock& from, bool strongAcquire) {
 
 }  // namespace
 
-void raceAccess(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* a, uint32_t bytes, Kind kind) {
+// A write that changes nothing cannot be seen by anybody: it is only remembered.
+static void accessLanes(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* a, uint32_t bytes, Kind kind, bool unchanged) {
   RaceState& s = *w.launch->race;
   const bool strong = kind == Kind::Atomic || in.x[0] > 0;
   if (space == Space::Local || space == Space::Param) return;
-  const Side me = side(w, in, strong);
+  Side me = side(w, in, strong);
+  me.unchanged = unchanged;
   for (uint32_t left = m; left;) {
     int i = firstLane(left);
     left &= left - 1;
@@ -294,6 +300,12 @@ void raceAccess(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t
       to.join(out);
     }
   }
+}
+
+void raceAccess(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* a, uint32_t bytes, Kind kind) { accessLanes(w, in, m, space, a, bytes, kind, false); }
+void raceWrites(Warp& w, const Inst& in, uint32_t m, uint32_t changed, Space space, const uint64_t* a, uint32_t bytes) {
+  if (m & changed) accessLanes(w, in, m & changed, space, a, bytes, Kind::Write, false);
+  if (m & ~changed) accessLanes(w, in, m & ~changed, space, a, bytes, Kind::Write, true);
 }
 
 void raceAccessShared(Warp& w, const Inst& in, Cta& cta, uint32_t offset, uint32_t bytes, Kind kind) {
@@ -414,7 +426,7 @@ void checkExit(Cta& cta) {
   if (!cta.launch->opt.detect) return;
   for (auto& w : cta.warps) {
     for (auto& op : w.bulk.ops)
-      if (!op->exitOk()) {
+      if (!op->exitOk() && cta.launch->race && cta.launch->race->ops[op->id]->read.empty()) {
         throw Error("the CTA exits before a bulk store has read its shared memory: cp.async.bulk.wait_group is missing\n  at " + where(w, *op->inst, -1));
       }
     if (!w.wgmma.ops.empty()) throw Error("the CTA exits with a wgmma that nobody has waited for\n  at " + where(w, *w.wgmma.ops.front()->inst, -1));
