@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -175,7 +176,7 @@ def test_gemm_adds_bias_and_what_was_there(bias_dtype, dtype: torch.dtype, offse
 def schedule(**options: str) -> Iterator[None]:
     """Launches inside the block run under these options of the simulator."""
     library = ctypes.CDLL(str(_simulator.library()))
-    defaults = {"timing": "early", "order": "forward", "seed": "0", "fp8_truncate": "0"}
+    defaults = {"timing": "early", "order": "forward", "seed": "0", "fp8_truncate": "0", "banks": "0"}
     try:
         for name, value in options.items():
             assert library.dsv3SimSetOption(name.encode(), value.encode()) == 0, f"no option {name}={value}"
@@ -204,6 +205,32 @@ def test_gemm_under_any_schedule(kernel: str, m: int, n: int, k: int, options: d
         gemm(case, again, kernel, sms=1)
     check(out, case.wanted, case.size)
     assert same_bits(out, again)
+
+
+def counters() -> dict[str, int]:
+    """What the last launch moved and computed."""
+    text = ctypes.create_string_buffer(4096)
+    ctypes.CDLL(str(_simulator.library())).dsv3SimCounters(text, ctypes.c_size_t(len(text)))
+    return json.loads(text.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("kernel", "m", "n", "cycles"),
+    [(SQUARE, 128, 128, 512), (ROW, 128, 128, 512), (TALL, 256, 128, 1024), (WIDE, 128, 192, 768)],
+)
+def test_gemm_keeps_to_its_budget(kernel: str, m: int, n: int, cycles: int, dtype: torch.dtype) -> None:
+    """Bytes and cycles per k-block as docs/gemm.md has them; every output byte once; no bank met twice."""
+    blocks = 3
+    case = make(m, n, 128 * blocks, by_row=kernel == ROW)
+    with schedule(banks="1"):
+        gemm(case, torch.empty(m, n, dtype=dtype), kernel, sms=1)
+    spent = counters()
+    assert spent["wgmma_cycles"] == blocks * cycles
+    assert spent["tma_read"] == blocks * 128 * (m + n)
+    assert spent["global_read"] == blocks * 4 * (m + (n if kernel == ROW else 2))
+    assert spent["global_write"] == m * n * dtype.itemsize
+    assert spent["shared_wavefronts"] == spent["shared_ideal"] > 0
 
 
 def fourteen_bits(products: Tensor) -> Tensor:
