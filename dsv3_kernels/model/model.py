@@ -373,7 +373,7 @@ class DeepSeekV3(nn.Module):
         _checks.dtype("model", "cache", cache.pages, self.dtype, torch.uint8)
         _checks.device("model", cache=cache.pages, weights=self.lm_head.weight)
         batch, held = len(lengths), len(cache.lengths)
-        _checks.value("model", "cache", batch == held, f"{held} sequences", f"{batch} as in tokens")
+        _checks.value("model", "cache", batch == held, held, f"{batch} sequences, as in tokens")
         fits = len(cache.pages) >= self.config.num_hidden_layers and cache.latent_dim == self.config.latent_dim
         _checks.value("model", "cache", fits, list(cache.pages.shape), "pages made for this configuration")
         paged = cache.block_table.shape[1] * cache.page_size

@@ -75,10 +75,12 @@ def base(cases) -> Case:
     return cases("base")
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    """The models are tiny: a second thread costs more than it brings."""
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol():
+    """The models are tiny: a second thread costs more than it brings, in tests and in the fixtures made for them."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    try:
+        return (yield)
+    finally:
+        torch.set_num_threads(before)

@@ -392,7 +392,7 @@ def test_bad_cache(base):
     refuses(ValueError, "sequence 0 grows to 65 tokens, the cache has a block_table for 64")
     cache.block_table, cache.capacities = table, [64, 128]
     refuses(ValueError, "tokens: got values", tokens=torch.tensor([[1], [97]]))
-    refuses(ValueError, "cache: got 2 sequences", tokens=tokens[:1, :2])
+    refuses(ValueError, "cache: got 2, wanted 1 sequences", tokens=tokens[:1, :2])
     refuses(TypeError, "cache: got dict", given={})
     refuses(TypeError, "cache: got dtype bfloat16", given=PagedLatentCache(config, [64, 64]))
     refuses(RuntimeError, "device", given=PagedLatentCache(config, [64, 64], dtype=torch.float32, device="meta"))

@@ -89,12 +89,12 @@ def test_replayed_routing(base):
 
 def cosines(got: dict, wanted: dict) -> tuple[float, float]:
     """(of all gradients as one vector, the worst of the matrices that carry a thousandth of it or more)."""
-    flat = [torch.cat([g.flatten().double() for g in grads.values()]) for grads in (got, wanted)]
+    flat = [torch.cat([grads[name].flatten().double() for name in wanted]) for grads in (got, wanted)]
     total = float(flat[1].norm())
     each = [
         float(F.cosine_similarity(got[n].flatten().double(), w.flatten().double(), dim=0))
         for n, w in wanted.items()
-        if float(w.norm()) > 1e-3 * total
+        if w.dim() == 2 and float(w.norm()) > 1e-3 * total
     ]
     return float(F.cosine_similarity(*flat, dim=0)), min(each)
 
@@ -116,7 +116,7 @@ def test_bf16_gradients(base, bf16):
 
 @pytest.fixture(scope="module")
 def trained():
-    """A toy with blocks of 128 that has learnt a periodic language: (model, text), after 60 steps in bfloat16."""
+    """A toy with blocks of 128 that has learnt a periodic language: (model, text), after 50 steps in bfloat16."""
     torch.manual_seed(0)
     config = Config(
         vocab_size=32,
@@ -150,7 +150,7 @@ def trained():
         return torch.where(noise, torch.randint(32, tokens.shape, generator=generator), tokens)
 
     history = []
-    for _ in range(60):
+    for _ in range(50):
         optimizer.zero_grad()
         total, parts = train.loss(model, text(8), recipe="bf16", balance_alpha=1e-4)
         total.backward()
