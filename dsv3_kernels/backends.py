@@ -167,7 +167,7 @@ def launch(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> No
 def _choose(op: str, args: tuple[Any, ...], device: Any) -> tuple[str, str, dict[str, str]]:
     name = forced()
     candidates = _expand(op, name) if name else ("cuda", "triton", "eager")
-    passed_over = {}
+    passed_over: dict[str, str] = {}
     for candidate in candidates:
         why = missing(op, candidate, device) or _cannot(op, candidate, args)
         if why is None:
