@@ -80,6 +80,16 @@ def test_equal_scores_choose_the_first_experts(backend, device):
     assert experts.tolist() == [list(range(8))] * 3
 
 
+@pytest.mark.parametrize("num_experts", [3, 7, 33])
+def test_equal_logits_have_equal_scores_wherever_they_stand(backend, device, num_experts):
+    """Sizes that leave elements over in any vector width; a score one rounding off would break the tie."""
+    gate = {"num_groups": 1, "topk_groups": 1, "top_k": 3, "scaling": 1.0}
+    for tokens in (1, 2, 5, 40):
+        logits = torch.randn(tokens, 1).expand(tokens, num_experts).contiguous()
+        _, experts = dk.moe_gate(logits.to(device), None, **gate)
+        assert experts.tolist() == [[0, 1, 2]] * tokens
+
+
 def test_groups_left_out_count_as_minus_infinity(backend, device):
     """All biased scores are negative: experts filled in with 0 would win over those of the open groups."""
     logits, bias = torch.randn(50, 16), torch.full((16,), -3.0)
