@@ -13,4 +13,9 @@ void quantize_1x128(const void* x, void* q, void* scale, int64_t rows, int64_t c
                     int64_t scale_row_stride, int64_t scale_block_stride, bool pow2_scale, ElementType type,
                     const Target& target);
 
+void quantize_128x128(const void* w, void* q, void* scale, int64_t matrices, int64_t rows, int64_t columns,
+                      int64_t w_matrix_stride, int64_t w_row_stride, int64_t scale_matrix_stride,
+                      int64_t scale_row_stride, int64_t scale_column_stride, bool pow2_scale, ElementType type,
+                      const Target& target);
+
 }  // namespace dsv3

@@ -14,45 +14,14 @@
 // Accesses  loads 16 bytes a lane, 512 contiguous bytes a warp; stores 8 (4) bytes a lane, 256 (128) contiguous bytes a
 //           warp: every sector whole. All loads of a warp are issued before the first is used: 64 bytes a lane in
 //           flight. Rows that are not aligned to such accesses take the scalar ones, element by element.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <type_traits>
-
-#include "ptx/convert.cuh"
-#include "quant/divide.h"
+#include "quant/encode.cuh"
 #include "quant/quantize_1x128_params.h"
 
 namespace dsv3 {
 namespace {
 
-constexpr float kE4m3Max = 448.0f;
-constexpr float kE4m3MaxReciprocal = 1.0f / 448.0f;
-constexpr float kAmaxFloor = 1e-4f;
-constexpr uint32_t kNan = 0x7FC00000;  // the NaN that PyTorch writes; instructions would make 0x7FFFFFFF
-
-// Element i of consecutive ones in 32-bit words.
-__device__ __forceinline__ float element(const uint32_t* words, int i, float) {
-  return __uint_as_float(words[i]);
-}
-__device__ __forceinline__ float element(const uint32_t* words, int i, __nv_bfloat16) {
-  return __uint_as_float(i % 2 ? words[i / 2] & 0xFFFF0000u : words[i / 2] << 16);
-}
-__device__ __forceinline__ float element(const uint32_t* words, int i, __half) {
-  return __half2float(__ushort_as_half(static_cast<unsigned short>(words[i / 2] >> (i % 2 * 16))));
-}
-
-// Scale of a block whose largest magnitude is amax: a positive normal number or NaN.
-__device__ __forceinline__ float scale_of(float amax, bool pow2) {
-  float scale = divide(fmaxf(amax, kAmaxFloor), kE4m3Max, kE4m3MaxReciprocal);
-  // Carrying a mantissa that is not zero into the exponent rounds up to a power of two.
-  if (pow2) scale = __uint_as_float((__float_as_uint(scale) + 0x7FFFFF) & ~0x7FFFFFu);
-  return amax <= 3.40282347e38f ? scale : __uint_as_float(kNan);
-}
-
 template <class T, bool kVectors>
 __device__ __forceinline__ void quantize(const Quantize1x128Params& p) {
-  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
   constexpr int kVector = 16 / sizeof(T);     // elements of a lane and step
   constexpr int kLanes = 128 / kVector;       // of one block
   constexpr int kStepColumns = 32 * kVector;  // of one warp and step
@@ -63,25 +32,15 @@ __device__ __forceinline__ void quantize(const Quantize1x128Params& p) {
   const int64_t row = static_cast<int64_t>(blockIdx.x / p.chunks) * kQuantizeRows + threadIdx.x / 32;
   if (row >= p.rows) return;  // whole warps leave
   const int64_t first = static_cast<int64_t>(blockIdx.x % p.chunks) * quantize_columns(sizeof(T)) + lane * kVector;
-  const Bits* x = static_cast<const Bits*>(p.x) + row * p.x_stride;
+  const Bits<T>* x = static_cast<const Bits<T>*>(p.x) + row * p.x_stride;
   uint8_t* q = p.q + row * p.columns;
   float* scales = p.scale + row * p.scale_row_stride;
 
-  uint4 loaded[kQuantizeSteps] = {};  // what lies beyond the row counts as zeros
+  uint4 loaded[kQuantizeSteps];
 #pragma unroll
   for (int step = 0; step < kQuantizeSteps; ++step) {
     const int64_t column = first + step * kStepColumns;
-    if constexpr (kVectors) {
-      if (column < p.columns) loaded[step] = __ldg(reinterpret_cast<const uint4*>(x + column));
-    } else {
-      uint32_t words[4] = {};
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        const int64_t bit = i * sizeof(T) * 8;
-        if (column + i < p.columns) words[bit / 32] |= static_cast<uint32_t>(x[column + i]) << (bit % 32);
-      }
-      loaded[step] = make_uint4(words[0], words[1], words[2], words[3]);
-    }
+    loaded[step] = load<kVectors>(x + column, p.columns - column);
   }
 
 #pragma unroll
@@ -104,24 +63,7 @@ __device__ __forceinline__ void quantize(const Quantize1x128Params& p) {
     if (column >= p.columns) continue;
     if (lane % kLanes == 0) scales[(column >> 7) * p.scale_block_stride] = scale;
 
-    uint32_t codes[kVector / 4];
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) values[i] = divide(values[i], scale, reciprocal);
-#pragma unroll
-    for (int i = 0; i < kVector / 4; ++i) {
-      codes[i] =
-          ptx::cvt_rn_satfinite_e4m3x4_f32(values[4 * i], values[4 * i + 1], values[4 * i + 2], values[4 * i + 3]);
-    }
-    if constexpr (kVectors && kVector == 8) {
-      *reinterpret_cast<uint2*>(q + column) = make_uint2(codes[0], codes[1]);
-    } else if constexpr (kVectors) {
-      *reinterpret_cast<uint32_t*>(q + column) = codes[0];
-    } else {
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        if (column + i < p.columns) q[column + i] = static_cast<uint8_t>(codes[i / 4] >> (8 * (i % 4)));
-      }
-    }
+    store<kVectors>(q + column, values, scale, reciprocal, p.columns - column);
   }
 }
 

@@ -40,3 +40,26 @@ def quantize_1x128(x: Tensor, pow2_scale: bool, scale_layout: str, q: Tensor, sc
         _TYPES[x.dtype],
         *_target(x),
     )
+
+
+def quantize_128x128(w: Tensor, pow2_scale: bool, q: Tensor, scale: Tensor) -> None:
+    if w.dim() != 3:
+        # Leading dimensions that no single stride describes are copied; so are scales, and back.
+        matrices = w.reshape(-1, *w.shape[-2:])
+        target = scale.reshape(-1, *scale.shape[-2:])
+        quantize_128x128(matrices, pow2_scale, q.view(matrices.shape), target)
+        if target.data_ptr() != scale.data_ptr():
+            scale.copy_(target.view(scale.shape))
+        return
+    _host.quantize_128x128(
+        w.data_ptr(),
+        q.data_ptr(),
+        scale.data_ptr(),
+        *w.shape,
+        w.stride(0),
+        w.stride(1),
+        *scale.stride(),
+        pow2_scale,
+        _TYPES[w.dtype],
+        *_target(w),
+    )
