@@ -338,9 +338,30 @@ class DeepSeekV3(nn.Module):
         logits = self.head(chain(self, tokens, step, fed, own)[0])
         return (logits, step.chosen) if return_routing else logits
 
-    def generate(self, tokens: Any, max_new_tokens: int, **options: Any) -> Any:
-        """See `dk.model.generate.generate`."""
-        return generate(self, tokens, max_new_tokens, **options)
+    def generate(
+        self,
+        tokens: Any,
+        max_new_tokens: int,
+        *,
+        eos_id: int | None = None,
+        temperature: float = 0,
+        top_p: float = 1,
+        generator: torch.Generator | None = None,
+        speculative: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Prompts [B, S] or a list of lists -> prompts and what follows them; see `dk.model.generate.generate`."""
+        return generate(
+            self,
+            tokens,
+            max_new_tokens,
+            eos_id=eos_id,
+            temperature=temperature,
+            top_p=top_p,
+            generator=generator,
+            speculative=speculative,
+            **options,
+        )
 
     @staticmethod
     def _unpack(packed: Tensor, step: Step, shape: torch.Size, fill: float) -> Tensor:

@@ -26,7 +26,7 @@ def loss(
     tokens: Tensor,
     *,
     mtp_weight: float = 0.3,
-    recipe: str = "bf16",
+    recipe: str = "float32",
     routing: list[Tensor] | None = None,
     balance_alpha: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
