@@ -16,8 +16,7 @@ E4M3 = torch.float8_e4m3fn
 @pytest.mark.parametrize(
     "mnk", [(128, 128, 128), (1, 256, 512), (65, 200, 160), (7, 8, 576), (130, 264, 100), (3, 24, 1)]
 )
-@pytest.mark.parametrize("recipe", ["128x128", "1x128"])
-@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("recipe", "out_dtype"), [("128x128", torch.bfloat16), ("1x128", torch.float32)])
 def test_product(backend, device, mnk, recipe, out_dtype):
     m, n, k = mnk
     a, b = exact.rows(device, m, k), (exact.rows if recipe == "1x128" else exact.blocks)(device, n, k)

@@ -39,11 +39,12 @@ def check(q, scale, wanted, off, pow2_scale):
     close(q.cpu().float().double() * wide, wanted, (half_step + off) * 1.001, "q * scale")
 
 
-@pytest.mark.parametrize("counts", [(64, 70), (0, 1, 0, 30, 7, 0), (5,), (0, 0)])
+@pytest.mark.parametrize("counts", [(40, 70), (0, 1, 0, 30, 7, 0), (0, 0)])
 @pytest.mark.parametrize("fk", [(128, 160), (300, 128), (4, 576)])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("recipe", "pow2_scale"), [("128x128", False), ("1x128", True)])
-def test_values(backend, device, counts, fk, weighted, recipe, pow2_scale):
+@pytest.mark.parametrize(
+    ("recipe", "pow2_scale", "weighted"), [("128x128", False, True), ("1x128", True, True), ("128x128", False, False)]
+)
+def test_values(backend, device, counts, fk, recipe, pow2_scale, weighted):
     """Rows that no group owns hold NaN, and come out zero."""
     used, shape = sum(counts), (len(counts), 2 * fk[0], fk[1])
     a, b = exact.rows(device, used + 20, fk[1]), (exact.rows if recipe == "1x128" else exact.blocks)(device, *shape)

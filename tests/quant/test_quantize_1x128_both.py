@@ -55,8 +55,7 @@ def test_without_groups(backend, device, dtype, shape, pow2_scale):
 
 
 @pytest.mark.parametrize("counts", [(128, 256), (0, 1, 0, 130, 7, 0), (5,), (0, 0), (), (127, 129)])
-@pytest.mark.parametrize("spare", [0, 9])
-@pytest.mark.parametrize("pow2_scale", [False, True])
+@pytest.mark.parametrize(("spare", "pow2_scale"), [(0, False), (9, True), (9, False)])
 def test_groups(backend, device, counts, spare, pow2_scale):
     """Rows past the last group hold NaN, which no group sees."""
     tokens = sum(counts) + spare
@@ -68,7 +67,7 @@ def test_groups(backend, device, counts, spare, pow2_scale):
     check([t.cpu() for t in got], x, counts, pow2_scale)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.lists(st.sampled_from([0, 1, 2, 100, 127, 128, 129, 300]), max_size=6), st.integers(0, 2**31))
 def test_any_groups(counts, seed):
     x = torch.randn(sum(counts) + 3, 17, generator=torch.Generator().manual_seed(seed))
