@@ -5,7 +5,6 @@ Tokens of all sequences lie packed in one dimension: x is [T, hidden]. Module pa
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -142,13 +141,13 @@ class Linear(nn.Module):
             return dk.fp8_grouped_linear(rows, self.weight, offsets, pow2_scale=self.pow2_scale)
         if rows.is_cuda and rows.dtype == torch.bfloat16 and self.scale is None:
             return torch._grouped_mm(rows, self.dense(rows.dtype).mT, offs=offsets[1:])
-        bounds = offsets.tolist()  # on the CPU nothing waits; on a GPU this path is for float32 comparisons only
+        counts = offsets.diff().tolist()  # on the CPU nothing waits; on a GPU this path is for float32 comparisons
         stack = self.weight.unbind() if self.scale is None else None  # one gradient for the stack, not one each
         segments = []
-        for e, (start, stop) in enumerate(itertools.pairwise(bounds)):
-            if stop > start:
+        for e, segment in enumerate(rows.split(counts)):
+            if counts[e]:
                 weight = self.dense(rows.dtype, e) if stack is None else stack[e].to(rows.dtype)
-                segments.append(F.linear(rows[start:stop], weight))
+                segments.append(F.linear(segment, weight))
         return torch.cat(segments) if segments else rows.new_empty(0, self.weight.shape[1])
 
 

@@ -17,7 +17,7 @@ from . import weights as storage
 from .config import Config, Yarn
 from .generate import generate, load_tokenizer
 from .layers import Attention, DecoderLayer, Linear, Norm, Step, cumulative
-from .mtp import FEEDS, MTPLayer, chain, need, split_routing
+from .mtp import FEEDS, MTPLayer, chain, need
 
 ABSORB_QUERIES = 4  # up to so many new tokens per sequence attend in latent space (3.4x the arithmetic, no expansion)
 
@@ -410,6 +410,27 @@ class DeepSeekV3(nn.Module):
         _checks.shape("model", "positions", positions, tokens.shape)
         _checks.device("model", positions=positions, tokens=tokens)
         _inside("positions", positions, len(self.cos_sin))
+
+
+def split_routing(
+    model: DeepSeekV3, routing: list[Tensor] | None, tokens: Tensor, rows: Tensor | None = None
+) -> tuple[list[Tensor] | None, list[Tensor] | None]:
+    """Experts to replay -> (those of the main layers, packed; those of the MTP depths, if given), checked."""
+    if routing is None:
+        return None, None
+    config, (batch, width) = model.config, tokens.shape
+    main = max(config.num_hidden_layers - config.first_k_dense_replace, 0)
+    whole = main + config.num_nextn_predict_layers
+    if len(routing) not in (main, whole):
+        raise ValueError(f"model: routing: got {len(routing)} tensors, wanted {main} (or {whole}, the MTP layers too)")
+    for i, experts in enumerate(routing):
+        _checks.dtype("model", "routing", experts, torch.int32, torch.int64)
+        _checks.shape("model", "routing", experts, (batch * (width - max(i - main + 1, 0)), config.num_experts_per_tok))
+        _checks.device("model", routing=experts, tokens=tokens)
+    packed = [experts if rows is None else experts[rows] for experts in routing[:main]]
+    for experts in [*packed, *routing[main:]]:
+        _inside("routing", experts, config.n_routed_experts)
+    return packed, routing[main:] or None
 
 
 def _inside(argument: str, tensor: Tensor, size: int) -> None:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .. import _checks
 from .config import Config
 from .layers import DecoderLayer, Linear, Norm, Step
 
@@ -69,22 +68,3 @@ def chain(
         fed = layer.predict(fed[:, :rows].reshape(batch * rows, -1), embedding, inner).view(batch, rows, -1)
         out.append(fed)
     return out
-
-
-def split_routing(
-    model: DeepSeekV3, routing: list[Tensor] | None, tokens: Tensor, rows: Tensor | None = None
-) -> tuple[list[Tensor] | None, list[Tensor] | None]:
-    """Experts to replay -> (those of the main layers, packed; those of the MTP depths, if given), checked."""
-    if routing is None:
-        return None, None
-    config, (batch, width) = model.config, tokens.shape
-    main = max(config.num_hidden_layers - config.first_k_dense_replace, 0)
-    whole = main + config.num_nextn_predict_layers
-    if len(routing) not in (main, whole):
-        raise ValueError(f"model: routing: got {len(routing)} tensors, wanted {main} (or {whole}, the MTP layers too)")
-    for i, experts in enumerate(routing):
-        _checks.dtype("model", "routing", experts, torch.int32, torch.int64)
-        _checks.shape("model", "routing", experts, (batch * (width - max(i - main + 1, 0)), config.num_experts_per_tok))
-        _checks.device("model", routing=experts, tokens=tokens)
-    packed = [experts if rows is None else experts[rows] for experts in routing[:main]]
-    return packed, routing[main:] or None

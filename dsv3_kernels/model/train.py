@@ -12,7 +12,8 @@ import dsv3_kernels as dk
 
 from .. import _checks
 from .layers import MoE
-from .mtp import chain, split_routing
+from .model import split_routing
+from .mtp import chain
 from .weights import pieces
 
 if TYPE_CHECKING:

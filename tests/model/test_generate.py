@@ -360,6 +360,11 @@ FORWARD = {
         TypeError,
         "routing: got dtype float32",
     ),
+    "routing that drops a token": (
+        lambda m: m(torch.ones(1, 2, dtype=torch.int64), routing=[torch.tensor([[0, 1, 2, -1]] * 2)] * 3),
+        ValueError,
+        "routing: got values from -1 to 2, wanted 0 to 15",
+    ),
     "one token for MTP": (lambda m: m.mtp_logits(torch.tensor([[1]])), ValueError, "mtp_logits: tokens"),
 }
 
