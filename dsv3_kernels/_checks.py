@@ -23,7 +23,7 @@ def dtype(op: str, argument: str, tensor: Any, *wanted: torch.dtype) -> None:
 
 
 def shape(op: str, argument: str, tensor: Any, wanted: Sequence[Any]) -> None:
-    """ValueError unless the shape fits: an int must be equal, a str names a free dimension, ... takes any leading ones."""
+    """ValueError unless the shape fits: an int must be equal, a str names a free dimension, ... is any leading ones."""
     got = tensor.shape
     fits = tuple(wanted)
     if got == fits:

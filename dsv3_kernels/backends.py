@@ -213,7 +213,8 @@ def _cuda_missing(device: Any) -> str | None:
     if why is not None:
         return why
     capability = _capability(device)
-    return None if capability == (9, 0) else f"needs compute capability 9.0 (Hopper), got {capability[0]}.{capability[1]}"
+    got = f"{capability[0]}.{capability[1]}"
+    return None if capability == (9, 0) else f"needs compute capability 9.0 (Hopper), got {got}"
 
 
 def _triton_device(op: str, device: Any) -> str | None:

@@ -48,7 +48,8 @@ def backends_of(op: str, gpu: bool) -> list[str]:
     names = ["eager"]
     if gpu:
         return names + [name for name in ("triton", "cuda") if getattr(OPS[op], name)]
-    return names + [name for name in ("sim:cuda", "sim:triton") if backends.missing(op, name, torch.device("cpu")) is None]
+    cpu = torch.device("cpu")
+    return names + [name for name in ("sim:cuda", "sim:triton") if backends.missing(op, name, cpu) is None]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
