@@ -183,7 +183,7 @@ def deep_gemm_masked(
 
 
 def fp8_grouped_wgrad(
-    groups: int, tokens: int, m: int, n: int, *, accumulate: bool = False, quick: bool = False
+    groups: int, tokens: int, m: int, n: int, *, accumulate: bool = False, quick: bool = False, cpu: bool = False
 ) -> Case:
     op = "fp8_grouped_wgrad_accumulate" if accumulate else "fp8_grouped_wgrad"
 
@@ -219,6 +219,7 @@ def fp8_grouped_wgrad(
         bytes=(m + n) * tokens + scales(m + n, tokens) + (8 if accumulate else 4) * groups * m * n,
         flops=2 * tokens * m * n,
         unit="fp8",
+        devices=("cuda", "cpu") if cpu else ("cuda",),
         quick=quick,
     )
 
@@ -266,6 +267,7 @@ CASES = [
     fp8_masked_gemm(9, 1024, 128, 4096, 7168, quick=True),
     fp8_masked_gemm(9, 1024, 128, 7168, 2048, quick=True),
     fp8_masked_gemm(1, 1024, 512, 4096, 7168),
+    fp8_grouped_wgrad(2, 256, 128, 256, cpu=True),
     fp8_grouped_wgrad(8, 32768, 4096, 7168, quick=True),
     fp8_grouped_wgrad(8, 32768, 7168, 2048),
     fp8_grouped_wgrad(8, 32768, 7168, 2048, accumulate=True),

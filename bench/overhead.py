@@ -74,15 +74,15 @@ def launch_time(op: str) -> dict[str, Any]:
 def measure_launch(op: str) -> dict[str, Any]:
     """Times of the op's smallest benchmark on CPU tensors, by the way of CUDA tensors, into a driver that does nothing.
 
-    `launcher_us`: the C++ launcher, called from Python. `op_us`: the out variant as torch calls it, the choice of the
-    backend included. `public_us`: the public function, which checks its arguments first.
+    "launcher": the C++ launcher, called from Python. "op": the out variant as torch calls it, the choice of the backend
+    included. "public": the public function, which checks its arguments first.
     """
     import torch
 
     import dsv3_kernels as dk
 
     from .cases import collect
-    from .timing import fastest
+    from .timing import host_time
 
     cases = [case for case in collect([OPS[op].family]) if case.op == op and "cpu" in case.devices]
     if not cases:
@@ -94,13 +94,12 @@ def measure_launch(op: str) -> dict[str, Any]:
     take_cpu_for_hopper()
     with dk.backend("cuda"):
         launcher, operator = captured(op, lambda: cases[0].run(*inputs))
-        return {
-            "op": op,
-            "shape": cases[0].shape,
-            "launcher_us": fastest(launcher),
-            "op_us": fastest(operator),
-            "public_us": fastest(lambda: cases[0].run(*inputs)),
-        }
+        found: dict[str, Any] = {"op": op, "shape": cases[0].shape}
+        calls = {"launcher": launcher, "op": operator, "public": lambda: cases[0].run(*inputs)}
+        for name, call in calls.items():
+            taken = host_time(call)
+            found |= {f"{name}_us": taken.us, f"{name}_empty_calls": taken.empty_calls}
+        return found
 
 
 def take_cpu_for_hopper() -> None:
@@ -117,7 +116,7 @@ def take_cpu_for_hopper() -> None:
 
 
 def captured(op: str, call: Callable[[], Any]) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """The calls of the C++ launcher and of torch's operator that `call()` makes, each by itself."""
+    """The calls of the C++ launcher and of torch's out variant that `call()` comes down to, each by itself."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     host = importlib.import_module(f"{NAMESPACE}._host")

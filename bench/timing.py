@@ -137,14 +137,30 @@ def _rotated(names: list[str], turn: int) -> list[str]:
     return names[start:] + names[:start]
 
 
-def fastest(call: Call, *, rounds: int = 30, calls: int = 200) -> float:
-    """Least host time of one call in microseconds, over rounds of many: what is left when nothing disturbs."""
-    for _ in range(calls):
-        call()
-    best = float("inf")
-    for _ in range(rounds):
+@dataclass(frozen=True)
+class HostTime:
+    """Host time of one call: the least in microseconds, and how many empty Python calls take as long.
+
+    The second is what budgets are held against: a slower core slows both down alike.
+    """
+
+    us: float
+    empty_calls: float
+
+
+def host_time(call: Call, *, rounds: int = 100, calls: int = 50) -> HostTime:
+    """Time a call in short rounds, with rounds of empty calls between; the least of each is what nothing disturbed."""
+
+    def empty() -> None:
+        pass
+
+    def seconds(function: Call) -> float:
         started = time.perf_counter()
         for _ in range(calls):
-            call()
-        best = min(best, time.perf_counter() - started)
-    return best / calls * 1e6
+            function()
+        return time.perf_counter() - started
+
+    seconds(call)
+    pairs = [(seconds(call), seconds(empty)) for _ in range(rounds)]
+    least, unit = (min(times) for times in zip(*pairs, strict=True))
+    return HostTime(least / calls * 1e6, least / unit)

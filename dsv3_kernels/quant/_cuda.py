@@ -43,7 +43,7 @@ def quantize_1x128(x: Tensor, pow2_scale: bool, scale_layout: str, q: Tensor, sc
 
 
 def quantize_128x128(w: Tensor, pow2_scale: bool, q: Tensor, scale: Tensor) -> None:
-    if w.dim() != 3:
+    if w.dim() > 3:
         # Leading dimensions that no single stride describes are copied; so are scales, and back.
         matrices = w.reshape(-1, *w.shape[-2:])
         target = scale.reshape(-1, *scale.shape[-2:])
@@ -51,14 +51,16 @@ def quantize_128x128(w: Tensor, pow2_scale: bool, q: Tensor, scale: Tensor) -> N
         if target.data_ptr() != scale.data_ptr():
             scale.copy_(target.view(scale.shape))
         return
+    sizes, strides, scale_strides = tuple(w.shape), w.stride(), scale.stride()
+    if w.dim() == 2:  # a batch of one, whose strides are of no matter
+        sizes, strides, scale_strides = (1, *sizes), (0, *strides), (0, *scale_strides)
     _host.quantize_128x128(
         w.data_ptr(),
         q.data_ptr(),
         scale.data_ptr(),
-        *w.shape,
-        w.stride(0),
-        w.stride(1),
-        *scale.stride(),
+        *sizes,
+        *strides[:-1],
+        *scale_strides,
         pow2_scale,
         _TYPES[w.dtype],
         *_target(w),

@@ -73,9 +73,11 @@ class Inputs:
     def dot(self, magnitudes: Tensor, terms: int, *, fp8: bool = False) -> Tensor:
         """Error bound of sums of `terms` products whose magnitudes add up to `magnitudes`, accumulated in float32.
 
-        FP8 tensor cores keep 13 fraction bits below an instruction's largest addend; kernels promote every 128 terms.
+        A GPU's FP8 tensor cores keep 13 fraction bits below an instruction's largest addend; kernels promote every 128
+        terms.
         """
-        return magnitudes * (summing(terms) + (2.0**-12 if fp8 and self.backend != "eager" else 0.0))
+        truncated = fp8 and self.device.type == "cuda" and self.backend != "eager"
+        return magnitudes * (summing(terms) + (2.0**-12 if truncated else 0.0))
 
 
 def summing(terms: int) -> float:
