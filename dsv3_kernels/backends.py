@@ -145,8 +145,18 @@ def implementation(op: str, args: tuple[Any, ...]) -> tuple[str, Callable[..., A
     name = forced()
     if name == "eager" or (name is None and device.type == "cpu"):
         return "eager", _function(op, "eager")
-    chosen = _choose(op, args, device)[0]
-    return chosen, _function(op, chosen.removeprefix("sim:"))
+    settled = _settled.get((op, name, device))
+    if settled is not None and (settled[2] is None or settled[2](*args) is None):
+        return settled[:2]
+    chosen, _, passed_over = _choose(op, args, device)
+    kind = chosen.removeprefix("sim:")
+    function = _function(op, kind)
+    if kind == chosen and not passed_over:  # what a GPU's first choice lacks does not change; the simulator may appear
+        _settled[op, name, device] = chosen, function, _check_of(op, kind)
+    return chosen, function
+
+
+_settled: dict[tuple[str, str | None, Any], tuple[str, Callable[..., Any], Callable[..., Any] | None]] = {}
 
 
 def launch(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -229,8 +239,13 @@ def _cannot(op: str, name: str, args: tuple[Any, ...]) -> str | None:
     """A kernel module may define `<op>_cannot(*args)`: why it does not serve these shapes, or `None`."""
     if name == "eager" or not args:
         return None
-    check = getattr(_module(op, name.removeprefix("sim:")), f"{op}_cannot", None)
+    check = _check_of(op, name.removeprefix("sim:"))
     return check(*args) if check is not None else None
+
+
+@functools.cache
+def _check_of(op: str, kind: str) -> Callable[..., Any] | None:
+    return getattr(_module(op, kind), f"{op}_cannot", None)
 
 
 @functools.cache
