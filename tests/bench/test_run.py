@@ -105,6 +105,14 @@ def test_compare_with_a_base(bench, tmp_path):
     assert bench([toy()], "--compare", str(base))[0] == 0
 
 
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_quick_run_leaves_out_eager_where_a_kernel_serves(tmp_path, monkeypatch, quick):
+    ready = run.Run(tmp_path / "bench.jsonl", torch.device("cpu"), quick)
+    assert ready.ours("dequantize") == ["eager"]
+    monkeypatch.setattr(run.backends, "missing", lambda op, name, device: None if name != "triton" else "not yet")
+    assert ready.ours("dequantize") == (["cuda"] if quick else ["cuda", "eager"])
+
+
 def test_wrong_requests(capsys):
     for argv, words in (
         (["--compare", "nowhere.jsonl"], "no file nowhere.jsonl"),
