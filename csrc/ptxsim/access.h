@@ -15,18 +15,21 @@ struct Place {
 };
 
 // Checks bounds, alignment (`align` bytes) and permission; throws what a debugger would want to read.
-Place locate(Warp& w, const Inst& in, int lane, Space space, uint64_t address, uint32_t bytes, Kind kind, uint32_t align);
+Place locate(Warp& w, const Inst& in, int lane, Space space, uint64_t address, uint32_t bytes, Kind kind,
+             uint32_t align);
 // At a shared::cluster address; `own`: it must be this CTA's.
-Place locateShared(Warp& w, const Inst& in, int lane, uint32_t address, uint32_t bytes, Kind kind, uint32_t align, bool own);
+Place locateShared(Warp& w, const Inst& in, int lane, uint32_t address, uint32_t bytes, Kind kind, uint32_t align,
+                   bool own);
 Place locateGlobal(Warp& w, const Inst& in, int lane, uint64_t address, uint32_t bytes, Kind kind, uint32_t align);
 
 // The lanes of `m` access `bytes` each, aligned to their size.
 struct Span {
   uint8_t* p[kLanes];
   uint8_t* v[kLanes];
-  bool tracked = false;      // some v is set
+  bool tracked = false;  // some v is set
 };
-void resolve(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* address, uint32_t bytes, Kind kind, Span& s);
+void resolve(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* address, uint32_t bytes, Kind kind,
+             Span& s);
 void addresses(Warp& w, const Inst& in, uint32_t m, uint64_t* out);  // in.a + in.imm; in.x[5] bytes of the register
 
 inline bool allValid(const uint8_t* v, uint32_t bytes) {

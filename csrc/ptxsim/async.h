@@ -9,7 +9,8 @@ namespace ptxsim {
 // The live mbarrier at a shared::cluster address; fails if there is none.
 Mbarrier& mbarrierAt(Warp& w, const Inst& in, int lane, uint32_t address, Cta** owner = nullptr);
 void completeTx(Warp& w, const Inst& in, int lane, uint32_t address, uint32_t bytes, const AsyncOp* op);
-uint32_t sharedOf(Warp& w, const Inst& in, int lane, Space space, uint64_t address);  // shared or generic -> shared::cluster address
+uint32_t sharedOf(Warp& w, const Inst& in, int lane, Space space,
+                  uint64_t address);  // shared or generic -> shared::cluster address
 
 // Puts an operation in flight. `track`: where its group is kept, or nullptr.
 void launchOp(Warp& w, const Inst& in, uint32_t mask, std::shared_ptr<AsyncOp> op, OpTrack* track);
@@ -25,7 +26,9 @@ struct AddressOperand {  // an address among several of one instruction
   Ref ref;
   int64_t offset = 0;
   unsigned bytes = 8;
-  uint64_t get(Warp& w, unsigned lane) const { return (bytes == 4 ? lane32(w, ref, lane) : lane64(w, ref, lane)) + (uint64_t)offset; }
+  uint64_t get(Warp& w, unsigned lane) const {
+    return (bytes == 4 ? lane32(w, ref, lane) : lane64(w, ref, lane)) + (uint64_t)offset;
+  }
 };
 AddressOperand addressOperand(Dec& d, const Operand& o);
 

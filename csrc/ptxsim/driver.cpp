@@ -17,8 +17,18 @@ namespace ptxsim {
 namespace {
 
 enum Result {
-  Success = 0, InvalidValue = 1, OutOfMemory = 2, NotInitialized = 3, InvalidDevice = 101, InvalidPtx = 218, NotFound = 500, IllegalAddress = 700,
-  LaunchOutOfResources = 701, LaunchFailed = 719, NotSupported = 801, InvalidHandle = 400
+  Success = 0,
+  InvalidValue = 1,
+  OutOfMemory = 2,
+  NotInitialized = 3,
+  InvalidDevice = 101,
+  InvalidPtx = 218,
+  NotFound = 500,
+  IllegalAddress = 700,
+  LaunchOutOfResources = 701,
+  LaunchFailed = 719,
+  NotSupported = 801,
+  InvalidHandle = 400
 };
 
 std::recursive_mutex gMutex;
@@ -34,7 +44,7 @@ struct Library;
 struct KernelHandle {
   Library* library;
   std::string name;
-  std::unique_ptr<Kernel> kernel;   // decoded when first needed
+  std::unique_ptr<Kernel> kernel;  // decoded when first needed
   int maxDynamicShared = 48 * 1024;
   bool nonPortableCluster = false;
   Kernel& get();
@@ -56,7 +66,7 @@ struct Declared {
 };
 thread_local std::vector<Declared> gDeclared;
 
-struct Region {                     // a union of declarations that overlap
+struct Region {  // a union of declarations that overlap
   uint64_t begin, end, copy;
   bool read = false, write = false;
   std::vector<Declared> parts;
@@ -138,7 +148,7 @@ void release(std::vector<Region>& regions) {
 
 // ---- launch
 
-struct LaunchAttribute {            // CUlaunchAttribute
+struct LaunchAttribute {  // CUlaunchAttribute
   int id, pad;
   union {
     char bytes[64];
@@ -146,7 +156,7 @@ struct LaunchAttribute {            // CUlaunchAttribute
     int value;
   } v;
 };
-struct LaunchConfig {               // CUlaunchConfig
+struct LaunchConfig {  // CUlaunchConfig
   unsigned grid[3], block[3], sharedBytes;
   void* stream;
   LaunchAttribute* attributes;
@@ -173,7 +183,8 @@ int launch(const LaunchConfig& cfg, KernelHandle& handle, void** params, void** 
     if (cfg.attributes[i].id == 4) {
       l.explicitCluster = true;
       for (int d = 0; d < 3; ++d) {
-        if (f.cluster[d] && f.cluster[d] != cfg.attributes[i].v.dim[d]) return report(InvalidValue, "the cluster size differs from the one the kernel was compiled for");
+        if (f.cluster[d] && f.cluster[d] != cfg.attributes[i].v.dim[d])
+          return report(InvalidValue, "the cluster size differs from the one the kernel was compiled for");
         l.clusterDim[d] = cfg.attributes[i].v.dim[d];
       }
     }
@@ -181,28 +192,40 @@ int launch(const LaunchConfig& cfg, KernelHandle& handle, void** params, void** 
   uint64_t threads = 1;
   const unsigned maxBlock[3] = {1024, 1024, 64}, maxGrid[3] = {0x7fffffff, 65535, 65535};
   for (int d = 0; d < 3; ++d) {
-    if (l.grid[d] < 1 || l.grid[d] > maxGrid[d]) return report(InvalidValue, "grid dimension " + n(d) + " is " + n(l.grid[d]));
-    if (l.block[d] < 1 || l.block[d] > maxBlock[d]) return report(InvalidValue, "block dimension " + n(d) + " is " + n(l.block[d]));
-    if (l.clusterDim[d] < 1 || l.grid[d] % l.clusterDim[d]) return report(InvalidValue, "grid dimension " + n(d) + " of " + n(l.grid[d]) + " is no multiple of the cluster's " + n(l.clusterDim[d]));
+    if (l.grid[d] < 1 || l.grid[d] > maxGrid[d])
+      return report(InvalidValue, "grid dimension " + n(d) + " is " + n(l.grid[d]));
+    if (l.block[d] < 1 || l.block[d] > maxBlock[d])
+      return report(InvalidValue, "block dimension " + n(d) + " is " + n(l.block[d]));
+    if (l.clusterDim[d] < 1 || l.grid[d] % l.clusterDim[d])
+      return report(InvalidValue, "grid dimension " + n(d) + " of " + n(l.grid[d]) +
+                                      " is no multiple of the cluster's " + n(l.clusterDim[d]));
     threads *= l.block[d];
     l.ctasPerCluster *= l.clusterDim[d];
   }
   if (threads > 1024) return report(InvalidValue, n(threads) + " threads per CTA; 1024 is the most");
-  if (f.maxThreads && threads > f.maxThreads) return report(InvalidValue, n(threads) + " threads per CTA; the kernel was compiled for " + n(f.maxThreads));
+  if (f.maxThreads && threads > f.maxThreads)
+    return report(InvalidValue, n(threads) + " threads per CTA; the kernel was compiled for " + n(f.maxThreads));
   if (f.required)
     for (int d = 0; d < 3; ++d)
       if (l.block[d] != f.maxDim[d]) return report(InvalidValue, "the kernel requires another block size (.reqntid)");
-  if (l.ctasPerCluster > (handle.nonPortableCluster ? 16u : 8u)) return report(InvalidValue, "a cluster of " + n(l.ctasPerCluster) + " CTAs" + (handle.nonPortableCluster ? "" : " needs NON_PORTABLE_CLUSTER_SIZE_ALLOWED"));
-  if ((int)l.dynShared > handle.maxDynamicShared) return report(InvalidValue, n(l.dynShared) + " bytes of dynamic shared memory; the kernel's attribute allows " + n((uint64_t)handle.maxDynamicShared));
-  if (k.staticShared + l.dynShared > 232448) return report(InvalidValue, n(k.staticShared + l.dynShared) + " bytes of shared memory; a CTA may have 232448");
+  if (l.ctasPerCluster > (handle.nonPortableCluster ? 16u : 8u))
+    return report(InvalidValue, "a cluster of " + n(l.ctasPerCluster) + " CTAs" +
+                                    (handle.nonPortableCluster ? "" : " needs NON_PORTABLE_CLUSTER_SIZE_ALLOWED"));
+  if ((int)l.dynShared > handle.maxDynamicShared)
+    return report(InvalidValue, n(l.dynShared) + " bytes of dynamic shared memory; the kernel's attribute allows " +
+                                    n((uint64_t)handle.maxDynamicShared));
+  if (k.staticShared + l.dynShared > 232448)
+    return report(InvalidValue, n(k.staticShared + l.dynShared) + " bytes of shared memory; a CTA may have 232448");
   l.threads = (unsigned)threads;
   l.warpsPerCta = (l.threads + kLanes - 1) / kLanes;
   l.regsPerThread = f.maxnreg ? f.maxnreg : std::min(256u, 65536u / (l.warpsPerCta * kLanes) / 8 * 8);
-  const unsigned perSm = std::min(std::min(32u, 2048u / (l.warpsPerCta * kLanes)), 233472u / (k.staticShared + l.dynShared + kSharedReserved));
+  const unsigned perSm = std::min(std::min(32u, 2048u / (l.warpsPerCta * kLanes)),
+                                  233472u / (k.staticShared + l.dynShared + kSharedReserved));
   l.maxResident = std::max(1u, l.opt.sms * std::max(1u, perSm) / l.ctasPerCluster);
 
   if (params) {
-    for (size_t i = 0; i < k.paramLayout.size(); ++i) memcpy(k.params + k.paramLayout[i].first, params[i], k.paramLayout[i].second);
+    for (size_t i = 0; i < k.paramLayout.size(); ++i)
+      memcpy(k.params + k.paramLayout[i].first, params[i], k.paramLayout[i].second);
   } else if (extra) {
     const void* buffer = nullptr;
     size_t bytes = 0;
@@ -245,31 +268,43 @@ int launch(const LaunchConfig& cfg, KernelHandle& handle, void** params, void** 
 bool setOption(const std::string& name, const std::string& value) {
   Options& o = options();
   auto number = [&] { return strtoull(value.c_str(), nullptr, 0); };
-  if (name == "seed") o.seed = number();
+  if (name == "seed")
+    o.seed = number();
   else if (name == "timing") {
-    if (value == "early") o.timing = Timing::Early;
-    else if (value == "late") o.timing = Timing::Late;
-    else if (value == "random") o.timing = Timing::Random;
-    else return false;
+    if (value == "early")
+      o.timing = Timing::Early;
+    else if (value == "late")
+      o.timing = Timing::Late;
+    else if (value == "random")
+      o.timing = Timing::Random;
+    else
+      return false;
   } else if (name == "sms") {
     if (!number()) return false;
     o.sms = (unsigned)number();
   } else if (name == "order") {
     if (value != "forward" && value != "reverse" && value != "random") return false;
     o.order = value;
-  } else if (name == "eager") o.eager = number();
-  else if (name == "detect") o.detect = number();
-  else if (name == "fp8_truncate") o.fp8Truncate = number();
-  else if (name == "max_idle") o.maxIdle = number();
-  else if (name == "banks") o.verbose = number();
-  else return false;
+  } else if (name == "eager")
+    o.eager = number();
+  else if (name == "detect")
+    o.detect = number();
+  else if (name == "fp8_truncate")
+    o.fp8Truncate = number();
+  else if (name == "max_idle")
+    o.maxIdle = number();
+  else if (name == "banks")
+    o.verbose = number();
+  else
+    return false;
   return true;
 }
 void readEnvironment() {  // DSV3_KERNELS_SIM="seed=3,timing=late"
   const char* e = getenv("DSV3_KERNELS_SIM");
   for (std::string s = e ? e : ""; !s.empty();) {
     size_t end = std::min(s.find(','), s.size()), eq = s.find('=');
-    if (eq == std::string::npos || eq > end || !setOption(s.substr(0, eq), s.substr(eq + 1, end - eq - 1))) fprintf(stderr, "DSV3_KERNELS_SIM: bad option '%s'\n", s.substr(0, end).c_str());
+    if (eq == std::string::npos || eq > end || !setOption(s.substr(0, eq), s.substr(eq + 1, end - eq - 1)))
+      fprintf(stderr, "DSV3_KERNELS_SIM: bad option '%s'\n", s.substr(0, end).c_str());
     s = end < s.size() ? s.substr(end + 1) : "";
   }
 }
@@ -294,56 +329,132 @@ int guarded(F f) {
 
 using namespace ptxsim;
 
-SIM_API int cuInit(unsigned) { return Success; }
-SIM_API int cuDriverGetVersion(int* v) { return *v = 13000, Success; }
-SIM_API int cuDeviceGet(int* d, int ordinal) { return ordinal ? report(InvalidDevice, "the simulator has one device") : (*d = 0, Success); }
-SIM_API int cuDeviceGetCount(int* n) { return *n = 1, Success; }
-SIM_API int cuDeviceGetName(char* name, int len, int) { return snprintf(name, (size_t)len, "PTX simulator (sm_90a)"), Success; }
+SIM_API int cuInit(unsigned) {
+  return Success;
+}
+SIM_API int cuDriverGetVersion(int* v) {
+  return *v = 13000, Success;
+}
+SIM_API int cuDeviceGet(int* d, int ordinal) {
+  return ordinal ? report(InvalidDevice, "the simulator has one device") : (*d = 0, Success);
+}
+SIM_API int cuDeviceGetCount(int* n) {
+  return *n = 1, Success;
+}
+SIM_API int cuDeviceGetName(char* name, int len, int) {
+  return snprintf(name, (size_t)len, "PTX simulator (sm_90a)"), Success;
+}
 SIM_API int cuDeviceGetAttribute(int* v, int attribute, int) {
   switch (attribute) {
-    case 1: *v = 1024; break;                        // threads per block
-    case 8: *v = 49152; break;                       // shared memory per block
-    case 10: *v = 32; break;                         // warp size
-    case 12: *v = 65536; break;                      // registers per block
-    case 16: *v = (int)options().sms; break;         // multiprocessors
-    case 39: *v = 2048; break;                       // threads per multiprocessor
-    case 75: *v = 9; break;
-    case 76: *v = 0; break;
-    case 81: *v = 233472; break;                     // shared memory per multiprocessor
-    case 82: *v = 65536; break;
-    case 97: *v = 232448; break;                     // opt-in shared memory per block
-    case 120: *v = 1; break;                         // cluster launch
-    default: return report(InvalidValue, "device attribute " + std::to_string(attribute) + " is not modelled");
+    case 1:
+      *v = 1024;
+      break;  // threads per block
+    case 8:
+      *v = 49152;
+      break;  // shared memory per block
+    case 10:
+      *v = 32;
+      break;  // warp size
+    case 12:
+      *v = 65536;
+      break;  // registers per block
+    case 16:
+      *v = (int)options().sms;
+      break;  // multiprocessors
+    case 39:
+      *v = 2048;
+      break;  // threads per multiprocessor
+    case 75:
+      *v = 9;
+      break;
+    case 76:
+      *v = 0;
+      break;
+    case 81:
+      *v = 233472;
+      break;  // shared memory per multiprocessor
+    case 82:
+      *v = 65536;
+      break;
+    case 97:
+      *v = 232448;
+      break;  // opt-in shared memory per block
+    case 120:
+      *v = 1;
+      break;  // cluster launch
+    default:
+      return report(InvalidValue, "device attribute " + std::to_string(attribute) + " is not modelled");
   }
   return Success;
 }
-SIM_API int cuDevicePrimaryCtxRetain(void** c, int) { return *c = &options(), Success; }
-SIM_API int cuDevicePrimaryCtxRelease_v2(int) { return Success; }
-SIM_API int cuCtxGetCurrent(void** c) { return *c = (void*)gContext, Success; }
-SIM_API int cuCtxSetCurrent(void* c) { return gContext = (uint64_t)c, Success; }
-SIM_API int cuCtxPushCurrent_v2(void* c) { return gContext = (uint64_t)c, Success; }
+SIM_API int cuDevicePrimaryCtxRetain(void** c, int) {
+  return *c = &options(), Success;
+}
+SIM_API int cuDevicePrimaryCtxRelease_v2(int) {
+  return Success;
+}
+SIM_API int cuCtxGetCurrent(void** c) {
+  return *c = (void*)gContext, Success;
+}
+SIM_API int cuCtxSetCurrent(void* c) {
+  return gContext = (uint64_t)c, Success;
+}
+SIM_API int cuCtxPushCurrent_v2(void* c) {
+  return gContext = (uint64_t)c, Success;
+}
 SIM_API int cuCtxPopCurrent_v2(void** c) {
   if (c) *c = (void*)gContext;
   return gContext = 0, Success;
 }
-SIM_API int cuCtxGetDevice(int* d) { return *d = 0, Success; }
-SIM_API int cuCtxSynchronize() { return Success; }
-SIM_API int cuStreamSynchronize(void*) { return Success; }
-SIM_API int cuThreadExchangeStreamCaptureMode(int*) { return Success; }
+SIM_API int cuCtxGetDevice(int* d) {
+  return *d = 0, Success;
+}
+SIM_API int cuCtxSynchronize() {
+  return Success;
+}
+SIM_API int cuStreamSynchronize(void*) {
+  return Success;
+}
+SIM_API int cuThreadExchangeStreamCaptureMode(int*) {
+  return Success;
+}
 SIM_API int cuGetErrorName(int e, const char** text) {
   switch (e) {
-    case Success: *text = "CUDA_SUCCESS"; break;
-    case InvalidValue: *text = "CUDA_ERROR_INVALID_VALUE"; break;
-    case OutOfMemory: *text = "CUDA_ERROR_OUT_OF_MEMORY"; break;
-    case InvalidDevice: *text = "CUDA_ERROR_INVALID_DEVICE"; break;
-    case InvalidPtx: *text = "CUDA_ERROR_INVALID_PTX"; break;
-    case InvalidHandle: *text = "CUDA_ERROR_INVALID_HANDLE"; break;
-    case NotFound: *text = "CUDA_ERROR_NOT_FOUND"; break;
-    case IllegalAddress: *text = "CUDA_ERROR_ILLEGAL_ADDRESS"; break;
-    case LaunchOutOfResources: *text = "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"; break;
-    case LaunchFailed: *text = "CUDA_ERROR_LAUNCH_FAILED"; break;
-    case NotSupported: *text = "CUDA_ERROR_NOT_SUPPORTED"; break;
-    default: return *text = nullptr, InvalidValue;
+    case Success:
+      *text = "CUDA_SUCCESS";
+      break;
+    case InvalidValue:
+      *text = "CUDA_ERROR_INVALID_VALUE";
+      break;
+    case OutOfMemory:
+      *text = "CUDA_ERROR_OUT_OF_MEMORY";
+      break;
+    case InvalidDevice:
+      *text = "CUDA_ERROR_INVALID_DEVICE";
+      break;
+    case InvalidPtx:
+      *text = "CUDA_ERROR_INVALID_PTX";
+      break;
+    case InvalidHandle:
+      *text = "CUDA_ERROR_INVALID_HANDLE";
+      break;
+    case NotFound:
+      *text = "CUDA_ERROR_NOT_FOUND";
+      break;
+    case IllegalAddress:
+      *text = "CUDA_ERROR_ILLEGAL_ADDRESS";
+      break;
+    case LaunchOutOfResources:
+      *text = "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES";
+      break;
+    case LaunchFailed:
+      *text = "CUDA_ERROR_LAUNCH_FAILED";
+      break;
+    case NotSupported:
+      *text = "CUDA_ERROR_NOT_SUPPORTED";
+      break;
+    default:
+      return *text = nullptr, InvalidValue;
   }
   return Success;
 }
@@ -358,7 +469,8 @@ SIM_API int cuLibraryLoadData(void** library, const void* code, void*, void*, un
   return guarded([&]() -> int {
     const char* text = (const char*)code;
     if (!text) return report(InvalidValue, "no image");
-    if (!memcmp(text, "\177ELF", 4) || !memcmp(text, "\x50\xed\x55\xba", 4)) return report(NotSupported, "the simulator runs PTX text; it was given machine code");
+    if (!memcmp(text, "\177ELF", 4) || !memcmp(text, "\x50\xed\x55\xba", 4))
+      return report(NotSupported, "the simulator runs PTX text; it was given machine code");
     auto lib = std::make_unique<Library>();
     lib->module = parse(text, strlen(text));
     for (auto& f : lib->module->funcs)
@@ -407,7 +519,9 @@ SIM_API int cuKernelGetFunction(void** function, void* kernel) {
 static int setAttribute(KernelHandle* h, int attribute, int value) {
   return guarded([&]() -> int {
     if (attribute == 8) {
-      if (value < 0 || (uint32_t)value + h->get().staticShared > 232448) return report(InvalidValue, std::to_string(value) + " bytes of dynamic shared memory are more than a CTA may have");
+      if (value < 0 || (uint32_t)value + h->get().staticShared > 232448)
+        return report(InvalidValue,
+                      std::to_string(value) + " bytes of dynamic shared memory are more than a CTA may have");
       h->maxDynamicShared = value;
     } else if (attribute == 14) {
       h->nonPortableCluster = value != 0;
@@ -417,19 +531,36 @@ static int setAttribute(KernelHandle* h, int attribute, int value) {
     return Success;
   });
 }
-SIM_API int cuKernelSetAttribute(int attribute, int value, void* kernel, int) { return setAttribute((KernelHandle*)kernel, attribute, value); }
-SIM_API int cuFuncSetAttribute(void* f, int attribute, int value) { return setAttribute((KernelHandle*)f, attribute, value); }
-SIM_API int cuFuncSetCacheConfig(void*, int) { return Success; }
+SIM_API int cuKernelSetAttribute(int attribute, int value, void* kernel, int) {
+  return setAttribute((KernelHandle*)kernel, attribute, value);
+}
+SIM_API int cuFuncSetAttribute(void* f, int attribute, int value) {
+  return setAttribute((KernelHandle*)f, attribute, value);
+}
+SIM_API int cuFuncSetCacheConfig(void*, int) {
+  return Success;
+}
 SIM_API int cuFuncGetAttribute(int* value, int attribute, void* f) {
   return guarded([&]() -> int {
     KernelHandle& h = *(KernelHandle*)f;
     switch (attribute) {
-      case 0: *value = h.get().func->maxThreads ? (int)h.get().func->maxThreads : 1024; break;
-      case 1: *value = (int)h.get().staticShared; break;
-      case 3: *value = (int)h.get().localBytes; break;
-      case 4: *value = h.get().func->maxnreg ? (int)h.get().func->maxnreg : 255; break;
-      case 8: *value = h.maxDynamicShared; break;
-      default: return report(InvalidValue, "function attribute " + std::to_string(attribute) + " is not modelled");
+      case 0:
+        *value = h.get().func->maxThreads ? (int)h.get().func->maxThreads : 1024;
+        break;
+      case 1:
+        *value = (int)h.get().staticShared;
+        break;
+      case 3:
+        *value = (int)h.get().localBytes;
+        break;
+      case 4:
+        *value = h.get().func->maxnreg ? (int)h.get().func->maxnreg : 255;
+        break;
+      case 8:
+        *value = h.maxDynamicShared;
+        break;
+      default:
+        return report(InvalidValue, "function attribute " + std::to_string(attribute) + " is not modelled");
     }
     return Success;
   });
@@ -442,17 +573,22 @@ SIM_API int cuLaunchKernelEx(const void* config, void* function, void** params, 
     return code;
   });
 }
-SIM_API int cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void* stream, void** params, void** extra) {
+SIM_API int cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                           unsigned shared, void* stream, void** params, void** extra) {
   LaunchConfig c{{gx, gy, gz}, {bx, by, bz}, shared, stream, nullptr, 0};
   return cuLaunchKernelEx(&c, f, params, extra);
 }
-SIM_API int cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* address, const uint64_t* dims, const uint64_t* strides, const uint32_t* box, const uint32_t* elementStrides,
+SIM_API int cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* address, const uint64_t* dims,
+                                   const uint64_t* strides, const uint32_t* box, const uint32_t* elementStrides,
                                    int interleave, int swizzle, int promotion, int fill) {
-  std::string e = encodeTensorMap((TensorMap*)map, (unsigned)type, rank, (uint64_t)address, dims, strides, box, elementStrides, (unsigned)interleave, (unsigned)swizzle, (unsigned)promotion, (unsigned)fill);
+  std::string e =
+      encodeTensorMap((TensorMap*)map, (unsigned)type, rank, (uint64_t)address, dims, strides, box, elementStrides,
+                      (unsigned)interleave, (unsigned)swizzle, (unsigned)promotion, (unsigned)fill);
   return e.empty() ? Success : report(InvalidValue, "cuTensorMapEncodeTiled: " + e);
 }
 SIM_API int cuTensorMapReplaceAddress(void* map, void* address) {
-  if (!address || (uint64_t)address % 16) return report(InvalidValue, "cuTensorMapReplaceAddress: the address must be a multiple of 16 bytes");
+  if (!address || (uint64_t)address % 16)
+    return report(InvalidValue, "cuTensorMapReplaceAddress: the address must be a multiple of 16 bytes");
   ((TensorMap*)map)->address = (uint64_t)address;
   return Success;
 }
@@ -475,7 +611,9 @@ static void written(uint64_t a, size_t bytes) {
 SIM_API int cuMemcpyHtoD_v2(uint64_t d, const void* s, size_t n) {
   return guarded([&]() -> int { return memcpy((void*)d, s, n), written(d, n), Success; });
 }
-SIM_API int cuMemcpyDtoH_v2(void* d, uint64_t s, size_t n) { return memcpy(d, (void*)s, n), Success; }
+SIM_API int cuMemcpyDtoH_v2(void* d, uint64_t s, size_t n) {
+  return memcpy(d, (void*)s, n), Success;
+}
 SIM_API int cuMemsetD8_v2(uint64_t d, unsigned char v, size_t n) {
   return guarded([&]() -> int { return memset((void*)d, v, n), written(d, n), Success; });
 }
@@ -510,7 +648,9 @@ SIM_API int dsv3SimDeclareBuffer(const void* address, size_t bytes, unsigned acc
   gDeclared.push_back({(uint64_t)address, bytes, access});
   return Success;
 }
-SIM_API const char* dsv3SimLastError() { return gLastError.c_str(); }
+SIM_API const char* dsv3SimLastError() {
+  return gLastError.c_str();
+}
 SIM_API int dsv3SimSetOption(const char* name, const char* value) {
   std::lock_guard<std::recursive_mutex> lock(gMutex);
   return setOption(name, value) ? Success : report(InvalidValue, std::string("no option ") + name + "=" + value);
@@ -532,11 +672,16 @@ SIM_API size_t dsv3SimCounters(char* out, size_t size) {
   const Counters& c = gCounters;
   auto u = [](uint64_t v) { return (unsigned long long)v; };
   return (size_t)snprintf(out, size,
-                          "{\"kernel\": \"%s\", \"warp_instructions\": %llu, \"thread_instructions\": %llu, \"global_read\": %llu, \"global_write\": %llu, \"atomic\": %llu, "
-                          "\"shared_read\": %llu, \"shared_write\": %llu, \"shared_wavefronts\": %llu, \"shared_ideal\": %llu, \"tma_read\": %llu, \"tma_write\": %llu, "
-                          "\"wgmma\": %llu, \"wgmma_cycles\": %llu, \"mma\": %llu, \"branches\": %llu, \"divergent\": %llu, \"barriers\": %llu}",
-                          gKernelName.c_str(), u(c.warpInst), u(c.threadInst), u(c.globalRead), u(c.globalWrite), u(c.atomics), u(c.sharedRead), u(c.sharedWrite), u(c.sharedWavefronts),
-                          u(c.sharedIdeal), u(c.tmaRead), u(c.tmaWrite), u(c.wgmma), u(c.wgmmaCycles), u(c.mma), u(c.branches), u(c.divergent), u(c.barriers));
+                          "{\"kernel\": \"%s\", \"warp_instructions\": %llu, \"thread_instructions\": %llu, "
+                          "\"global_read\": %llu, \"global_write\": %llu, \"atomic\": %llu, "
+                          "\"shared_read\": %llu, \"shared_write\": %llu, \"shared_wavefronts\": %llu, "
+                          "\"shared_ideal\": %llu, \"tma_read\": %llu, \"tma_write\": %llu, "
+                          "\"wgmma\": %llu, \"wgmma_cycles\": %llu, \"mma\": %llu, \"branches\": %llu, \"divergent\": "
+                          "%llu, \"barriers\": %llu}",
+                          gKernelName.c_str(), u(c.warpInst), u(c.threadInst), u(c.globalRead), u(c.globalWrite),
+                          u(c.atomics), u(c.sharedRead), u(c.sharedWrite), u(c.sharedWavefronts), u(c.sharedIdeal),
+                          u(c.tmaRead), u(c.tmaWrite), u(c.wgmma), u(c.wgmmaCycles), u(c.mma), u(c.branches),
+                          u(c.divergent), u(c.barriers));
 }
 // Basic blocks of a kernel, executed since it was loaded, as lines "ptx_line source_line count".
 SIM_API size_t dsv3SimBlocks(void* kernel, char* out, size_t size) {
@@ -544,7 +689,9 @@ SIM_API size_t dsv3SimBlocks(void* kernel, char* out, size_t size) {
   Kernel& k = ((KernelHandle*)kernel)->get();
   std::string s;
   for (size_t i = 0; i < k.code.size(); ++i)
-    if (k.leader[i]) s += std::to_string(k.source[i].ptxLine) + " " + std::to_string(k.source[i].line) + " " + std::to_string(k.hits[i]) + "\n";
+    if (k.leader[i])
+      s += std::to_string(k.source[i].ptxLine) + " " + std::to_string(k.source[i].line) + " " +
+           std::to_string(k.hits[i]) + "\n";
   if (size) {
     size_t n = std::min(size - 1, s.size());
     memcpy(out, s.data(), n);

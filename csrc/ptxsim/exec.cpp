@@ -23,13 +23,17 @@ std::string where(const Warp& w, const Inst& in, int lane) {
     const std::string& f = k.module->files.at(s.file);
     out += f.substr(f.rfind('/') + 1) + ":" + std::to_string(s.line) + ", ";
   }
-  snprintf(text, sizeof text, "PTX line %d (%s), CTA (%u,%u,%u), warp %u", s.ptxLine, s.text.c_str(), w.cta->id[0], w.cta->id[1], w.cta->id[2], w.index);
+  snprintf(text, sizeof text, "PTX line %d (%s), CTA (%u,%u,%u), warp %u", s.ptxLine, s.text.c_str(), w.cta->id[0],
+           w.cta->id[1], w.cta->id[2], w.index);
   out += text;
-  if (lane >= 0) out += ", lane " + std::to_string(lane) + " (thread " + std::to_string(w.index * kLanes + (unsigned)lane) + ")";
+  if (lane >= 0)
+    out += ", lane " + std::to_string(lane) + " (thread " + std::to_string(w.index * kLanes + (unsigned)lane) + ")";
   return out;
 }
 
-void Warp::fail(const Inst& in, int lane, const std::string& what) { throw Error(what + "\n  at " + where(*this, in, lane)); }
+void Warp::fail(const Inst& in, int lane, const std::string& what) {
+  throw Error(what + "\n  at " + where(*this, in, lane));
+}
 
 void Warp::needValid(const Inst& in, Ref r, uint32_t mask, const char* role) {
   uint32_t bad = mask & ~validOf(r);
@@ -87,8 +91,8 @@ static bool canMerge(const Fragment& a, const Fragment& b) {
   return a.pc == b.pc && open(a) && open(b) && a.stack == b.stack;
 }
 
-// Merges what has met, then chooses: the lowest pc first, so that fragments wait for each other where control flow joins; one that
-// has run long without meeting anyone gives way, so that every fragment makes progress.
+// Merges what has met, then chooses: the lowest pc first, so that fragments wait for each other where control flow
+// joins; one that has run long without meeting anyone gives way, so that every fragment makes progress.
 void Warp::schedule() {
   reschedule = false;
   for (size_t i = 0; i < frags.size();) {
@@ -104,8 +108,10 @@ void Warp::schedule() {
         frags[j].age = std::max(frags[i].age, frags[j].age);
         merged = true;
       }
-    if (merged) frags.erase(frags.begin() + (long)i);
-    else ++i;
+    if (merged)
+      frags.erase(frags.begin() + (long)i);
+    else
+      ++i;
   }
   int best = -1;
   const bool rotate = frags.size() > 1 && (executed >> 12) != (frags.size() ? sliceStamp : 0);
@@ -114,8 +120,10 @@ void Warp::schedule() {
     Fragment& f = frags[i];
     if (f.wait == Wait::Poll && f.pollEpoch != launch->epoch) f.wait = Wait::None;
     if (f.wait != Wait::None) continue;
-    if (best < 0) best = (int)i;
-    else if (rotate ? f.age < frags[(size_t)best].age : f.pc < frags[(size_t)best].pc) best = (int)i;
+    if (best < 0)
+      best = (int)i;
+    else if (rotate ? f.age < frags[(size_t)best].age : f.pc < frags[(size_t)best].pc)
+      best = (int)i;
   }
   cur = best < 0 ? 0 : (unsigned)best;
   ready = best >= 0;
@@ -123,13 +131,17 @@ void Warp::schedule() {
   if (!ready) return;
   frags[cur].age = executed;
   for (size_t i = 0; i < frags.size(); ++i)
-    if (i != cur && frags[i].pc > frags[cur].pc && frags[i].wait != Wait::Barrier) stopPc = std::min(stopPc, frags[i].pc);
+    if (i != cur && frags[i].pc > frags[cur].pc && frags[i].wait != Wait::Barrier)
+      stopPc = std::min(stopPc, frags[i].pc);
 }
 
 void Warp::checkInflight(const Inst& in) {
   auto test = [&](Ref r, bool write) {
     uint8_t f = r.id < inflight.size() ? inflight[r.id] : 0;
-    if (f == 1) fail(in, -1, write ? "an accumulator of a wgmma that has not been waited for is overwritten" : "an accumulator is read before wgmma.wait_group");
+    if (f == 1)
+      fail(in, -1,
+           write ? "an accumulator of a wgmma that has not been waited for is overwritten"
+                 : "an accumulator is read before wgmma.wait_group");
     if (f == 2 && write) fail(in, -1, "an A register of a wgmma that has not been waited for is overwritten");
   };
   test(in.d, !in.storesD);
@@ -163,7 +175,8 @@ bool Warp::run(unsigned quantum) {
     ++executed;
     if (m) {
       if (in.convergeAll && m != live) {
-        if (mask == live) fail(in, __builtin_ctz(live & ~m), "an .aligned instruction is predicated off for some lanes of the warp");
+        if (mask == live)
+          fail(in, __builtin_ctz(live & ~m), "an .aligned instruction is predicated off for some lanes of the warp");
         block(Wait::Converge);
       } else {
         ++hits[pc];
@@ -204,49 +217,134 @@ static void initWarp(Warp& w) {
       const unsigned *id = cta.id, *cl = cta.cluster->id;
       uint64_t v = 0;
       switch (s.kind) {
-        case Sreg::TidX: v = t % b[0]; break;
-        case Sreg::TidY: v = t / b[0] % b[1]; break;
-        case Sreg::TidZ: v = t / b[0] / b[1]; break;
-        case Sreg::NtidX: v = b[0]; break;
-        case Sreg::NtidY: v = b[1]; break;
-        case Sreg::NtidZ: v = b[2]; break;
-        case Sreg::LaneId: v = i; break;
-        case Sreg::WarpId: v = w.index; break;
-        case Sreg::NwarpId: v = l.warpsPerCta; break;
-        case Sreg::CtaidX: v = id[0]; break;
-        case Sreg::CtaidY: v = id[1]; break;
-        case Sreg::CtaidZ: v = id[2]; break;
-        case Sreg::NctaidX: v = g[0]; break;
-        case Sreg::NctaidY: v = g[1]; break;
-        case Sreg::NctaidZ: v = g[2]; break;
-        case Sreg::SmId: v = cta.linear % l.opt.sms; break;
-        case Sreg::NsmId: v = l.opt.sms; break;
-        case Sreg::GridId: v = 1; break;
-        case Sreg::ClusteridX: v = cl[0]; break;
-        case Sreg::ClusteridY: v = cl[1]; break;
-        case Sreg::ClusteridZ: v = cl[2]; break;
-        case Sreg::NclusteridX: v = g[0] / c[0]; break;
-        case Sreg::NclusteridY: v = g[1] / c[1]; break;
-        case Sreg::NclusteridZ: v = g[2] / c[2]; break;
-        case Sreg::ClusterCtaidX: v = id[0] % c[0]; break;
-        case Sreg::ClusterCtaidY: v = id[1] % c[1]; break;
-        case Sreg::ClusterCtaidZ: v = id[2] % c[2]; break;
-        case Sreg::ClusterNctaidX: v = c[0]; break;
-        case Sreg::ClusterNctaidY: v = c[1]; break;
-        case Sreg::ClusterNctaidZ: v = c[2]; break;
-        case Sreg::ClusterCtarank: v = cta.rank; break;
-        case Sreg::ClusterNctarank: v = l.ctasPerCluster; break;
-        case Sreg::IsExplicitCluster: v = l.explicitCluster; break;
-        case Sreg::MaskEq: v = 1u << i; break;
-        case Sreg::MaskLe: v = (2u << i) - 1; break;
-        case Sreg::MaskLt: v = (1u << i) - 1; break;
-        case Sreg::MaskGe: v = ~((1u << i) - 1); break;
-        case Sreg::MaskGt: v = i == 31 ? 0 : ~((2u << i) - 1); break;
-        case Sreg::DynamicSmem: v = l.dynShared; break;
-        case Sreg::TotalSmem: v = k.staticShared + l.dynShared; break;
-        case Sreg::SmemReserved: v = kSharedReserved; break;
-        case Sreg::SharedAddress: v = cta.rank << 24 | s.value; break;
-        default: break;
+        case Sreg::TidX:
+          v = t % b[0];
+          break;
+        case Sreg::TidY:
+          v = t / b[0] % b[1];
+          break;
+        case Sreg::TidZ:
+          v = t / b[0] / b[1];
+          break;
+        case Sreg::NtidX:
+          v = b[0];
+          break;
+        case Sreg::NtidY:
+          v = b[1];
+          break;
+        case Sreg::NtidZ:
+          v = b[2];
+          break;
+        case Sreg::LaneId:
+          v = i;
+          break;
+        case Sreg::WarpId:
+          v = w.index;
+          break;
+        case Sreg::NwarpId:
+          v = l.warpsPerCta;
+          break;
+        case Sreg::CtaidX:
+          v = id[0];
+          break;
+        case Sreg::CtaidY:
+          v = id[1];
+          break;
+        case Sreg::CtaidZ:
+          v = id[2];
+          break;
+        case Sreg::NctaidX:
+          v = g[0];
+          break;
+        case Sreg::NctaidY:
+          v = g[1];
+          break;
+        case Sreg::NctaidZ:
+          v = g[2];
+          break;
+        case Sreg::SmId:
+          v = cta.linear % l.opt.sms;
+          break;
+        case Sreg::NsmId:
+          v = l.opt.sms;
+          break;
+        case Sreg::GridId:
+          v = 1;
+          break;
+        case Sreg::ClusteridX:
+          v = cl[0];
+          break;
+        case Sreg::ClusteridY:
+          v = cl[1];
+          break;
+        case Sreg::ClusteridZ:
+          v = cl[2];
+          break;
+        case Sreg::NclusteridX:
+          v = g[0] / c[0];
+          break;
+        case Sreg::NclusteridY:
+          v = g[1] / c[1];
+          break;
+        case Sreg::NclusteridZ:
+          v = g[2] / c[2];
+          break;
+        case Sreg::ClusterCtaidX:
+          v = id[0] % c[0];
+          break;
+        case Sreg::ClusterCtaidY:
+          v = id[1] % c[1];
+          break;
+        case Sreg::ClusterCtaidZ:
+          v = id[2] % c[2];
+          break;
+        case Sreg::ClusterNctaidX:
+          v = c[0];
+          break;
+        case Sreg::ClusterNctaidY:
+          v = c[1];
+          break;
+        case Sreg::ClusterNctaidZ:
+          v = c[2];
+          break;
+        case Sreg::ClusterCtarank:
+          v = cta.rank;
+          break;
+        case Sreg::ClusterNctarank:
+          v = l.ctasPerCluster;
+          break;
+        case Sreg::IsExplicitCluster:
+          v = l.explicitCluster;
+          break;
+        case Sreg::MaskEq:
+          v = 1u << i;
+          break;
+        case Sreg::MaskLe:
+          v = (2u << i) - 1;
+          break;
+        case Sreg::MaskLt:
+          v = (1u << i) - 1;
+          break;
+        case Sreg::MaskGe:
+          v = ~((1u << i) - 1);
+          break;
+        case Sreg::MaskGt:
+          v = i == 31 ? 0 : ~((2u << i) - 1);
+          break;
+        case Sreg::DynamicSmem:
+          v = l.dynShared;
+          break;
+        case Sreg::TotalSmem:
+          v = k.staticShared + l.dynShared;
+          break;
+        case Sreg::SmemReserved:
+          v = kSharedReserved;
+          break;
+        case Sreg::SharedAddress:
+          v = cta.rank << 24 | s.value;
+          break;
+        default:
+          break;
       }
       uint8_t* p = w.base[0] + s.off + i * s.bytes;
       memcpy(p, &v, s.bytes);
@@ -275,7 +373,8 @@ std::unique_ptr<Cluster> Launch::makeCluster(uint64_t index) {
       cta->smem = reinterpret_cast<uint8_t*>(((uintptr_t)cta->memory.get() + 15) & ~(uintptr_t)15);
       cta->smemValid = cta->smem + smemBytes;
       cta->warps.resize(warpsPerCta);
-      const size_t regs = (k.regBytes + 63) / 64 * 64, ids = ((size_t)k.numIds * 4 + 63) / 64 * 64, local = (size_t)k.localBytes * kLanes;
+      const size_t regs = (k.regBytes + 63) / 64 * 64, ids = ((size_t)k.numIds * 4 + 63) / 64 * 64,
+                   local = (size_t)k.localBytes * kLanes;
       const size_t each = regs + ids + 2 * local + 64;
       cta->regMemory.reset(new uint64_t[(each * warpsPerCta + 64) / 8 + 8]);
       uint8_t* at = reinterpret_cast<uint8_t*>(((uintptr_t)cta->regMemory.get() + 63) & ~(uintptr_t)63);
@@ -291,7 +390,9 @@ std::unique_ptr<Cluster> Launch::makeCluster(uint64_t index) {
     t.cluster = c.get();
     t.rank = r;
     for (int d = 0; d < 3; ++d) {
-      unsigned inner = d == 0 ? r % clusterDim[0] : d == 1 ? r / clusterDim[0] % clusterDim[1] : r / clusterDim[0] / clusterDim[1];
+      unsigned inner = d == 0   ? r % clusterDim[0]
+                       : d == 1 ? r / clusterDim[0] % clusterDim[1]
+                                : r / clusterDim[0] / clusterDim[1];
       t.id[d] = c->id[d] * clusterDim[d] + inner;
     }
     t.linear = t.id[0] + (uint64_t)grid[0] * (t.id[1] + (uint64_t)grid[1] * t.id[2]);
@@ -351,8 +452,10 @@ void Launch::performNow(AsyncOp& op, bool all) {
 }
 
 void Launch::issue(std::shared_ptr<AsyncOp> op) {
-  if (opt.timing == Timing::Early || (opt.timing == Timing::Random && rng() % 3 == 0)) performNow(*op, true);
-  else op->cluster->pending.push_back(std::move(op));
+  if (opt.timing == Timing::Early || (opt.timing == Timing::Random && rng() % 3 == 0))
+    performNow(*op, true);
+  else
+    op->cluster->pending.push_back(std::move(op));
 }
 
 // Late work is done in order of issue, one step at a time; random timing takes any.
@@ -385,6 +488,7 @@ Launch::Progress Launch::runCluster(Cluster& c) {
       if (opt.timing == Timing::Random && !c.pending.empty() && rng() % 4 == 0) performSome(c);
     }
     if (c.liveThreads == 0) {
+      for (auto& cta : c.ctas) checkExit(*cta);
       while (performSome(c)) {
       }
       return Finished;
@@ -403,10 +507,7 @@ Launch::Progress Launch::runCluster(Cluster& c) {
 }
 
 void Launch::retire(Cluster& c) {
-  for (auto& cta : c.ctas) {
-    checkExit(*cta);
-    pool.push_back(std::move(cta));
-  }
+  for (auto& cta : c.ctas) pool.push_back(std::move(cta));
 }
 
 void Launch::run() {
@@ -457,7 +558,8 @@ void Launch::run() {
   }
 }
 
-// A potentially blocking wait may also return false after a while. Each such wait gets that once before a deadlock is called.
+// A potentially blocking wait may also return false after a while. Each such wait gets that once before a deadlock is
+// called.
 bool Launch::giveUpWaits() {
   bool any = false;
   for (auto& c : resident)
@@ -488,10 +590,16 @@ void Launch::reportDeadlock() {
           char lanes[32];
           snprintf(lanes, sizeof lanes, "lanes %08x ", f.mask);
           w.cur = (unsigned)i;
-          const char* kind = f.wait == Wait::Converge ? "waits for the other lanes of its warp" : f.wait == Wait::Barrier ? "waits at a barrier" : f.wait == Wait::Poll ? "waits" : "runs without effect";
-          s += "  " + std::string(lanes) + (f.describe && f.wait != Wait::None ? f.describe(w, in) : kind) + ", at " + where(w, in, -1) + "\n";
+          const char* kind = f.wait == Wait::Converge  ? "waits for the other lanes of its warp"
+                             : f.wait == Wait::Barrier ? "waits at a barrier"
+                             : f.wait == Wait::Poll    ? "waits"
+                                                       : "runs without effect";
+          s += "  " + std::string(lanes) + (f.describe && f.wait != Wait::None ? f.describe(w, in) : kind) + ", at " +
+               where(w, in, -1) + "\n";
         }
-  if (nextResidentHint()) s += "  (" + std::to_string(resident.size()) + " clusters are resident, the most this launch may have; others have not started)\n";
+  if (nextResidentHint())
+    s += "  (" + std::to_string(resident.size()) +
+         " clusters are resident, the most this launch may have; others have not started)\n";
   throw Error(s);
 }
 

@@ -23,22 +23,26 @@ inline uint64_t bits(double f) {
   memcpy(&b, &f, 8);
   return b;
 }
-inline bool isNan32(uint32_t b) { return (b & 0x7fffffffu) > 0x7f800000u; }
+inline bool isNan32(uint32_t b) {
+  return (b & 0x7fffffffu) > 0x7f800000u;
+}
 constexpr uint32_t kNan32 = 0x7fffffffu;
-inline float canonical(float f) { return f != f ? f32(kNan32) : f; }
+inline float canonical(float f) {
+  return f != f ? f32(kNan32) : f;
+}
 inline float flush(float f) {
   uint32_t b = bits(f);
   return (b & 0x7f800000u) == 0 ? f32(b & 0x80000000u) : f;
 }
 
-// Rounds a finite magnitude m * 2^e (m != 0, `sticky`: a non-zero remainder below m's last bit) to a format of `mant` stored
-// mantissa bits with smallest normal exponent emin. Returns the code without sign; codes run on into the exponent, so the caller
-// clamps what exceeds its largest. `up`: directed rounding goes away from zero.
+// Rounds a finite magnitude m * 2^e (m != 0, `sticky`: a non-zero remainder below m's last bit) to a format of `mant`
+// stored mantissa bits with smallest normal exponent emin. Returns the code without sign; codes run on into the
+// exponent, so the caller clamps what exceeds its largest. `up`: directed rounding goes away from zero.
 inline uint64_t roundMagnitude(uint64_t m, int e, bool sticky, int mant, int emin, Round mode, bool up) {
-  int top = 63 - __builtin_clzll(m);            // value exponent is e + top
+  int top = 63 - __builtin_clzll(m);  // value exponent is e + top
   int exponent = e + top;
   int quantum = (exponent < emin ? emin : exponent) - mant;  // weight of the last kept bit
-  int shift = quantum - e;                      // bits of m below it
+  int shift = quantum - e;                                   // bits of m below it
   uint64_t kept;
   bool half = false, rest = sticky;
   if (shift <= 0) {
@@ -52,17 +56,20 @@ inline uint64_t roundMagnitude(uint64_t m, int e, bool sticky, int mant, int emi
     rest |= shift > 1 && (m & ((1ull << (shift - 1)) - 1));
   }
   bool inc = false;
-  if (mode == Round::Nearest) inc = half && (rest || (kept & 1));
-  else if (mode == Round::NearestAway) inc = half;
-  else if (mode != Round::Zero) inc = up && (half || rest);
+  if (mode == Round::Nearest)
+    inc = half && (rest || (kept & 1));
+  else if (mode == Round::NearestAway)
+    inc = half;
+  else if (mode != Round::Zero)
+    inc = up && (half || rest);
   kept += inc;
-  if (exponent < emin) return kept;             // subnormal, or the smallest normal after a carry
+  if (exponent < emin) return kept;  // subnormal, or the smallest normal after a carry
   return ((uint64_t)(exponent - emin + 1) << mant) + (kept - (1ull << mant));
 }
 
-struct Narrow {                                 // a binary interchange format, or one of the two fp8
+struct Narrow {  // a binary interchange format, or one of the two fp8
   int mant, emin;
-  uint32_t inf, maxFinite, nan;                 // codes without sign; inf == 0: the format has none
+  uint32_t inf, maxFinite, nan;  // codes without sign; inf == 0: the format has none
   int signBit;
 };
 constexpr Narrow kF16{10, -14, 0x7c00, 0x7bff, 0x7fff, 15};
@@ -71,7 +78,8 @@ constexpr Narrow kE4m3{3, -6, 0, 0x7e, 0x7f, 7};
 constexpr Narrow kE5m2{2, -14, 0x7c, 0x7b, 0x7f, 7};
 
 // `saturate`: overflow and infinity go to the largest finite value (cvt .satfinite).
-inline uint32_t narrowFrom(uint64_t m, int e, bool sticky, bool negative, bool infinite, bool nan, const Narrow& f, Round mode, bool saturate) {
+inline uint32_t narrowFrom(uint64_t m, int e, bool sticky, bool negative, bool infinite, bool nan, const Narrow& f,
+                           Round mode, bool saturate) {
   if (nan) return f.nan;
   uint32_t sign = negative ? 1u << f.signBit : 0;
   if (infinite) return sign | (saturate ? f.maxFinite : f.inf ? f.inf : f.nan);
@@ -88,12 +96,14 @@ inline uint32_t narrowFrom(uint64_t m, int e, bool sticky, bool negative, bool i
 inline uint32_t narrowFromFloat(float x, const Narrow& f, Round mode = Round::Nearest, bool saturate = false) {
   uint32_t b = bits(x), frac = b & 0x7fffffu;
   int ex = (int)((b >> 23) & 0xff);
-  return narrowFrom(ex ? frac | 0x800000u : frac, (ex ? ex : 1) - 150, false, b >> 31, ex == 255 && !frac, ex == 255 && frac, f, mode, saturate);
+  return narrowFrom(ex ? frac | 0x800000u : frac, (ex ? ex : 1) - 150, false, b >> 31, ex == 255 && !frac,
+                    ex == 255 && frac, f, mode, saturate);
 }
 inline uint32_t narrowFromDouble(double x, const Narrow& f, Round mode = Round::Nearest, bool saturate = false) {
   uint64_t b = bits(x), frac = b & 0xfffffffffffffull;
   int ex = (int)((b >> 52) & 0x7ff);
-  return narrowFrom(ex ? frac | 1ull << 52 : frac, (ex ? ex : 1) - 1075, false, b >> 63, ex == 2047 && !frac, ex == 2047 && frac, f, mode, saturate);
+  return narrowFrom(ex ? frac | 1ull << 52 : frac, (ex ? ex : 1) - 1075, false, b >> 63, ex == 2047 && !frac,
+                    ex == 2047 && frac, f, mode, saturate);
 }
 inline float widen(uint32_t code, const Narrow& f) {
   uint32_t sign = (code >> f.signBit) & 1, mag = code & ((1u << f.signBit) - 1);
@@ -101,20 +111,27 @@ inline float widen(uint32_t code, const Narrow& f) {
   if (f.inf && mag == f.inf) return f32(sign << 31 | 0x7f800000u);
   int ex = (int)(mag >> f.mant);
   uint32_t frac = mag & ((1u << f.mant) - 1);
-  float v = ex ? std::ldexp((float)(frac | 1u << f.mant), ex - 1 + f.emin - f.mant) : std::ldexp((float)frac, f.emin - f.mant);
+  float v = ex ? std::ldexp((float)(frac | 1u << f.mant), ex - 1 + f.emin - f.mant)
+               : std::ldexp((float)frac, f.emin - f.mant);
   return sign ? -v : v;
 }
 
-inline float fromBf16(uint16_t h) { return f32((uint32_t)h << 16); }
+inline float fromBf16(uint16_t h) {
+  return f32((uint32_t)h << 16);
+}
 inline uint16_t toBf16(float x) {  // nearest even; NaN becomes 0x7fff
   uint32_t b = bits(x);
   if (isNan32(b)) return 0x7fff;
   return (uint16_t)((b + 0x7fffu + ((b >> 16) & 1)) >> 16);
 }
-extern const float* const kHalfTable;   // 65536 values
-extern const float* const kE4m3Table;   // 256
+extern const float* const kHalfTable;  // 65536 values
+extern const float* const kE4m3Table;  // 256
 extern const float* const kE5m2Table;
-inline float fromF16(uint16_t h) { return kHalfTable[h]; }
-inline uint16_t toF16(float x) { return (uint16_t)narrowFromFloat(x, kF16); }
+inline float fromF16(uint16_t h) {
+  return kHalfTable[h];
+}
+inline uint16_t toF16(float x) {
+  return (uint16_t)narrowFromFloat(x, kF16);
+}
 
 }  // namespace ptxsim

@@ -1,5 +1,5 @@
-// Simulated address spaces. A global address is a host address inside one reserved arena in which every buffer stands alone between
-// guard chunks; shared and local memory are 4 GB windows of the generic space.
+// Simulated address spaces. A global address is a host address inside one reserved arena in which every buffer stands
+// alone between guard chunks; shared and local memory are 4 GB windows of the generic space.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -10,17 +10,21 @@ namespace ptxsim {
 
 constexpr uint64_t kSharedWindow = 1ull << 32;  // generic address of shared::cluster address 0
 constexpr uint64_t kLocalWindow = 2ull << 32;
-inline bool inShared(uint64_t a) { return (a >> 32) == 1; }
-inline bool inLocal(uint64_t a) { return (a >> 32) == 2; }
+inline bool inShared(uint64_t a) {
+  return (a >> 32) == 1;
+}
+inline bool inLocal(uint64_t a) {
+  return (a >> 32) == 2;
+}
 
 struct Buffer {
   uint64_t begin = 0, end = 0;
   bool writable = true;
   bool live = false;
   std::string name;
-  uint8_t* host = nullptr;                // where it is copied back to
-  std::vector<uint8_t> valid;             // of a buffer the kernel may not read before it wrote: 1 = written
-  std::vector<uint32_t> shadow;           // race detector, made on demand
+  uint8_t* host = nullptr;       // where it is copied back to
+  std::vector<uint8_t> valid;    // of a buffer the kernel may not read before it wrote: 1 = written
+  std::vector<uint32_t> shadow;  // race detector, made on demand
 };
 
 class Arena {
@@ -45,7 +49,7 @@ class Arena {
   Arena();
   static constexpr unsigned kShift = 16;
   uint64_t base_ = 0, size_ = 0;
-  std::vector<uint32_t> owner_;           // chunk -> buffer; 0 none
+  std::vector<uint32_t> owner_;  // chunk -> buffer; 0 none
   std::vector<Buffer> buffers_;
   std::vector<uint32_t> freeIds_;
   size_t cursor_ = 1;

@@ -9,7 +9,9 @@ uint32_t sharedOf(Warp& w, const Inst& in, int lane, Space space, uint64_t a) {
   return (uint32_t)a;
 }
 // An address in the own CTA may come without its rank.
-static uint32_t withRank(Warp& w, uint32_t a, bool cluster) { return cluster ? a : (a & 0xffffffu) | w.cta->rank << 24; }
+static uint32_t withRank(Warp& w, uint32_t a, bool cluster) {
+  return cluster ? a : (a & 0xffffffu) | w.cta->rank << 24;
+}
 
 AddressOperand addressOperand(Dec& d, const Operand& o) {
   AddressOperand a;
@@ -21,7 +23,10 @@ AddressOperand addressOperand(Dec& d, const Operand& o) {
 Mbarrier& mbarrierAt(Warp& w, const Inst& in, int lane, uint32_t address, Cta** owner) {
   Place p = locateShared(w, in, lane, address, 8, Kind::Read, 8, false);
   uint16_t i = p.cta->mbarIndex[p.offset >> 3];
-  if (!i) w.fail(in, lane, "no mbarrier has been initialised at shared offset " + std::to_string(p.offset) + " of CTA rank " + std::to_string(p.cta->rank));
+  if (!i)
+    w.fail(in, lane,
+           "no mbarrier has been initialised at shared offset " + std::to_string(p.offset) + " of CTA rank " +
+               std::to_string(p.cta->rank));
   if (owner) *owner = p.cta;
   return p.cta->mbars[i];
 }
@@ -38,11 +43,15 @@ static void settle(Launch& l, Mbarrier& b) {
 }
 static void addTx(Warp& w, const Inst& in, int lane, Mbarrier& b, int64_t n) {
   b.tx += n;
-  if (b.tx > 0xfffff || b.tx < -0xfffff) w.fail(in, lane, "the mbarrier's transaction count " + std::to_string(b.tx) + " is outside +-(2^20 - 1)");
+  if (b.tx > 0xfffff || b.tx < -0xfffff)
+    w.fail(in, lane, "the mbarrier's transaction count " + std::to_string(b.tx) + " is outside +-(2^20 - 1)");
 }
 static void arrive(Warp& w, const Inst& in, int lane, Mbarrier& b, uint32_t n) {
   if (b.pending < (int64_t)n)
-    w.fail(in, lane, "mbarrier arrival without a pending count: " + std::to_string(n) + " arrive, " + std::to_string(b.pending) + " of " + std::to_string(b.expected) + " are pending, " + std::to_string(b.tx) + " bytes are outstanding");
+    w.fail(in, lane,
+           "mbarrier arrival without a pending count: " + std::to_string(n) + " arrive, " + std::to_string(b.pending) +
+               " of " + std::to_string(b.expected) + " are pending, " + std::to_string(b.tx) +
+               " bytes are outstanding");
   b.pending -= n;
 }
 void completeTx(Warp& w, const Inst& in, int lane, uint32_t address, uint32_t bytes, const AsyncOp* op) {
@@ -70,7 +79,9 @@ void launchOp(Warp& w, const Inst& in, uint32_t mask, std::shared_ptr<AsyncOp> o
 void commitGroups(OpTrack& t, uint32_t m) {
   for (uint32_t left = m; left; left &= left - 1) ++t.committed[firstLane(left)];
 }
-static std::string describeGroup(Warp&, const Inst&) { return "waits for asynchronous operations that cannot finish"; }
+static std::string describeGroup(Warp&, const Inst&) {
+  return "waits for asynchronous operations that cannot finish";
+}
 bool waitGroups(Warp& w, const Inst& in, OpTrack& t, uint32_t m, uint32_t n, bool reads, bool all) {
   (void)in;
   auto wanted = [&](const AsyncOp& op) {
@@ -96,8 +107,10 @@ bool waitGroups(Warp& w, const Inst& in, OpTrack& t, uint32_t m, uint32_t n, boo
       continue;
     }
     t.ops[i]->mask &= ~m;
-    if (t.ops[i]->mask == 0) t.ops.erase(t.ops.begin() + (long)i);
-    else ++i;
+    if (t.ops[i]->mask == 0)
+      t.ops.erase(t.ops.begin() + (long)i);
+    else
+      ++i;
   }
   return true;
 }
@@ -113,7 +126,8 @@ void initBarrier(Warp& w, const Inst& in, uint32_t m) {
     uint32_t count = lane32(w, in.b, (unsigned)i);
     w.needValid(in, in.b, 1u << i, "mbarrier count");
     Place p = locateShared(w, in, i, a, 8, Kind::Write, 8, true);
-    if (count < 1 || count > 0xfffff) w.fail(in, i, "an mbarrier count of " + std::to_string(count) + " is not in 1..2^20-1");
+    if (count < 1 || count > 0xfffff)
+      w.fail(in, i, "an mbarrier count of " + std::to_string(count) + " is not in 1..2^20-1");
     uint16_t& index = p.cta->mbarIndex[p.offset >> 3];
     if (index) w.fail(in, i, "mbarrier.init of a live mbarrier (it needs mbarrier.inval first)");
     for (uint16_t k = 1; k < p.cta->mbars.size() && !index; ++k)
@@ -151,8 +165,10 @@ void arriveBarrier(Warp& w, const Inst& in, uint32_t m) {
   const unsigned flags = in.x[2];
   for (uint32_t left = m; left; left &= left - 1) {
     int i = firstLane(left);
-    uint32_t a = withRank(w, sharedOf(w, in, i, in.space, lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm)), in.x[1] || in.space == Space::Generic);
-    if (in.space == Space::Generic && (a >> 24) != w.cta->rank) w.fail(in, i, "a generic mbarrier address must be in the own CTA");
+    uint32_t a = withRank(w, sharedOf(w, in, i, in.space, lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm)),
+                          in.x[1] || in.space == Space::Generic);
+    if (in.space == Space::Generic && (a >> 24) != w.cta->rank)
+      w.fail(in, i, "a generic mbarrier address must be in the own CTA");
     Mbarrier& b = mbarrierAt(w, in, i, a);
     uint32_t n = flags & (Expect | Complete | HasCount) ? lane32(w, in.b, (unsigned)i) : 1;
     if (flags & (Expect | Complete | HasCount)) w.needValid(in, in.b, 1u << i, "mbarrier operand");
@@ -168,8 +184,10 @@ void arriveBarrier(Warp& w, const Inst& in, uint32_t m) {
       arrive(w, in, i, b, count);
       raceRelease(w, in, b, !(flags & Relaxed), (a >> 24) != w.cta->rank);
     }
-    if (!(flags & NoComplete)) settle(*w.launch, b);
-    else if (b.pending == 0) w.fail(in, i, "mbarrier.arrive.noComplete completes the phase");
+    if (!(flags & NoComplete))
+      settle(*w.launch, b);
+    else if (b.pending == 0)
+      w.fail(in, i, "mbarrier.arrive.noComplete completes the phase");
   }
   if (in.x[3]) {
     storeLanes(w, in.d, state, m);
@@ -186,7 +204,8 @@ std::string describeWait(Warp& w, const Inst& in) {
   const Mbarrier& b = w.cta->mbars[k];
   std::string s = "waits for mbarrier at shared offset " + std::to_string(a & 0xffffff) + " ";
   if (in.x[3]) s += "parity " + std::to_string(lane32(w, in.b, (unsigned)i) & 1);
-  return s + " (phase " + std::to_string(b.phase) + ": " + std::to_string(b.expected - b.pending) + " of " + std::to_string(b.expected) + " arrivals, " + std::to_string(b.txSeen) + " bytes came, " +
+  return s + " (phase " + std::to_string(b.phase) + ": " + std::to_string(b.expected - b.pending) + " of " +
+         std::to_string(b.expected) + " arrivals, " + std::to_string(b.txSeen) + " bytes came, " +
          std::to_string(b.tx) + " outstanding)";
 }
 // test_wait and try_wait. x[0] try, x[2] relaxed, x[3] parity
@@ -197,14 +216,18 @@ void waitBarrier(Warp& w, const Inst& in, uint32_t m) {
   for (uint32_t left = m; left; left &= left - 1) {
     int i = firstLane(left);
     uint32_t a = sharedOf(w, in, i, in.space, lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm));
-    if ((a >> 24) != w.cta->rank && (a >> 24) != 0) w.fail(in, i, "a thread can wait only for an mbarrier of its own CTA");
+    if ((a >> 24) != w.cta->rank && (a >> 24) != 0)
+      w.fail(in, i, "a thread can wait only for an mbarrier of its own CTA");
     Mbarrier& b = mbarrierAt(w, in, i, withRank(w, a, false));
     bool passed;
     if (in.x[3]) {
       passed = (b.phase & 1) != (lane32(w, in.b, (unsigned)i) & 1);
     } else {
       uint32_t was = (uint32_t)lane64(w, in.b, (unsigned)i), now = (uint32_t)b.phase;
-      if (was != now && was + 1 != now) w.fail(in, i, "the mbarrier state is of phase " + std::to_string(was) + ", which is neither the current phase " + std::to_string(now) + " nor the one before");
+      if (was != now && was + 1 != now)
+        w.fail(in, i,
+               "the mbarrier state is of phase " + std::to_string(was) + ", which is neither the current phase " +
+                   std::to_string(now) + " nor the one before");
       passed = was != now;
     }
     if (passed) {
@@ -244,7 +267,8 @@ void decodeMbarrier(Dec& d) {
     d.out.fn = pendingCount;
     return;
   }
-  static const char* kOps[] = {"init", "inval", "expect_tx", "complete_tx", "arrive", "arrive_drop", "test_wait", "try_wait"};
+  static const char* kOps[] = {"init",   "inval",       "expect_tx", "complete_tx",
+                               "arrive", "arrive_drop", "test_wait", "try_wait"};
   int op = -1;
   for (int i = 4; i < 8; ++i)
     if (op < 0 && d.take(kOps[i])) op = i;
@@ -258,8 +282,10 @@ void decodeMbarrier(Dec& d) {
   d.takeOneOf({"release", "acquire"});
   d.takeOneOf({"cta", "cluster", "gpu", "sys"});
   d.out.space = Space::Generic;
-  if (d.take("shared::cluster")) d.out.space = Space::Shared, d.out.x[1] = 1;
-  else if (d.take("shared::cta") || d.take("shared")) d.out.space = Space::Shared;
+  if (d.take("shared::cluster"))
+    d.out.space = Space::Shared, d.out.x[1] = 1;
+  else if (d.take("shared::cta") || d.take("shared"))
+    d.out.space = Space::Shared;
   d.take("b64");
   switch (op) {
     case 0:
@@ -313,7 +339,8 @@ void decodeMbarrier(Dec& d) {
       d.out.x[3] = parity;
       d.out.fn = waitBarrier;
       return;
-    default: d.fail("unknown operation");
+    default:
+      d.fail("unknown operation");
   }
 }
 
@@ -350,7 +377,8 @@ void cpAsync(Warp& w, const Inst& in, uint32_t m) {
     uint32_t have = in.bytes;
     if (in.ext->v[1] == 1) have = lane32(w, in.ext->refs[1], (unsigned)i);
     if (in.ext->v[1] == 2 && (w.pred(in.ext->refs[1]) >> i) & 1) have = 0;
-    if (have > in.bytes) w.fail(in, i, "cp.async: src-size " + std::to_string(have) + " exceeds cp-size " + std::to_string(in.bytes));
+    if (have > in.bytes)
+      w.fail(in, i, "cp.async: src-size " + std::to_string(have) + " exceeds cp-size " + std::to_string(in.bytes));
     op->to[i] = p.offset;
     op->have[i] = have;
     op->from[i] = p.p;
@@ -365,8 +393,12 @@ void cpAsync(Warp& w, const Inst& in, uint32_t m) {
   }
   launchOp(w, in, m, op, &w.cp);
 }
-void cpCommit(Warp& w, const Inst&, uint32_t m) { commitGroups(w.cp, m); }
-void cpWait(Warp& w, const Inst& in, uint32_t m) { waitGroups(w, in, w.cp, m, (uint32_t)in.imm, false, in.x[0]); }
+void cpCommit(Warp& w, const Inst&, uint32_t m) {
+  commitGroups(w.cp, m);
+}
+void cpWait(Warp& w, const Inst& in, uint32_t m) {
+  waitGroups(w, in, w.cp, m, (uint32_t)in.imm, false, in.x[0]);
+}
 
 struct CpArrive : AsyncOp {
   uint32_t address[kLanes], lanes = 0;
@@ -386,7 +418,8 @@ void cpArrive(Warp& w, const Inst& in, uint32_t m) {
   op->lanes = m;
   for (uint32_t left = m; left; left &= left - 1) {
     int i = firstLane(left);
-    op->address[i] = withRank(w, sharedOf(w, in, i, in.space, lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm)), false);
+    op->address[i] =
+        withRank(w, sharedOf(w, in, i, in.space, lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm)), false);
     Mbarrier& b = mbarrierAt(w, in, i, op->address[i]);
     if (!in.x[0]) ++b.pending;
   }
@@ -427,7 +460,8 @@ void stAsync(Warp& w, const Inst& in, uint32_t m) {
     auto op = std::make_shared<StAsync>();
     op->lane = i;
     op->address = (uint32_t)lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm);
-    op->barrier = (uint32_t)(in.ext->v[1] == 4 ? lane32(w, refs[0], (unsigned)i) : lane64(w, refs[0], (unsigned)i)) + (uint32_t)in.ext->v[0];
+    op->barrier = (uint32_t)(in.ext->v[1] == 4 ? lane32(w, refs[0], (unsigned)i) : lane64(w, refs[0], (unsigned)i)) +
+                  (uint32_t)in.ext->v[0];
     op->bytes = in.bytes * (uint32_t)(refs.size() - 1);
     op->atom = (int)in.x[0] - 1;
     op->type = (Type)in.x[3];
@@ -437,7 +471,8 @@ void stAsync(Warp& w, const Inst& in, uint32_t m) {
       memcpy(op->data + (k - 1) * in.bytes, &v, in.bytes);
     }
     locateShared(w, in, i, op->address, op->bytes, Kind::Write, op->bytes, false);
-    if ((op->address >> 24) != (op->barrier >> 24)) w.fail(in, i, "the destination and its mbarrier are in different CTAs");
+    if ((op->address >> 24) != (op->barrier >> 24))
+      w.fail(in, i, "the destination and its mbarrier are in different CTAs");
     launchOp(w, in, 1u << i, op, nullptr);
   }
 }
@@ -470,9 +505,15 @@ void decodeAsyncStore(Dec& d, bool reduce) {
 
 }  // namespace
 
-uint64_t lanesAddress(Warp& w, Ref r, unsigned bytes, unsigned lane, int64_t offset) { return (bytes == 4 ? lane32(w, r, lane) : lane64(w, r, lane)) + (uint64_t)offset; }
-void decodeStAsync(Dec& d) { decodeAsyncStore(d, false); }
-void decodeRedAsync(Dec& d) { decodeAsyncStore(d, true); }
+uint64_t lanesAddress(Warp& w, Ref r, unsigned bytes, unsigned lane, int64_t offset) {
+  return (bytes == 4 ? lane32(w, r, lane) : lane64(w, r, lane)) + (uint64_t)offset;
+}
+void decodeStAsync(Dec& d) {
+  decodeAsyncStore(d, false);
+}
+void decodeRedAsync(Dec& d) {
+  decodeAsyncStore(d, true);
+}
 
 bool decodeBulk(Dec& d);  // cp.async.bulk...
 
@@ -505,7 +546,8 @@ void addAsyncOps(OpTable& t) {
       return;
     }
     bool cg = d.takeOneOf({"ca", "cg"}) == 1;
-    if (!(d.take("shared") || d.take("shared::cta")) || !d.take("global")) d.fail("cp.async copies from .global to .shared");
+    if (!(d.take("shared") || d.take("shared::cta")) || !d.take("global"))
+      d.fail("cp.async copies from .global to .shared");
     bool hint = d.take("L2::cache_hint");
     d.takePrefix("L2::");
     d.out.space = Space::Shared;

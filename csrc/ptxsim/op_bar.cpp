@@ -18,7 +18,8 @@ std::string describeBarrier(Warp& w, const Inst& in) {
   unsigned k = lane32(w, id, (unsigned)firstLane(w.frag().mask)) & 15;
   NamedBarrier& b = w.cta->bars[k];
   unsigned want = b.all ? w.cta->liveThreads : b.expected;
-  return "waits at barrier " + std::to_string(k) + ": " + std::to_string(b.arrived) + " of " + std::to_string(want) + " threads have arrived";
+  return "waits at barrier " + std::to_string(k) + ": " + std::to_string(b.arrived) + " of " + std::to_string(want) +
+         " threads have arrived";
 }
 
 void complete(Cta& cta, NamedBarrier& b) {
@@ -56,14 +57,23 @@ void barrier(Warp& w, const Inst& in, uint32_t m) {
   if (id > 15) w.fail(in, lane, "barrier " + std::to_string(id) + " does not exist (0..15)");
   NamedBarrier& b = cta.bars[id];
   const unsigned count = in.x[2] ? lane32(w, in.b, (unsigned)lane) : 0;
-  if (in.x[2] && (count == 0 || count % kLanes)) w.fail(in, lane, "barrier " + std::to_string(id) + ": a thread count of " + std::to_string(count) + " is no multiple of 32");
-  if (in.x[2] && count > (w.launch->warpsPerCta) * kLanes) w.fail(in, lane, "barrier " + std::to_string(id) + ": a thread count of " + std::to_string(count) + " in a CTA of " + std::to_string(w.launch->threads) + " threads");
+  if (in.x[2] && (count == 0 || count % kLanes))
+    w.fail(in, lane,
+           "barrier " + std::to_string(id) + ": a thread count of " + std::to_string(count) + " is no multiple of 32");
+  if (in.x[2] && count > (w.launch->warpsPerCta) * kLanes)
+    w.fail(in, lane,
+           "barrier " + std::to_string(id) + ": a thread count of " + std::to_string(count) + " in a CTA of " +
+               std::to_string(w.launch->threads) + " threads");
   if (b.arrived && (b.all != !in.x[2] || b.expected != count))
-    w.fail(in, lane, "barrier " + std::to_string(id) + " is used with " + (count ? std::to_string(count) : "all") + " threads while a phase with " + (b.all ? "all" : std::to_string(b.expected)) + " threads is open");
+    w.fail(in, lane,
+           "barrier " + std::to_string(id) + " is used with " + (count ? std::to_string(count) : "all") +
+               " threads while a phase with " + (b.all ? "all" : std::to_string(b.expected)) + " threads is open");
   b.all = !in.x[2];
   b.expected = count;
   if (b.lanes.empty()) b.lanes.assign(cta.warps.size(), 0);
-  if (b.lanes[w.index] & m) w.fail(in, lane, "warp " + std::to_string(w.index) + " arrives twice at barrier " + std::to_string(id) + " in one phase");
+  if (b.lanes[w.index] & m)
+    w.fail(in, lane,
+           "warp " + std::to_string(w.index) + " arrives twice at barrier " + std::to_string(id) + " in one phase");
   b.lanes[w.index] |= m;
   const unsigned add = in.x[1] && in.x[2] ? kLanes : (unsigned)__builtin_popcount(m);
   b.arrived += add;
@@ -85,7 +95,10 @@ void barrier(Warp& w, const Inst& in, uint32_t m) {
     w.reschedule = true;
   }
   const unsigned want = b.all ? cta.liveThreads : b.expected;
-  if (b.arrived > want) w.fail(in, lane, "barrier " + std::to_string(id) + ": " + std::to_string(b.arrived) + " threads arrive at a phase of " + std::to_string(want));
+  if (b.arrived > want)
+    w.fail(in, lane,
+           "barrier " + std::to_string(id) + ": " + std::to_string(b.arrived) + " threads arrive at a phase of " +
+               std::to_string(want));
   if (b.arrived == want) complete(cta, b);
 }
 
@@ -100,7 +113,8 @@ void clusterCheck(Cluster& c, Launch& l) {
   }
 }
 std::string describeCluster(Warp& w, const Inst&) {
-  return "waits at the cluster barrier: " + std::to_string(w.cta->cluster->arrived) + " of " + std::to_string(w.cta->cluster->liveThreads) + " threads have arrived";
+  return "waits at the cluster barrier: " + std::to_string(w.cta->cluster->arrived) + " of " +
+         std::to_string(w.cta->cluster->liveThreads) + " threads have arrived";
 }
 void clusterArrive(Warp& w, const Inst& in, uint32_t m) {
   Cluster& c = *w.cta->cluster;

@@ -7,7 +7,9 @@
 namespace ptxsim {
 namespace {
 
-void bra(Warp& w, const Inst& in, uint32_t m) { w.jump(m, (uint32_t)in.imm, w.frag().mask); }
+void bra(Warp& w, const Inst& in, uint32_t m) {
+  w.jump(m, (uint32_t)in.imm, w.frag().mask);
+}
 
 // brx.idx: every lane to its own entry of the list
 void brx(Warp& w, const Inst& in, uint32_t m) {
@@ -17,7 +19,9 @@ void brx(Warp& w, const Inst& in, uint32_t m) {
     uint32_t idx = lane32(w, in.a, (unsigned)firstLane(left)), same = 0;
     for (uint32_t l = left; l; l &= l - 1)
       if (lane32(w, in.a, (unsigned)firstLane(l)) == idx) same |= 1u << firstLane(l);
-    if (idx >= targets.size()) w.fail(in, firstLane(left), "branch index " + std::to_string(idx) + " of " + std::to_string(targets.size()) + " targets");
+    if (idx >= targets.size())
+      w.fail(in, firstLane(left),
+             "branch index " + std::to_string(idx) + " of " + std::to_string(targets.size()) + " targets");
     left &= ~same;
     w.jump(same, (uint32_t)targets[idx], w.frag().mask);
   }
@@ -67,8 +71,12 @@ void ret(Warp& w, const Inst&, uint32_t m) {
   copyFrame(w, top.call->rets, m);
   enter(w, m, (uint32_t)top.returnPc, std::move(stack));
 }
-void exitThread(Warp& w, const Inst&, uint32_t m) { w.exitLanes(m); }
-void trap(Warp& w, const Inst& in, uint32_t m) { w.fail(in, firstLane(m), "trap"); }
+void exitThread(Warp& w, const Inst&, uint32_t m) {
+  w.exitLanes(m);
+}
+void trap(Warp& w, const Inst& in, uint32_t m) {
+  w.fail(in, firstLane(m), "trap");
+}
 void nothing(Warp&, const Inst&, uint32_t) {}
 
 const char* cstring(Warp& w, const Inst& in, int lane, uint64_t a) {
@@ -101,8 +109,10 @@ void vprintf(Warp& w, const Inst& in, uint32_t m) {
       }
       bool wide = false;
       while (*f && !strchr("diouxXcsfFeEgGaAp", *f)) {
-        if (*f == 'l' || *f == 'j' || *f == 'z' || *f == 't') wide = true;
-        else if (*f != 'h') spec += *f;
+        if (*f == 'l' || *f == 'j' || *f == 'z' || *f == 't')
+          wide = true;
+        else if (*f != 'h')
+          spec += *f;
         ++f;
       }
       char c = *f ? *f++ : 'd', text[512];
@@ -111,11 +121,16 @@ void vprintf(Warp& w, const Inst& in, uint32_t m) {
       uint64_t v = 0;
       memcpy(&v, locate(w, in, lane, Space::Generic, buf + at, eight ? 8 : 4, Kind::Read, 4).p, eight ? 8 : 4);
       at += eight ? 8 : 4;
-      if (real) snprintf(text, sizeof text, (spec + c).c_str(), bitsAs<double>(v));
-      else if (c == 's') snprintf(text, sizeof text, (spec + c).c_str(), cstring(w, in, lane, v));
-      else if (c == 'p') snprintf(text, sizeof text, "0x%llx", (unsigned long long)v);
-      else if (wide) snprintf(text, sizeof text, (spec + "ll" + c).c_str(), (long long)v);
-      else snprintf(text, sizeof text, (spec + c).c_str(), (int)v);
+      if (real)
+        snprintf(text, sizeof text, (spec + c).c_str(), bitsAs<double>(v));
+      else if (c == 's')
+        snprintf(text, sizeof text, (spec + c).c_str(), cstring(w, in, lane, v));
+      else if (c == 'p')
+        snprintf(text, sizeof text, "0x%llx", (unsigned long long)v);
+      else if (wide)
+        snprintf(text, sizeof text, (spec + "ll" + c).c_str(), (long long)v);
+      else
+        snprintf(text, sizeof text, (spec + c).c_str(), (int)v);
       out += text;
     }
     fputs(out.c_str(), stdout);
@@ -132,9 +147,12 @@ void decodeCall(Dec& d) {
   d.take("uni");
   const Operand *name = nullptr, *args = nullptr, *rets = nullptr;
   for (auto& a : d.p.args) {
-    if (a.kind == Operand::Name && !name) name = &a;
-    else if (a.kind == Operand::List && !name) rets = &a;
-    else if (a.kind == Operand::List) args = &a;
+    if (a.kind == Operand::Name && !name)
+      name = &a;
+    else if (a.kind == Operand::List && !name)
+      rets = &a;
+    else if (a.kind == Operand::List)
+      args = &a;
   }
   if (!name) d.fail("indirect calls are not supported");
   Extra* e = d.extra();
@@ -148,22 +166,34 @@ void decodeCall(Dec& d) {
   if (!f) d.fail("unknown function '" + name->name + "'");
   const size_t na = args ? args->sub.size() : 0, nr = rets ? rets->sub.size() : 0;
   if (na != f->params.size() || nr != f->returns.size()) d.fail("'" + f->name + "' takes other operands");
-  for (size_t i = 0; i < na; ++i) e->args.push_back({d.kb.frameOffset(var(args->sub[i])), f->hasBody ? d.kb.frameOffset(*f->params[i]) : 0, (uint32_t)f->params[i]->bytes});
-  for (size_t i = 0; i < nr; ++i) e->rets.push_back({f->hasBody ? d.kb.frameOffset(*f->returns[i]) : 0, d.kb.frameOffset(var(rets->sub[i])), (uint32_t)f->returns[i]->bytes});
-  if (f->hasBody) d.out.fn = call;
-  else if (f->name == "vprintf") d.out.fn = vprintf;
-  else if (f->name == "__assertfail") d.out.fn = assertFail;
-  else d.fail("function '" + f->name + "' has no body");
+  for (size_t i = 0; i < na; ++i)
+    e->args.push_back({d.kb.frameOffset(var(args->sub[i])), f->hasBody ? d.kb.frameOffset(*f->params[i]) : 0,
+                       (uint32_t)f->params[i]->bytes});
+  for (size_t i = 0; i < nr; ++i)
+    e->rets.push_back({f->hasBody ? d.kb.frameOffset(*f->returns[i]) : 0, d.kb.frameOffset(var(rets->sub[i])),
+                       (uint32_t)f->returns[i]->bytes});
+  if (f->hasBody)
+    d.out.fn = call;
+  else if (f->name == "vprintf")
+    d.out.fn = vprintf;
+  else if (f->name == "__assertfail")
+    d.out.fn = assertFail;
+  else
+    d.fail("function '" + f->name + "' has no body");
 }
 
 // setmaxnreg: the registers that a warp gives up go to the CTA's pool, and those it asks for must be there.
 std::string waitsForRegisters(Warp& w, const Inst& in) {
-  return "setmaxnreg.inc to " + std::to_string(in.imm) + ": waits for " + std::to_string((in.imm - w.maxnreg) * 32) + " registers, the CTA's pool has " + std::to_string(w.cta->regPool);
+  return "setmaxnreg.inc to " + std::to_string(in.imm) + ": waits for " + std::to_string((in.imm - w.maxnreg) * 32) +
+         " registers, the CTA's pool has " + std::to_string(w.cta->regPool);
 }
 void setmaxnreg(Warp& w, const Inst& in, uint32_t m) {
   unsigned want = (unsigned)in.imm;
   if (in.x[0]) {
-    if (want < w.maxnreg) w.fail(in, firstLane(m), "setmaxnreg.inc to " + std::to_string(want) + ", but the warp has " + std::to_string(w.maxnreg) + " registers a thread");
+    if (want < w.maxnreg)
+      w.fail(in, firstLane(m),
+             "setmaxnreg.inc to " + std::to_string(want) + ", but the warp has " + std::to_string(w.maxnreg) +
+                 " registers a thread");
     int need = (int)(want - w.maxnreg) * 32;
     if (w.cta->regPool < need) {
       w.block(Wait::Poll, waitsForRegisters);
@@ -171,14 +201,19 @@ void setmaxnreg(Warp& w, const Inst& in, uint32_t m) {
     }
     w.cta->regPool -= need;
   } else {
-    if (want > w.maxnreg) w.fail(in, firstLane(m), "setmaxnreg.dec to " + std::to_string(want) + ", but the warp has only " + std::to_string(w.maxnreg) + " registers a thread");
+    if (want > w.maxnreg)
+      w.fail(in, firstLane(m),
+             "setmaxnreg.dec to " + std::to_string(want) + ", but the warp has only " + std::to_string(w.maxnreg) +
+                 " registers a thread");
     w.cta->regPool += (int)(w.maxnreg - want) * 32;
   }
   w.maxnreg = want;
   w.launch->progress();
 }
 
-void fence(Warp& w, const Inst& in, uint32_t m) { raceFence(w, in, m); }
+void fence(Warp& w, const Inst& in, uint32_t m) {
+  raceFence(w, in, m);
+}
 
 void decodeFence(Dec& d) {
   Inst& o = d.out;

@@ -1,4 +1,5 @@
-// cvt (PTX ISA 9.7.9.21 and on). The general path takes every lane through an exact intermediate; the common pairs have their own.
+// cvt (PTX ISA 9.7.9.21 and on). The general path takes every lane through an exact intermediate; the common pairs have
+// their own.
 #include <algorithm>
 #include <cmath>
 
@@ -10,30 +11,46 @@ namespace {
 
 constexpr Narrow kF32{23, -126, 0x7f800000u, 0x7f7fffffu, 0x7fffffffu, 31};
 
-struct Plan {  // packed into Inst::x: x[0] dst type, x[1] src type, x[2] rounding, x[3] flags, x[4] dst register bytes, x[5] src register bytes
+struct Plan {  // packed into Inst::x: x[0] dst type, x[1] src type, x[2] rounding, x[3] flags, x[4] dst register bytes,
+               // x[5] src register bytes
   enum { Ftz = 1, Sat = 2, SatFinite = 4, Relu = 8, ToIntegral = 16 };
 };
 
 double roundIntegral(double x, Round r) {
   switch (r) {
-    case Round::Nearest: return std::nearbyint(x);
-    case Round::Zero: return std::trunc(x);
-    case Round::Down: return std::floor(x);
-    case Round::Up: return std::ceil(x);
-    default: return std::round(x);
+    case Round::Nearest:
+      return std::nearbyint(x);
+    case Round::Zero:
+      return std::trunc(x);
+    case Round::Down:
+      return std::floor(x);
+    case Round::Up:
+      return std::ceil(x);
+    default:
+      return std::round(x);
   }
 }
 double toDouble(Type t, uint64_t v) {
   switch (t) {
-    case Type::F64: return bitsAs<double>(v);
-    case Type::F32: return f32((uint32_t)v);
-    case Type::F16: return fromF16((uint16_t)v);
-    default: return fromBf16((uint16_t)v);
+    case Type::F64:
+      return bitsAs<double>(v);
+    case Type::F32:
+      return f32((uint32_t)v);
+    case Type::F16:
+      return fromF16((uint16_t)v);
+    default:
+      return fromBf16((uint16_t)v);
   }
 }
-int64_t signExtend(uint64_t v, unsigned bytes) { return bytes == 8 ? (int64_t)v : (int64_t)(v << (64 - 8 * bytes)) >> (64 - 8 * bytes); }
-uint64_t zeroExtend(uint64_t v, unsigned bytes) { return bytes == 8 ? v : v & ((1ull << (8 * bytes)) - 1); }
-const Narrow& format(Type t) { return t == Type::F32 ? kF32 : t == Type::F16 ? kF16 : kBf16; }
+int64_t signExtend(uint64_t v, unsigned bytes) {
+  return bytes == 8 ? (int64_t)v : (int64_t)(v << (64 - 8 * bytes)) >> (64 - 8 * bytes);
+}
+uint64_t zeroExtend(uint64_t v, unsigned bytes) {
+  return bytes == 8 ? v : v & ((1ull << (8 * bytes)) - 1);
+}
+const Narrow& format(Type t) {
+  return t == Type::F32 ? kF32 : t == Type::F16 ? kF16 : kBf16;
+}
 
 uint64_t fromFloatTo(Type dt, double x, const Inst& in) {
   const Round r = (Round)in.x[2];
@@ -54,7 +71,8 @@ uint64_t fromFloatTo(Type dt, double x, const Inst& in) {
   if (flags & Plan::Sat) x = x != x ? 0.0 : x < 0 ? 0.0 : x > 1 ? 1.0 : x;
   if (flags & Plan::Relu && x < 0) x = 0;
   if (dt == Type::F64) return bits(x);
-  uint32_t code = narrowFromDouble(x, format(dt), (flags & Plan::ToIntegral) ? Round::Nearest : r, flags & Plan::SatFinite);
+  uint32_t code =
+      narrowFromDouble(x, format(dt), (flags & Plan::ToIntegral) ? Round::Nearest : r, flags & Plan::SatFinite);
   if (flags & Plan::Relu && code == (1u << format(dt).signBit)) code = 0;
   if (flags & Plan::Ftz && dt == Type::F32) code = bits(flush(f32(code)));
   return code;
@@ -66,7 +84,8 @@ uint64_t fromIntTo(Type dt, uint64_t v, bool sourceSigned, const Inst& in) {
     const Round r = (Round)in.x[2];
     if (dt == Type::F64) {
       if (mag == 0) return 0;
-      uint64_t code = roundMagnitude(mag, 0, false, 52, -1022, r, (r == Round::Up && !negative) || (r == Round::Down && negative));
+      uint64_t code =
+          roundMagnitude(mag, 0, false, 52, -1022, r, (r == Round::Up && !negative) || (r == Round::Down && negative));
       double x = bitsAs<double>(code | (negative ? 1ull << 63 : 0));
       return bits(in.x[3] & Plan::Sat ? std::clamp(x, 0.0, 1.0) : x);
     }
@@ -116,18 +135,29 @@ inline uint32_t narrowOne(float x, const Inst& in) {
   if (flags & Plan::Relu && x < 0) x = 0;
   uint32_t r;
   const Round mode = (Round)in.x[2];
-  if (K == PackBf16 && mode == Round::Nearest && !(flags & Plan::SatFinite)) r = toBf16(x);
-  else r = narrowFromFloat(x, K == PackF16 ? kF16 : K == PackBf16 ? kBf16 : K == PackE4m3 ? kE4m3 : kE5m2, mode, flags & Plan::SatFinite);
+  if (K == PackBf16 && mode == Round::Nearest && !(flags & Plan::SatFinite))
+    r = toBf16(x);
+  else
+    r = narrowFromFloat(x,
+                        K == PackF16    ? kF16
+                        : K == PackBf16 ? kBf16
+                        : K == PackE4m3 ? kE4m3
+                                        : kE5m2,
+                        mode, flags & Plan::SatFinite);
   if (flags & Plan::Relu && r == (K < PackE4m3 ? 0x8000u : 0x80u)) r = 0;
   return r;
 }
 template <int K, class D>
 struct Pack2 {
-  D operator()(const Inst& in, float hi, float lo) const { return (D)(narrowOne<K>(hi, in) << (4 * sizeof(D)) | narrowOne<K>(lo, in)); }
+  D operator()(const Inst& in, float hi, float lo) const {
+    return (D)(narrowOne<K>(hi, in) << (4 * sizeof(D)) | narrowOne<K>(lo, in));
+  }
 };
 template <int K>
 struct PackFromF16x2 {
-  uint16_t operator()(const Inst& in, uint32_t v) const { return (uint16_t)(narrowOne<K>(fromF16((uint16_t)(v >> 16)), in) << 8 | narrowOne<K>(fromF16((uint16_t)v), in)); }
+  uint16_t operator()(const Inst& in, uint32_t v) const {
+    return (uint16_t)(narrowOne<K>(fromF16((uint16_t)(v >> 16)), in) << 8 | narrowOne<K>(fromF16((uint16_t)v), in));
+  }
 };
 template <int K>
 struct UnpackFp8 {
@@ -160,20 +190,36 @@ void cvtPack(Warp& w, const Inst& in, uint32_t m) {
   sat.x[3] = Plan::Sat;
   for (unsigned i = 0; i < kLanes; ++i) {
     uint64_t a = (uint64_t)(int64_t)(int32_t)lane32(w, in.a, i), b = (uint64_t)(int64_t)(int32_t)lane32(w, in.b, i);
-    uint32_t hi = (uint32_t)zeroExtend(fromIntTo(dt, a, true, sat), n / 8), lo = (uint32_t)zeroExtend(fromIntTo(dt, b, true, sat), n / 8);
+    uint32_t hi = (uint32_t)zeroExtend(fromIntTo(dt, a, true, sat), n / 8),
+             lo = (uint32_t)zeroExtend(fromIntTo(dt, b, true, sat), n / 8);
     r[i] = (uint32_t)((in.x[1] ? (uint64_t)lane32(w, in.c, i) << (2 * n) : 0) | hi << n | lo);
   }
   storeLanes(w, in.d, r, m);
   w.setValid(in.d, m, w.validOf(in.a) & w.validOf(in.b) & w.validOf(in.c));
 }
 
-struct Bf16ToF32 { float operator()(uint16_t h) const { return fromBf16(h); } };
-struct F16ToF32 { float operator()(uint16_t h) const { return fromF16(h); } };
-struct I32ToF32 { float operator()(int32_t a) const { return (float)a; } };
-struct U32ToF32 { float operator()(uint32_t a) const { return (float)a; } };
-struct F32ToBf16 { uint16_t operator()(float a) const { return toBf16(a); } };
-struct F32ToF64 { double operator()(float a) const { return a; } };
-template <class T> struct Same { T operator()(T a) const { return a; } };
+struct Bf16ToF32 {
+  float operator()(uint16_t h) const { return fromBf16(h); }
+};
+struct F16ToF32 {
+  float operator()(uint16_t h) const { return fromF16(h); }
+};
+struct I32ToF32 {
+  float operator()(int32_t a) const { return (float)a; }
+};
+struct U32ToF32 {
+  float operator()(uint32_t a) const { return (float)a; }
+};
+struct F32ToBf16 {
+  uint16_t operator()(float a) const { return toBf16(a); }
+};
+struct F32ToF64 {
+  double operator()(float a) const { return a; }
+};
+template <class T>
+struct Same {
+  T operator()(T a) const { return a; }
+};
 
 Handler fastPath(Type dt, Type st, unsigned dreg, unsigned sreg, Round r, unsigned flags, bool integral) {
   if (flags || integral) return nullptr;
@@ -184,10 +230,13 @@ Handler fastPath(Type dt, Type st, unsigned dreg, unsigned sreg, Round r, unsign
   if (dt == Type::F64 && st == Type::F32) return op1<double, float, F32ToF64>;
   if (dt == Type::U64 && st == Type::U32 && sreg == 4) return op1<uint64_t, uint32_t, Same<uint64_t>>;
   if ((dt == Type::S64 || dt == Type::U64) && st == Type::S32 && sreg == 4) return op1<int64_t, int32_t, Same<int64_t>>;
-  if ((dt == Type::U32 || dt == Type::S32) && dreg == 4 && sreg == 8 && typeBytes(st) == 8 && !isFloat(st)) return op1<uint32_t, uint64_t, Same<uint64_t>>;
-  if ((dt == Type::U16 || dt == Type::S16) && dreg == 2 && sreg == 4 && typeBytes(st) == 4 && !isFloat(st)) return op1<uint16_t, uint32_t, Same<uint32_t>>;
+  if ((dt == Type::U32 || dt == Type::S32) && dreg == 4 && sreg == 8 && typeBytes(st) == 8 && !isFloat(st))
+    return op1<uint32_t, uint64_t, Same<uint64_t>>;
+  if ((dt == Type::U16 || dt == Type::S16) && dreg == 2 && sreg == 4 && typeBytes(st) == 4 && !isFloat(st))
+    return op1<uint16_t, uint32_t, Same<uint32_t>>;
   if (dt == Type::U32 && dreg == 4 && st == Type::U16 && sreg == 2) return op1<uint32_t, uint16_t, Same<uint32_t>>;
-  if ((dt == Type::S32 || dt == Type::U32) && dreg == 4 && st == Type::S16 && sreg == 2) return op1<int32_t, int16_t, Same<int32_t>>;
+  if ((dt == Type::S32 || dt == Type::U32) && dreg == 4 && st == Type::S16 && sreg == 2)
+    return op1<int32_t, int16_t, Same<int32_t>>;
   return nullptr;
 }
 
@@ -209,7 +258,8 @@ void decodeCvt(Dec& d) {
   }
   int irnd = d.takeOneOf({"rni", "rzi", "rmi", "rpi"});
   int frnd = d.takeOneOf({"rn", "rz", "rm", "rp", "rna"});
-  unsigned flags = (d.take("ftz") ? Plan::Ftz : 0) | (d.take("sat") ? Plan::Sat : 0) | (d.take("satfinite") ? Plan::SatFinite : 0) | (d.take("relu") ? Plan::Relu : 0);
+  unsigned flags = (d.take("ftz") ? Plan::Ftz : 0) | (d.take("sat") ? Plan::Sat : 0) |
+                   (d.take("satfinite") ? Plan::SatFinite : 0) | (d.take("relu") ? Plan::Relu : 0);
   Type dt = d.needType(), st = d.needType();
   const int rnd = std::max(0, irnd >= 0 ? irnd : frnd);
   const Round modes[] = {Round::Nearest, Round::Zero, Round::Down, Round::Up, Round::NearestAway};
@@ -240,17 +290,21 @@ void decodeCvt(Dec& d) {
     if (st != Type::F16x2) d.fail("sm_90 converts only f32 pairs and f16x2 to fp8");
     d.out.d = d.dst(0, 2);
     d.out.a = d.src(1, Type::B32);
-    d.out.fn = dt == Type::E4M3x2 ? (Handler)op1x<uint16_t, uint32_t, PackFromF16x2<PackE4m3>> : (Handler)op1x<uint16_t, uint32_t, PackFromF16x2<PackE5m2>>;
+    d.out.fn = dt == Type::E4M3x2 ? (Handler)op1x<uint16_t, uint32_t, PackFromF16x2<PackE4m3>>
+                                  : (Handler)op1x<uint16_t, uint32_t, PackFromF16x2<PackE5m2>>;
     return;
   }
   if (fp8Src) {
     if (dt != Type::F16x2) d.fail("sm_90 converts fp8 only to f16x2");
     d.out.d = d.dst(0, 4);
     d.out.a = d.src(1, Type::B16);
-    d.out.fn = st == Type::E4M3x2 ? (Handler)op1x<uint32_t, uint16_t, UnpackFp8<PackE4m3>> : (Handler)op1x<uint32_t, uint16_t, UnpackFp8<PackE5m2>>;
+    d.out.fn = st == Type::E4M3x2 ? (Handler)op1x<uint32_t, uint16_t, UnpackFp8<PackE4m3>>
+                                  : (Handler)op1x<uint32_t, uint16_t, UnpackFp8<PackE5m2>>;
     return;
   }
-  if (typeBytes(dt) > 8 || typeBytes(st) > 8 || dt == Type::F16x2 || dt == Type::BF16x2 || st == Type::F16x2 || st == Type::BF16x2) return;
+  if (typeBytes(dt) > 8 || typeBytes(st) > 8 || dt == Type::F16x2 || dt == Type::BF16x2 || st == Type::F16x2 ||
+      st == Type::BF16x2)
+    return;
   unsigned sreg, dreg = d.regBytes(d.arg(0));
   d.out.d = d.dst(0, 0);
   d.out.a = d.srcWide(d.arg(1), st, &sreg);
@@ -270,6 +324,8 @@ void decodeCvt(Dec& d) {
 
 }  // namespace
 
-void addConvertOps(OpTable& t) { t["cvt"] = decodeCvt; }
+void addConvertOps(OpTable& t) {
+  t["cvt"] = decodeCvt;
+}
 
 }  // namespace ptxsim

@@ -7,7 +7,8 @@
 namespace ptxsim {
 namespace {
 
-// ---- 8x8 matrices of 16-bit elements. Lanes 8i..8i+7 give the row addresses of matrix i; a lane holds two neighbours of row lane/4.
+// ---- 8x8 matrices of 16-bit elements. Lanes 8i..8i+7 give the row addresses of matrix i; a lane holds two neighbours
+// of row lane/4.
 void rows(Warp& w, const Inst& in, unsigned n, Kind kind, Span& s) {
   uint64_t a[kLanes];
   addresses(w, in, n == 4 ? kAll : (1u << (8 * n)) - 1, a);
@@ -86,7 +87,8 @@ void matrixAccess(Dec& d, bool load) {
 
 // ---- mma.sync m16n8kK. With E elements per 32-bit register, g = lane/4 and q = lane%4:
 //   A register r: row g + 8 (r & 1), k = E q + 4 E (r >> 1) + e        B register r: k = E q + 4 E r + e, column g
-//   accumulator i (float32, int32): row g + 8 (i >> 1), column 2 q + (i & 1); float16 register r: row g + 8 r, columns 2 q, 2 q + 1
+//   accumulator i (float32, int32): row g + 8 (i >> 1), column 2 q + (i & 1); float16 register r: row g + 8 r, columns
+//   2 q, 2 q + 1
 template <class Acc, class Get>
 void mmaCore(Warp& w, const Inst& in, Get get, Acc* acc, uint32_t* valid) {
   const unsigned K = (unsigned)in.imm, E = in.vec, na = in.x[0], nb = in.x[1];
@@ -114,10 +116,15 @@ void mmaCore(Warp& w, const Inst& in, Get get, Acc* acc, uint32_t* valid) {
     for (unsigned i = 0; i < 4; ++i) {
       unsigned row = l / 4 + 8 * (i >> 1), col = 2 * (l % 4) + (i & 1);
       Acc s = acc[4 * l + i];
+      int64_t wide = (int64_t)s;  // integers: kept exact, then wrapped or clamped
       for (unsigned k = 0; k < K; ++k) {
-        if constexpr (std::is_same<Acc, float>::value) s = __builtin_fmaf(A[row][k], B[col][k], s);
-        else s = (Acc)((uint32_t)s + (uint32_t)A[row][k] * (uint32_t)B[col][k]);
+        if constexpr (std::is_same<Acc, float>::value)
+          s = __builtin_fmaf(A[row][k], B[col][k], s);
+        else
+          wide += (int64_t)A[row][k] * B[col][k];
       }
+      if constexpr (!std::is_same<Acc, float>::value)
+        s = (Acc)(in.x[4] ? std::clamp<int64_t>(wide, INT32_MIN, INT32_MAX) : wide);
       acc[4 * l + i] = s;
       if ((badRow >> row) & 1 || (badCol >> col) & 1) valid[i] &= ~(1u << l);
     }
@@ -126,14 +133,20 @@ void mmaCore(Warp& w, const Inst& in, Get get, Acc* acc, uint32_t* valid) {
 
 float element(Type t, uint32_t reg, unsigned e) {
   switch (t) {
-    case Type::F16: return fromF16((uint16_t)(reg >> (16 * e)));
-    case Type::BF16: return fromBf16((uint16_t)(reg >> (16 * e)));
-    case Type::E4M3: return kE4m3Table[(reg >> (8 * e)) & 0xff];
-    case Type::E5M2: return kE5m2Table[(reg >> (8 * e)) & 0xff];
-    default: return f32(reg & 0xffffe000u);  // tf32: the low 13 bits are ignored
+    case Type::F16:
+      return fromF16((uint16_t)(reg >> (16 * e)));
+    case Type::BF16:
+      return fromBf16((uint16_t)(reg >> (16 * e)));
+    case Type::E4M3:
+      return kE4m3Table[(reg >> (8 * e)) & 0xff];
+    case Type::E5M2:
+      return kE5m2Table[(reg >> (8 * e)) & 0xff];
+    default:
+      return f32(reg & 0xffffe000u);  // tf32: the low 13 bits are ignored
   }
 }
-// x[0], x[1] registers of A and B; x[2], x[3] their types; x[4] float16 accumulator; ext->refs D registers
+// x[0], x[1] registers of A and B; x[2], x[3] their types; x[4] float16 accumulator, or .satfinite for integers;
+// ext->refs D registers
 void mmaFloat(Warp& w, const Inst& in, uint32_t) {
   float acc[4 * kLanes];
   uint32_t valid[4];
@@ -142,13 +155,15 @@ void mmaFloat(Warp& w, const Inst& in, uint32_t) {
   for (unsigned i = 0; i < 4; ++i) {
     Ref r = c[in.x[4] ? i / 2 : i];
     valid[i] = w.validOf(r);
-    for (unsigned l = 0; l < kLanes; ++l) acc[4 * l + i] = in.x[4] ? fromF16((uint16_t)(lane32(w, r, l) >> (16 * (i & 1)))) : f32(lane32(w, r, l));
+    for (unsigned l = 0; l < kLanes; ++l)
+      acc[4 * l + i] = in.x[4] ? fromF16((uint16_t)(lane32(w, r, l) >> (16 * (i & 1)))) : f32(lane32(w, r, l));
   }
   mmaCore<float>(w, in, [&](uint32_t v, unsigned e, bool isA) { return element(isA ? ta : tb, v, e); }, acc, valid);
   const auto& d = in.ext->refs;
   if (in.x[4]) {
     for (unsigned r = 0; r < 2; ++r) {
-      for (unsigned l = 0; l < kLanes; ++l) w.ptr<uint32_t>(d[r])[l] = toF16(acc[4 * l + 2 * r]) | (uint32_t)toF16(acc[4 * l + 2 * r + 1]) << 16;
+      for (unsigned l = 0; l < kLanes; ++l)
+        w.ptr<uint32_t>(d[r])[l] = toF16(acc[4 * l + 2 * r]) | (uint32_t)toF16(acc[4 * l + 2 * r + 1]) << 16;
       w.setValid(d[r], kAll, valid[2 * r] & valid[2 * r + 1]);
     }
     return;
@@ -167,7 +182,12 @@ void mmaInt(Warp& w, const Inst& in, uint32_t) {
     for (unsigned l = 0; l < kLanes; ++l) acc[4 * l + i] = (int32_t)lane32(w, c[i], l);
   }
   const bool sa = (Type)in.x[2] == Type::S8, sb = (Type)in.x[3] == Type::S8;
-  mmaCore<int32_t>(w, in, [&](uint32_t v, unsigned e, bool isA) -> int32_t { return (isA ? sa : sb) ? (int32_t)(int8_t)(v >> (8 * e)) : (int32_t)(uint8_t)(v >> (8 * e)); }, acc, valid);
+  mmaCore<int32_t>(
+      w, in,
+      [&](uint32_t v, unsigned e, bool isA) -> int32_t {
+        return (isA ? sa : sb) ? (int32_t)(int8_t)(v >> (8 * e)) : (int32_t)(uint8_t)(v >> (8 * e));
+      },
+      acc, valid);
   for (unsigned i = 0; i < 4; ++i) {
     for (unsigned l = 0; l < kLanes; ++l) w.ptr<int32_t>(in.ext->refs[i])[l] = acc[4 * l + i];
     w.setValid(in.ext->refs[i], kAll, valid[i]);
@@ -177,7 +197,9 @@ void mmaInt(Warp& w, const Inst& in, uint32_t) {
 void decodeMma(Dec& d) {
   d.take("sync");
   d.take("aligned");
-  static const std::pair<const char*, int> kShapes[] = {{"m16n8k4", 4}, {"m16n8k8", 8}, {"m16n8k16", 16}, {"m16n8k32", 32}};
+  const bool saturate = d.take("satfinite");
+  static const std::pair<const char*, int> kShapes[] = {
+      {"m16n8k4", 4}, {"m16n8k8", 8}, {"m16n8k16", 16}, {"m16n8k32", 32}};
   unsigned K = 0;
   for (auto& s : kShapes)
     if (!K && d.take(s.first)) K = (unsigned)s.second;
@@ -186,14 +208,18 @@ void decodeMma(Dec& d) {
   Type td = d.needType(), ta = d.needType(), tb = d.needType(), tc = d.needType();
   unsigned bits = ta == Type::TF32 ? 32 : ta == Type::F16 || ta == Type::BF16 ? 16 : 8;
   bool integer = ta == Type::S8 || ta == Type::U8;
-  if (!integer && ta != Type::F16 && ta != Type::BF16 && ta != Type::TF32 && ta != Type::E4M3 && ta != Type::E5M2) d.fail("operand type is not supported");
+  if (!integer && ta != Type::F16 && ta != Type::BF16 && ta != Type::TF32 && ta != Type::E4M3 && ta != Type::E5M2)
+    d.fail("operand type is not supported");
   if (td != tc || (bits != 8 && ta != tb)) d.fail("this mix of types is not supported");
-  if (integer ? td != Type::S32 : (td != Type::F32 && td != Type::F16)) d.fail("this accumulator type is not supported");
+  if (integer ? td != Type::S32 : (td != Type::F32 && td != Type::F16))
+    d.fail("this accumulator type is not supported");
   const unsigned E = 32 / bits, na = 16 * K / (32 * E), nb = 8 * K / (32 * E), nc = td == Type::F16 ? 2 : 4;
-  if (!na || !nb || (bits == 8 && K < 16) || (bits == 16 && K != 8 && K != 16) || (bits == 32 && K > 8)) d.fail("no such shape");
+  if (!na || !nb || (bits == 8 && K < 16) || (bits == 16 && K != 8 && K != 16) || (bits == 32 && K > 8))
+    d.fail("no such shape");
   d.wantArgs(4, 4);
   auto list = [&](const Operand& o, unsigned n) {
-    if (o.kind != Operand::Vector || o.sub.size() != n) d.fail("wrong number of registers: " + std::to_string(n) + " are expected");
+    if (o.kind != Operand::Vector || o.sub.size() != n)
+      d.fail("wrong number of registers: " + std::to_string(n) + " are expected");
     return o.sub;
   };
   Extra* e = d.extra();
@@ -207,7 +233,7 @@ void decodeMma(Dec& d) {
   d.out.x[1] = (uint8_t)nb;
   d.out.x[2] = (uint8_t)ta;
   d.out.x[3] = (uint8_t)tb;
-  d.out.x[4] = td == Type::F16;
+  d.out.x[4] = integer ? saturate : td == Type::F16;
   d.out.convergeAll = true;
   d.out.fn = integer ? (Handler)mmaInt : (Handler)mmaFloat;
 }

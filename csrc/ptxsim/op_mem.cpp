@@ -6,9 +6,10 @@
 namespace ptxsim {
 
 void decodeStAsync(Dec&);
-void raceWrites(Warp& w, const Inst& in, uint32_t m, uint32_t changed, Space space, const uint64_t* a, uint32_t bytes);
 
-static const char* verb(Kind k) { return k == Kind::Read ? "read" : k == Kind::Write ? "write" : "atomic"; }
+static const char* verb(Kind k) {
+  return k == Kind::Read ? "read" : k == Kind::Write ? "write" : "atomic";
+}
 static std::string hex(uint64_t v) {
   char s[32];
   snprintf(s, sizeof s, "0x%llx", (unsigned long long)v);
@@ -16,14 +17,23 @@ static std::string hex(uint64_t v) {
 }
 
 Place locateGlobal(Warp& w, const Inst& in, int lane, uint64_t a, uint32_t bytes, Kind kind, uint32_t align) {
-  if (align > 1 && a % align) w.fail(in, lane, "misaligned " + std::string(verb(kind)) + " of " + std::to_string(bytes) + " bytes: address " + Arena::get().describe(a, bytes) + " is no multiple of " + std::to_string(align));
+  if (align > 1 && a % align)
+    w.fail(in, lane,
+           "misaligned " + std::string(verb(kind)) + " of " + std::to_string(bytes) + " bytes: address " +
+               Arena::get().describe(a, bytes) + " is no multiple of " + std::to_string(align));
   Buffer* b = Arena::get().find(a, bytes);
   if (!b && w.launch->alias) {
     uint64_t moved = w.launch->alias(a, bytes);
     if (moved) b = Arena::get().find(a = moved, bytes);
   }
-  if (!b) w.fail(in, lane, "out-of-bounds global " + std::string(verb(kind)) + " of " + std::to_string(bytes) + " bytes at " + Arena::get().describe(a, bytes));
-  if (kind != Kind::Read && !b->writable) w.fail(in, lane, "global " + std::string(verb(kind)) + " to buffer '" + b->name + "', which this launch may only read (byte offset " + std::to_string(a - b->begin) + ")");
+  if (!b)
+    w.fail(in, lane,
+           "out-of-bounds global " + std::string(verb(kind)) + " of " + std::to_string(bytes) + " bytes at " +
+               Arena::get().describe(a, bytes));
+  if (kind != Kind::Read && !b->writable)
+    w.fail(in, lane,
+           "global " + std::string(verb(kind)) + " to buffer '" + b->name +
+               "', which this launch may only read (byte offset " + std::to_string(a - b->begin) + ")");
   Place p;
   p.p = (uint8_t*)a;
   p.buffer = b;
@@ -33,15 +43,29 @@ Place locateGlobal(Warp& w, const Inst& in, int lane, uint64_t a, uint32_t bytes
 
 Place locateShared(Warp& w, const Inst& in, int lane, uint32_t a, uint32_t bytes, Kind kind, uint32_t align, bool own) {
   uint32_t rank = a >> 24, off = a & 0xffffffu;
-  if (align > 1 && off % align) w.fail(in, lane, "misaligned shared " + std::string(verb(kind)) + " of " + std::to_string(bytes) + " bytes at shared offset " + hex(off) + ": no multiple of " + std::to_string(align));
-  if (own && rank != w.cta->rank && rank != 0) w.fail(in, lane, "shared::cta access with the address of CTA rank " + std::to_string(rank) + " of the cluster (own rank " + std::to_string(w.cta->rank) + "): .shared::cluster is needed");
+  if (align > 1 && off % align)
+    w.fail(in, lane,
+           "misaligned shared " + std::string(verb(kind)) + " of " + std::to_string(bytes) +
+               " bytes at shared offset " + hex(off) + ": no multiple of " + std::to_string(align));
+  if (own && rank != w.cta->rank && rank != 0)
+    w.fail(in, lane,
+           "shared::cta access with the address of CTA rank " + std::to_string(rank) + " of the cluster (own rank " +
+               std::to_string(w.cta->rank) + "): .shared::cluster is needed");
   if (own) rank = w.cta->rank;
   auto& ctas = w.cta->cluster->ctas;
-  if (rank >= ctas.size()) w.fail(in, lane, "shared " + std::string(verb(kind)) + " at CTA rank " + std::to_string(rank) + " of a cluster of " + std::to_string(ctas.size()) + " (address " + hex(a) + ")");
+  if (rank >= ctas.size())
+    w.fail(in, lane,
+           "shared " + std::string(verb(kind)) + " at CTA rank " + std::to_string(rank) + " of a cluster of " +
+               std::to_string(ctas.size()) + " (address " + hex(a) + ")");
   Cta& c = *ctas[rank];
   if (off < kSharedReserved || off + bytes > c.smemBytes)
-    w.fail(in, lane, "out-of-bounds shared " + std::string(verb(kind)) + " of " + std::to_string(bytes) + " bytes at offset " + hex(off) + ": the CTA's shared memory is [0x400, " + hex(c.smemBytes) + ")");
-  if (c.liveThreads == 0) w.fail(in, lane, "shared " + std::string(verb(kind)) + " to CTA rank " + std::to_string(rank) + ", whose threads have all exited");
+    w.fail(in, lane,
+           "out-of-bounds shared " + std::string(verb(kind)) + " of " + std::to_string(bytes) + " bytes at offset " +
+               hex(off) + ": the CTA's shared memory is [0x400, " + hex(c.smemBytes) + ")");
+  if (c.liveThreads == 0)
+    w.fail(in, lane,
+           "shared " + std::string(verb(kind)) + " to CTA rank " + std::to_string(rank) +
+               ", whose threads have all exited");
   Place p;
   p.p = c.smem + off;
   p.valid = c.smemValid + off;
@@ -57,8 +81,12 @@ Place locate(Warp& w, const Inst& in, int lane, Space space, uint64_t a, uint32_
     if (inLocal(a)) space = Space::Local, a = (uint32_t)a;
   }
   if (space == Space::Local) {
-    if (align > 1 && a % align) w.fail(in, lane, "misaligned local " + std::string(verb(kind)) + " at offset " + hex(a));
-    if (a < 16 || a + bytes > w.kernel->localBytes) w.fail(in, lane, "out-of-bounds local " + std::string(verb(kind)) + " at offset " + hex(a) + " of " + std::to_string(w.kernel->localBytes) + " bytes");
+    if (align > 1 && a % align)
+      w.fail(in, lane, "misaligned local " + std::string(verb(kind)) + " at offset " + hex(a));
+    if (a < 16 || a + bytes > w.kernel->localBytes)
+      w.fail(in, lane,
+             "out-of-bounds local " + std::string(verb(kind)) + " at offset " + hex(a) + " of " +
+                 std::to_string(w.kernel->localBytes) + " bytes");
     Place p;
     p.p = w.local + (size_t)lane * w.kernel->localBytes + a;
     p.valid = w.localValid + (size_t)lane * w.kernel->localBytes + a;
@@ -101,7 +129,8 @@ static void countBanks(Warp& w, uint32_t m, const uint64_t* a, uint32_t bytes) {
   }
 }
 
-static void place(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* a, uint32_t bytes, Kind kind, Span& s) {
+static void place(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* a, uint32_t bytes, Kind kind,
+                  Span& s) {
   Launch& l = *w.launch;
   if (space == Space::Generic) {  // one window for all lanes is the rule
     uint64_t first = a[__builtin_ctz(m)] >> 32;
@@ -121,7 +150,8 @@ static void place(Warp& w, const Inst& in, uint32_t m, Space space, const uint64
       uint32_t off = (uint32_t)a[i] & 0xffffffu, top = (uint32_t)a[i] & 0xff000000u;
       if ((top != base && top != 0) || off < kSharedReserved || off + bytes > c.smemBytes || (off & (bytes - 1)))
         locateShared(w, in, i, (uint32_t)a[i], bytes, kind, bytes, true);
-      if (kind != Kind::Read && (c.mbarIndex[off >> 3] || c.mbarIndex[(off + bytes - 1) >> 3])) w.fail(in, i, "ordinary " + std::string(verb(kind)) + " to a live mbarrier at shared offset " + hex(off));
+      if (kind != Kind::Read && (c.mbarIndex[off >> 3] || c.mbarIndex[(off + bytes - 1) >> 3]))
+        w.fail(in, i, "ordinary " + std::string(verb(kind)) + " to a live mbarrier at shared offset " + hex(off));
       s.p[i] = c.smem + off;
       s.v[i] = c.smemValid + off;
     }
@@ -162,7 +192,9 @@ void resolve(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* a
 
 namespace {
 
-struct B128 { uint64_t v[2]; };
+struct B128 {
+  uint64_t v[2];
+};
 
 template <class M, class R>
 void load(Warp& w, const Inst& in, uint32_t m) {
@@ -179,8 +211,10 @@ void load(Warp& w, const Inst& in, uint32_t m) {
       int i = __builtin_ctz(left);
       M v;
       memcpy(&v, s.p[i] + k * sizeof(M), sizeof(M));
-      if constexpr (std::is_same<M, B128>::value) d[i] = v;
-      else d[i] = (R)v;
+      if constexpr (std::is_same<M, B128>::value)
+        d[i] = v;
+      else
+        d[i] = (R)v;
       if (s.tracked && !allValid(s.v[i] ? s.v[i] + k * sizeof(M) : nullptr, sizeof(M))) bad |= 1u << i;
     }
     w.setValid(refs[k], m, ~bad);
@@ -201,12 +235,15 @@ void store(Warp& w, const Inst& in, uint32_t m) {
     const uint32_t valid = w.validOf(refs[k]);
     if (m & ~valid && w.launch->opt.detect)
       for (uint32_t left = m & ~valid; left; left &= left - 1)
-        if (int i = __builtin_ctz(left); !s.tracked || !s.v[i] || in.space == Space::Global) w.fail(in, i, "an uninitialised value is stored to global memory");
+        if (int i = __builtin_ctz(left); !s.tracked || !s.v[i] || in.space == Space::Global)
+          w.fail(in, i, "an uninitialised value is stored to global memory");
     for (uint32_t left = m; left; left &= left - 1) {
       int i = __builtin_ctz(left);
       M v;
-      if constexpr (std::is_same<M, B128>::value) v = d[i];
-      else v = (M)d[i];
+      if constexpr (std::is_same<M, B128>::value)
+        v = d[i];
+      else
+        v = (M)d[i];
       if (memcmp(s.p[i] + k * sizeof(M), &v, sizeof(M))) {
         changed |= 1u << i;
         memcpy(s.p[i] + k * sizeof(M), &v, sizeof(M));
@@ -233,9 +270,11 @@ void loadParam(Warp& w, const Inst& in, uint32_t m) {
 
 template <template <class, class> class H>
 Handler pick(Type t, unsigned reg) {
-#define ROW(type, M)                                                                       \
-  case type: return reg == 2 ? (Handler)H<M, uint16_t>::f : reg == 4 ? (Handler)H<M, std::conditional_t<std::is_signed<M>::value, int32_t, uint32_t>>::f \
-                                                         : (Handler)H<M, std::conditional_t<std::is_signed<M>::value, int64_t, uint64_t>>::f;
+#define ROW(type, M)                                                                                      \
+  case type:                                                                                              \
+    return reg == 2   ? (Handler)H<M, uint16_t>::f                                                        \
+           : reg == 4 ? (Handler)H<M, std::conditional_t<std::is_signed<M>::value, int32_t, uint32_t>>::f \
+                      : (Handler)H<M, std::conditional_t<std::is_signed<M>::value, int64_t, uint64_t>>::f;
   switch (t) {
     ROW(Type::B8, uint8_t)
     ROW(Type::U8, uint8_t)
@@ -255,20 +294,32 @@ Handler pick(Type t, unsigned reg) {
     ROW(Type::U64, uint64_t)
     ROW(Type::F64, uint64_t)
     ROW(Type::S64, int64_t)
-    default: return nullptr;
+    default:
+      return nullptr;
   }
 #undef ROW
 }
-template <class M, class R> struct Load { static void f(Warp& w, const Inst& in, uint32_t m) { load<M, R>(w, in, m); } };
-template <class M, class R> struct Store { static void f(Warp& w, const Inst& in, uint32_t m) { store<M, R>(w, in, m); } };
-template <class M, class R> struct LoadParam { static void f(Warp& w, const Inst& in, uint32_t m) { loadParam<M, R>(w, in, m); } };
+template <class M, class R>
+struct Load {
+  static void f(Warp& w, const Inst& in, uint32_t m) { load<M, R>(w, in, m); }
+};
+template <class M, class R>
+struct Store {
+  static void f(Warp& w, const Inst& in, uint32_t m) { store<M, R>(w, in, m); }
+};
+template <class M, class R>
+struct LoadParam {
+  static void f(Warp& w, const Inst& in, uint32_t m) { loadParam<M, R>(w, in, m); }
+};
 
 }  // namespace
 
 // .weak .relaxed .acquire ... .cta .gpu ..., state space, cache hints. Returns the number of trailing hint operands.
 size_t takeMemoryModifiers(Dec& d, bool isLoad) {
-  static const char* kSpaceNames[] = {"global", "shared", "shared::cta", "shared::cluster", "local", "param", "param::entry", "param::func", "const"};
-  static const Space kSpaceOf[] = {Space::Global, Space::Shared, Space::Shared, Space::Shared, Space::Local, Space::Param, Space::Param, Space::Param, Space::Const};
+  static const char* kSpaceNames[] = {"global",       "shared",      "shared::cta", "shared::cluster", "local", "param",
+                                      "param::entry", "param::func", "const"};
+  static const Space kSpaceOf[] = {Space::Global, Space::Shared, Space::Shared, Space::Shared, Space::Local,
+                                   Space::Param,  Space::Param,  Space::Param,  Space::Const};
   d.out.space = Space::Generic;
   for (int i = 0; i < 9; ++i)
     if (d.take(kSpaceNames[i])) {
@@ -324,7 +375,8 @@ void loadStore(Dec& d, bool isLoad) {
     return r;
   };
   if (d.out.vec > 1) {
-    if (reg.kind != Operand::Vector || reg.sub.size() != d.out.vec) d.fail("a vector of " + std::to_string(d.out.vec) + " registers is expected");
+    if (reg.kind != Operand::Vector || reg.sub.size() != d.out.vec)
+      d.fail("a vector of " + std::to_string(d.out.vec) + " registers is expected");
     for (auto& e : reg.sub) d.extra()->refs.push_back(one(e));
   } else {
     const Operand& o = reg.kind == Operand::Vector && reg.sub.size() == 1 ? reg.sub[0] : reg;
@@ -334,7 +386,8 @@ void loadStore(Dec& d, bool isLoad) {
   d.out.bytes = (uint8_t)typeBytes(t);
   d.out.x[3] = (uint8_t)t;
   const Operand& base = mem.sub[0];
-  if (isLoad && d.out.space == Space::Param && base.kind == Operand::Symbol && d.kb.isEntryParam(*base.var) && t != Type::B128) {
+  if (isLoad && d.out.space == Space::Param && base.kind == Operand::Symbol && d.kb.isEntryParam(*base.var) &&
+      t != Type::B128) {
     checkParamBounds(d, mem, typeBytes(t) * d.out.vec);
     d.out.imm = (int64_t)d.kb.k.params + d.kb.params[base.var] + base.i;
     if (d.out.imm % (typeBytes(t) * d.out.vec)) d.fail("misaligned parameter access");
@@ -368,7 +421,10 @@ void mapa(Warp& w, const Inst& in, uint32_t m) {
   for (uint32_t left = m; left; left &= left - 1) {
     int i = __builtin_ctz(left);
     uint32_t rank = lane32(w, in.b, (unsigned)i);
-    if (rank >= w.cta->cluster->ctas.size()) w.fail(in, i, "mapa to CTA rank " + std::to_string(rank) + " of a cluster of " + std::to_string(w.cta->cluster->ctas.size()));
+    if (rank >= w.cta->cluster->ctas.size())
+      w.fail(in, i,
+             "mapa to CTA rank " + std::to_string(rank) + " of a cluster of " +
+                 std::to_string(w.cta->cluster->ctas.size()));
     if (in.x[0] && !inShared(a[i])) w.fail(in, i, "mapa of a generic address that is not in shared memory");
     r[i] = (a[i] & ~0xff000000ull) | (uint64_t)rank << 24;
   }

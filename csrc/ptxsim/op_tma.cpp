@@ -7,21 +7,21 @@
 namespace ptxsim {
 namespace {
 
-// ---- a copy between global memory and shared memory. Loads finish in one step; stores read their source in a first step and write
-// in a second, because the two are waited for apart.
+// ---- a copy between global memory and shared memory. Loads finish in one step; stores read their source in a first
+// step and write in a second, because the two are waited for apart.
 
 struct Bulk : AsyncOp {
   enum Way { Load, Store, ToCluster } way = Load;
   int lane = 0;
-  uint32_t shared = 0, barrier = 0, bytes = 0;   // shared::cluster addresses
-  uint16_t ctaMask = 0;                          // multicast; 0: the CTA of `shared`
+  uint32_t shared = 0, barrier = 0, bytes = 0;  // shared::cluster addresses
+  uint16_t ctaMask = 0;                         // multicast; 0: the CTA of `shared`
   uint64_t global = 0;
-  int reduce = -1;                               // atomic operation
+  int reduce = -1;  // atomic operation
   Type type = Type::None;
   bool tensor = false;
   TensorMap map;
   int32_t coord[5] = {0, 0, 0, 0, 0};
-  std::vector<uint8_t> data, good;               // box contents in logical order; per byte: initialised, and inside the tensor
+  std::vector<uint8_t> data, good;  // box contents in logical order; per byte: initialised, and inside the tensor
 
   void combine(uint8_t* to, const uint8_t* from, uint32_t n) const {
     if (reduce < 0) {
@@ -37,14 +37,17 @@ struct Bulk : AsyncOp {
       memcpy(to + i, &r, e);
     }
   }
-  // Calls f(logical byte offset in the box, global address, bytes) for every run of the innermost dimension inside the tensor.
+  // Calls f(logical byte offset in the box, global address, bytes) for every run of the innermost dimension inside the
+  // tensor.
   template <class F>
   void runs(F f) const {
     const unsigned es = mapElementBytes(map.type);
     uint32_t count[5], total = 1;
-    for (unsigned d = 0; d < 5; ++d) count[d] = d < map.rank ? (map.box(d) + map.elementStride[d] - 1) / map.elementStride[d] : 1;
+    for (unsigned d = 0; d < 5; ++d)
+      count[d] = d < map.rank ? (map.box(d) + map.elementStride[d] - 1) / map.elementStride[d] : 1;
     for (unsigned d = 1; d < 5; ++d) total *= count[d];
-    const int64_t x0 = coord[0], lo = std::max<int64_t>(x0, 0), hi = std::min<int64_t>(x0 + count[0], (int64_t)map.dim(0));
+    const int64_t x0 = coord[0], lo = std::max<int64_t>(x0, 0),
+                  hi = std::min<int64_t>(x0 + count[0], (int64_t)map.dim(0));
     if (lo >= hi) return;
     for (uint32_t row = 0; row < total; ++row) {
       uint32_t r = row;
@@ -59,7 +62,7 @@ struct Bulk : AsyncOp {
       if (inside) f((uint64_t)row * count[0] * es + (uint64_t)(lo - x0) * es, address, (uint32_t)((hi - lo) * es));
     }
   }
-  uint32_t swizzled(uint32_t offset) const {     // of a byte offset in the CTA's window
+  uint32_t swizzled(uint32_t offset) const {  // of a byte offset in the CTA's window
     if (!tensor || !map.swizzle) return offset;
     return offset ^ (((offset >> 7) & ((1u << map.swizzle) - 1)) << 4);
   }
@@ -69,12 +72,27 @@ struct Bulk : AsyncOp {
     for (uint32_t i = 0; i < bytes; i += 16) f(swizzled(base + i), i, std::min(16u, bytes - i));
   }
 
+  Provenance provenance(uint32_t i) const {  // of byte i of the box
+    Provenance from;
+    from.op = id;
+    from.address = map.address;
+    uint32_t e = i / mapElementBytes(map.type);
+    for (unsigned d = 0; d < map.rank; ++d) {
+      const uint32_t count = (map.box(d) + map.elementStride[d] - 1) / map.elementStride[d];
+      const int64_t c = coord[d] + (int64_t)(e % count) * map.elementStride[d];
+      from.address += (uint64_t)c * (d ? map.stride[d - 1] : mapElementBytes(map.type));
+      e /= count;
+    }
+    return from;
+  }
+
   void readGlobal() {
     data.assign(bytes, 0);
     good.assign(bytes, 1);
     auto take = [&](uint64_t at, uint64_t address, uint32_t n) {
       Place p = locateGlobal(*warp, *inst, lane, address, n, Kind::Read, 1);
-      if (!allValid(p.valid, n) && warp->launch->opt.detect) warp->fail(*inst, lane, "a bulk copy reads uninitialised global memory");
+      if (!allValid(p.valid, n) && warp->launch->opt.detect)
+        warp->fail(*inst, lane, "a bulk copy reads uninitialised global memory");
       raceAsyncGlobal(*this, *p.buffer, (uint64_t)p.p, n, Kind::Read);
       memcpy(data.data() + at, p.p, n);
       warp->launch->n.tmaRead += n;
@@ -85,7 +103,10 @@ struct Bulk : AsyncOp {
     }
     if (map.fill == 1) {
       const unsigned es = mapElementBytes(map.type);
-      const uint64_t nan = map.type == kMapF16 ? 0x7fff : map.type == kMapBf16 ? 0x7fff : map.type == kMapF64 ? 0x7fffffffffffffffull : 0x7fffffffull;
+      const uint64_t nan = map.type == kMapF16    ? 0x7fff
+                           : map.type == kMapBf16 ? 0x7fff
+                           : map.type == kMapF64  ? 0x7fffffffffffffffull
+                                                  : 0x7fffffffull;
       for (uint32_t i = 0; i < bytes; i += es) memcpy(data.data() + i, &nan, es);
     }
     runs(take);
@@ -106,22 +127,28 @@ struct Bulk : AsyncOp {
       raceAsyncShared(*this, *p.cta, off, n, Kind::Write);
       combine(p.cta->smem + off, data.data() + i, n);
       memcpy(p.cta->smemValid + off, good.data() + i, n);
+      if (tensor) raceTag(*p.cta, off, provenance(i));
       for (uint32_t k = 0; k < n; k += 8)
-        if (p.cta->mbarIndex[(off + k) >> 3]) warp->fail(*inst, lane, "a bulk copy overwrites a live mbarrier at shared offset " + std::to_string(off + k));
+        if (p.cta->mbarIndex[(off + k) >> 3])
+          warp->fail(*inst, lane, "a bulk copy overwrites a live mbarrier at shared offset " + std::to_string(off + k));
     });
   }
   void writeGlobal() {
     auto put = [&](uint64_t at, uint64_t address, uint32_t n) {
       Place p = locateGlobal(*warp, *inst, lane, address, n, reduce < 0 ? Kind::Write : Kind::Atomic, 1);
       raceAsyncGlobal(*this, *p.buffer, (uint64_t)p.p, n, reduce < 0 ? Kind::Write : Kind::Atomic);
-      if (!allValid(good.data() + at, n) && warp->launch->opt.detect) warp->fail(*inst, lane, "a bulk store writes uninitialised shared memory to global memory");
-      if (reduce >= 0 && !allValid(p.valid, n)) warp->fail(*inst, lane, "a bulk reduction adds to uninitialised global memory");
+      if (!allValid(good.data() + at, n) && warp->launch->opt.detect)
+        warp->fail(*inst, lane, "a bulk store writes uninitialised shared memory to global memory");
+      if (reduce >= 0 && !allValid(p.valid, n))
+        warp->fail(*inst, lane, "a bulk reduction adds to uninitialised global memory");
       combine(p.p, data.data() + at, n);
       markValid(p.valid, n, true);
       warp->launch->n.tmaWrite += n;
     };
-    if (tensor) runs(put);
-    else put(0, global, bytes);
+    if (tensor)
+      runs(put);
+    else
+      put(0, global, bytes);
   }
   bool exitOk() const override { return false; }
   bool step() override {
@@ -134,8 +161,10 @@ struct Bulk : AsyncOp {
       writeGlobal();
       return true;
     }
-    if (way == Load) readGlobal();
-    else readShared();
+    if (way == Load)
+      readGlobal();
+    else
+      readShared();
     if (ctaMask) {
       for (uint32_t r = 0; r < 16; ++r)
         if ((ctaMask >> r) & 1) {
@@ -158,18 +187,20 @@ struct BulkInst {
   unsigned rank = 0;
   int reduce = -1;
   Type type = Type::None;
-  AddressOperand shared, global, barrier;        // global: address or tensor map
+  AddressOperand shared, global, barrier;  // global: address or tensor map
   Ref size, mask, coord[5];
   bool hasMask = false;
 };
 
 TensorMap readMap(Warp& w, const Inst& in, int lane, uint64_t address) {
   if (address % 64) w.fail(in, lane, "a tensor map must lie at a multiple of 64 bytes");
-  if (inShared(address) || inLocal(address)) w.fail(in, lane, "a tensor map must be in parameter, constant or global memory");
+  if (inShared(address) || inLocal(address))
+    w.fail(in, lane, "a tensor map must be in parameter, constant or global memory");
   Place p = locateGlobal(w, in, lane, address, 128, Kind::Read, 64);
   TensorMap map;
   memcpy(&map, p.p, sizeof map);
-  if (map.magic != TensorMap::kMagic || map.rank < 1 || map.rank > 5 || !mapElementBytes(map.type)) w.fail(in, lane, "there is no tensor map at " + Arena::get().describe(address, 128));
+  if (map.magic != TensorMap::kMagic || map.rank < 1 || map.rank > 5 || !mapElementBytes(map.type))
+    w.fail(in, lane, "there is no tensor map at " + Arena::get().describe(address, 128));
   return map;
 }
 
@@ -188,27 +219,30 @@ void bulk(Warp& w, const Inst& in, uint32_t m) {
     w.needValid(in, b.global.ref, 1u << i, "address");
     if (b.tensor) {
       op->map = readMap(w, in, i, b.global.get(w, l));
-      if (op->map.rank != b.rank) w.fail(in, i, "a " + n(b.rank) + "-dimensional copy with a tensor map of rank " + n(op->map.rank));
+      if (op->map.rank != b.rank)
+        w.fail(in, i, "a " + n(b.rank) + "-dimensional copy with a tensor map of rank " + n(op->map.rank));
       op->bytes = mapElementBytes(op->map.type);
       for (unsigned d = 0; d < b.rank; ++d) {
         w.needValid(in, b.coord[d], 1u << i, "tensor coordinate");
         op->coord[d] = (int32_t)lane32(w, b.coord[d], l);
         op->bytes *= (op->map.box(d) + op->map.elementStride[d] - 1) / op->map.elementStride[d];
-        if (b.way == Bulk::Store && op->coord[d] < 0) w.fail(in, i, "a tensor store at a negative coordinate (dimension " + n(d) + ")");
+        if (b.way == Bulk::Store && op->coord[d] < 0)
+          w.fail(in, i, "a tensor store at a negative coordinate (dimension " + n(d) + ")");
       }
       if (b.reduce >= 0) {
-        static const Type kOf[] = {Type::None, Type::None, Type::U32, Type::S32, Type::U64, Type::S64, Type::F16, Type::F32, Type::F64, Type::BF16, Type::F32, Type::None, Type::None};
+        static const Type kOf[] = {Type::None, Type::None, Type::U32,  Type::S32, Type::U64,  Type::S64, Type::F16,
+                                   Type::F32,  Type::F64,  Type::BF16, Type::F32, Type::None, Type::None};
         op->type = kOf[op->map.type];
         if (op->type == Type::None) w.fail(in, i, "the data type of the tensor map has no reduction");
       }
-      raceReadMap(w, in, b.global.get(w, l));
     } else {
       op->global = b.global.get(w, l);
       if (b.way == Bulk::ToCluster) op->global = 0;
       w.needValid(in, b.size, 1u << i, "copy size");
       op->bytes = lane32(w, b.size, l);
       if (op->bytes % 16) w.fail(in, i, "a bulk copy of " + n(op->bytes) + " bytes: the size must be a multiple of 16");
-      if (b.way != Bulk::ToCluster && op->global % 16) w.fail(in, i, "the global address of a bulk copy must be a multiple of 16 bytes");
+      if (b.way != Bulk::ToCluster && op->global % 16)
+        w.fail(in, i, "the global address of a bulk copy must be a multiple of 16 bytes");
     }
     if (b.prefetch) {
       if (!b.tensor) locateGlobal(w, in, i, op->global, op->bytes, Kind::Read, 16);
@@ -218,18 +252,23 @@ void bulk(Warp& w, const Inst& in, uint32_t m) {
     op->shared = (uint32_t)b.shared.get(w, l);
     const bool source = b.way == Bulk::Store;
     if (source || b.ctaDst) {
-      if ((op->shared >> 24) != 0 && (op->shared >> 24) != w.cta->rank) w.fail(in, i, "a shared::cta operand is in another CTA");
+      if ((op->shared >> 24) != 0 && (op->shared >> 24) != w.cta->rank)
+        w.fail(in, i, "a shared::cta operand is in another CTA");
       op->shared = (op->shared & 0xffffff) | w.cta->rank << 24;
     }
-    if ((op->shared & 0xffffff) % (b.tensor ? 128 : 16)) w.fail(in, i, "the shared memory address of the copy, offset " + n(op->shared & 0xffffff) + ", must be a multiple of " + (b.tensor ? "128" : "16") + " bytes");
+    if ((op->shared & 0xffffff) % (b.tensor ? 128 : 16))
+      w.fail(in, i,
+             "the shared memory address of the copy, offset " + n(op->shared & 0xffffff) + ", must be a multiple of " +
+                 (b.tensor ? "128" : "16") + " bytes");
     if (op->bytes) locateShared(w, in, i, op->shared, op->bytes, source ? Kind::Read : Kind::Write, 16, false);
     if (!source) {
       w.needValid(in, b.barrier.ref, 1u << i, "address");
       op->barrier = (uint32_t)b.barrier.get(w, l);
       if (b.ctaDst) op->barrier = (op->barrier & 0xffffff) | w.cta->rank << 24;
-      if (b.way == Bulk::ToCluster) {            // `global` holds the source, in the own CTA
+      if (b.way == Bulk::ToCluster) {  // `global` holds the source, in the own CTA
         uint32_t from = (uint32_t)b.global.get(w, l);
-        if ((op->shared >> 24) == w.cta->rank && w.cta->cluster->ctas.size() > 1) w.fail(in, i, "a copy to shared::cluster must go to another CTA");
+        if ((op->shared >> 24) == w.cta->rank && w.cta->cluster->ctas.size() > 1)
+          w.fail(in, i, "a copy to shared::cluster must go to another CTA");
         struct Two : Bulk {
           uint32_t from = 0;
           bool step() override {
@@ -250,11 +289,13 @@ void bulk(Warp& w, const Inst& in, uint32_t m) {
       }
       if (b.hasMask) {
         op->ctaMask = w.ptr<uint16_t>(b.mask)[l];
-        if (!op->ctaMask || op->ctaMask >> w.cta->cluster->ctas.size()) w.fail(in, i, "multicast mask " + n(op->ctaMask) + " in a cluster of " + n(w.cta->cluster->ctas.size()));
+        if (!op->ctaMask || op->ctaMask >> w.cta->cluster->ctas.size())
+          w.fail(in, i, "multicast mask " + n(op->ctaMask) + " in a cluster of " + n(w.cta->cluster->ctas.size()));
         for (uint32_t r = 0; r < 16; ++r)
           if ((op->ctaMask >> r) & 1) mbarrierAt(w, in, i, (op->barrier & 0xffffff) | r << 24);
       } else {
-        if ((op->barrier >> 24) != (op->shared >> 24)) w.fail(in, i, "the mbarrier of a bulk copy must be in the CTA of its destination");
+        if ((op->barrier >> 24) != (op->shared >> 24))
+          w.fail(in, i, "the mbarrier of a bulk copy must be in the CTA of its destination");
         mbarrierAt(w, in, i, op->barrier);
       }
       launchOp(w, in, 1u << i, op, nullptr);
@@ -263,11 +304,16 @@ void bulk(Warp& w, const Inst& in, uint32_t m) {
     }
   }
 }
-void bulkCommit(Warp& w, const Inst&, uint32_t m) { commitGroups(w.bulk, m); }
-void bulkWait(Warp& w, const Inst& in, uint32_t m) { waitGroups(w, in, w.bulk, m, (uint32_t)in.imm, in.x[0], false); }
+void bulkCommit(Warp& w, const Inst&, uint32_t m) {
+  commitGroups(w.bulk, m);
+}
+void bulkWait(Warp& w, const Inst& in, uint32_t m) {
+  waitGroups(w, in, w.bulk, m, (uint32_t)in.imm, in.x[0], false);
+}
 
 // ---- tensormap.replace: x[0] field, x[1] bytes of the value; a address, b value, v[0] ordinal
-const char* kFields[] = {"global_address", "rank", "box_dim", "global_dim", "global_stride", "element_stride", "elemtype", "interleave_layout", "swizzle_mode", "fill_mode"};
+const char* kFields[] = {"global_address", "rank",     "box_dim",           "global_dim",   "global_stride",
+                         "element_stride", "elemtype", "interleave_layout", "swizzle_mode", "fill_mode"};
 void replaceField(Warp& w, const Inst& in, uint32_t m) {
   for (uint32_t left = m; left; left &= left - 1) {
     int i = firstLane(left);
@@ -279,24 +325,54 @@ void replaceField(Warp& w, const Inst& in, uint32_t m) {
     uint64_t v = in.x[1] == 8 ? lane64(w, in.b, (unsigned)i) : lane32(w, in.b, (unsigned)i);
     const unsigned ord = (unsigned)in.ext->v[0];
     auto check = [&](bool ok) {
-      if (!ok) w.fail(in, i, std::string("tensormap.replace of ") + kFields[in.x[0]] + ": " + std::to_string(v) + " is not allowed");
+      if (!ok)
+        w.fail(in, i,
+               std::string("tensormap.replace of ") + kFields[in.x[0]] + ": " + std::to_string(v) + " is not allowed");
     };
     switch (in.x[0]) {
-      case 0: check(v % 16 == 0); t.address = v; break;
-      case 1: check(v < 5); t.rank = (uint8_t)(v + 1); break;
-      case 2: check(v >= 1 && v <= 256); t.boxLast[ord] = (uint8_t)(v - 1); break;
-      case 3: check(v >= 1); t.dimLast[ord] = (uint32_t)(v - 1); break;
-      case 4: check(v % 16 == 0 && v < (1ull << 40)); t.stride[ord] = v; break;
-      case 5: check(v >= 1 && v <= 8); t.elementStride[ord] = (uint8_t)v; break;
+      case 0:
+        check(v % 16 == 0);
+        t.address = v;
+        break;
+      case 1:
+        check(v < 5);
+        t.rank = (uint8_t)(v + 1);
+        break;
+      case 2:
+        check(v >= 1 && v <= 256);
+        t.boxLast[ord] = (uint8_t)(v - 1);
+        break;
+      case 3:
+        check(v >= 1);
+        t.dimLast[ord] = (uint32_t)(v - 1);
+        break;
+      case 4:
+        check(v % 16 == 0 && v < (1ull << 40));
+        t.stride[ord] = v;
+        break;
+      case 5:
+        check(v >= 1 && v <= 8);
+        t.elementStride[ord] = (uint8_t)v;
+        break;
       case 6: {
-        static const uint8_t kTypes[] = {kMapU8, kMapU16, kMapU32, kMapS32, kMapU64, kMapS64, kMapF16, kMapF32, kMapF32Ftz, kMapF64, kMapBf16, kMapTf32, kMapTf32Ftz};
+        static const uint8_t kTypes[] = {kMapU8,  kMapU16,    kMapU32, kMapS32,  kMapU64,  kMapS64,    kMapF16,
+                                         kMapF32, kMapF32Ftz, kMapF64, kMapBf16, kMapTf32, kMapTf32Ftz};
         check(v < sizeof kTypes);
         t.type = kTypes[v];
         break;
       }
-      case 7: check(v == 0); t.interleave = 0; break;
-      case 8: check(v < 4); t.swizzle = (uint8_t)v; break;
-      default: check(v < 2); t.fill = (uint8_t)v; break;
+      case 7:
+        check(v == 0);
+        t.interleave = 0;
+        break;
+      case 8:
+        check(v < 4);
+        t.swizzle = (uint8_t)v;
+        break;
+      default:
+        check(v < 2);
+        t.fill = (uint8_t)v;
+        break;
     }
     t.magic = TensorMap::kMagic;
     memcpy(p.p, &t, sizeof t);
@@ -304,9 +380,11 @@ void replaceField(Warp& w, const Inst& in, uint32_t m) {
   }
   w.launch->progress();
 }
-void copyMap(Warp& w, const Inst& in, uint32_t m) {  // tensormap.cp_fenceproxy: the warp copies 128 bytes and publishes them
+void copyMap(Warp& w, const Inst& in,
+             uint32_t m) {  // tensormap.cp_fenceproxy: the warp copies 128 bytes and publishes them
   int i = firstLane(m);
-  Place to = locate(w, in, i, Space::Global, lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm), 128, Kind::Write, 128);
+  Place to =
+      locate(w, in, i, Space::Global, lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm), 128, Kind::Write, 128);
   Ref src = in.ext->refs[0];
   uint64_t s = (in.ext->v[1] == 4 ? lane32(w, src, (unsigned)i) : lane64(w, src, (unsigned)i)) + (uint64_t)in.ext->v[0];
   Place from = locate(w, in, i, Space::Shared, s, 128, Kind::Read, 128);
@@ -335,7 +413,9 @@ void decodeTensormap(Dec& d) {
   for (int i = 0; i < 10 && field < 0; ++i)
     if (d.take(kFields[i])) field = i;
   if (field < 0) d.fail("unknown field");
-  d.out.space = d.take("global") ? Space::Global : (d.take("shared::cta") || d.take("shared")) ? Space::Shared : Space::Generic;
+  d.out.space = d.take("global")                              ? Space::Global
+                : (d.take("shared::cta") || d.take("shared")) ? Space::Shared
+                                                              : Space::Generic;
   d.take("b1024");
   Type t = d.needType();
   const bool ordinal = field >= 2 && field <= 5;
@@ -401,7 +481,8 @@ bool decodeBulk(Dec& d) {
   } else {
     b.way = Bulk::ToCluster;
   }
-  if (!b.prefetch && (b.way == Bulk::Store ? !group : !complete)) d.fail("the completion mechanism is missing or wrong");
+  if (!b.prefetch && (b.way == Bulk::Store ? !group : !complete))
+    d.fail("the completion mechanism is missing or wrong");
   if (reduce) {
     b.reduce = takeAtomOp(d);
     if (b.reduce < 0 || b.reduce == 3 || b.reduce == 4) d.fail("an operation is missing");
@@ -417,20 +498,26 @@ bool decodeBulk(Dec& d) {
   };
   size_t used;
   if (b.way == Bulk::Store) {
-    if (b.tensor) coords(d.arg(0));
-    else b.global = addressOperand(d, d.arg(0));
+    if (b.tensor)
+      coords(d.arg(0));
+    else
+      b.global = addressOperand(d, d.arg(0));
     b.shared = addressOperand(d, d.arg(1));
     used = 2;
     if (!b.tensor) b.size = d.src(used++, Type::U32);
   } else if (b.prefetch) {
-    if (b.tensor) coords(d.arg(0));
-    else b.global = addressOperand(d, d.arg(0));
+    if (b.tensor)
+      coords(d.arg(0));
+    else
+      b.global = addressOperand(d, d.arg(0));
     used = 1;
     if (!b.tensor) b.size = d.src(used++, Type::U32);
   } else {
     b.shared = addressOperand(d, d.arg(0));
-    if (b.tensor) coords(d.arg(1));
-    else b.global = addressOperand(d, d.arg(1));
+    if (b.tensor)
+      coords(d.arg(1));
+    else
+      b.global = addressOperand(d, d.arg(1));
     used = 2;
     if (!b.tensor) b.size = d.src(used++, Type::U32);
     b.barrier = addressOperand(d, d.arg(used++));
@@ -446,6 +533,8 @@ bool decodeBulk(Dec& d) {
   return true;
 }
 
-void addTmaOps(OpTable& t) { t["tensormap"] = decodeTensormap; }
+void addTmaOps(OpTable& t) {
+  t["tensormap"] = decodeTensormap;
+}
 
 }  // namespace ptxsim

@@ -4,8 +4,8 @@
 namespace ptxsim {
 namespace {
 
-// A .sync instruction with a member mask: every lane that runs it must be named, and it runs when all named lanes that have not
-// exited are here. false: wait. The lanes of one fragment may hold different masks (each a group of its own).
+// A .sync instruction with a member mask: every lane that runs it must be named, and it runs when all named lanes that
+// have not exited are here. false: wait. The lanes of one fragment may hold different masks (each a group of its own).
 std::string waitingLanes(Warp& w, const Inst& in) {
   char s[96];
   const Fragment& f = w.frag();
@@ -43,10 +43,22 @@ void shfl(Warp& w, const Inst& in, uint32_t m) {
     int32_t j;
     bool ok;
     switch (in.x[0]) {
-      case 0: j = (int32_t)i - (int32_t)b; ok = j >= (int32_t)maxLane; break;
-      case 1: j = (int32_t)(i + b); ok = j <= (int32_t)maxLane; break;
-      case 2: j = (int32_t)(i ^ b); ok = j <= (int32_t)maxLane; break;
-      default: j = (int32_t)(minLane | (b & ~seg)); ok = j <= (int32_t)maxLane; break;
+      case 0:
+        j = (int32_t)i - (int32_t)b;
+        ok = j >= (int32_t)maxLane;
+        break;
+      case 1:
+        j = (int32_t)(i + b);
+        ok = j <= (int32_t)maxLane;
+        break;
+      case 2:
+        j = (int32_t)(i ^ b);
+        ok = j <= (int32_t)maxLane;
+        break;
+      default:
+        j = (int32_t)(minLane | (b & ~seg));
+        ok = j <= (int32_t)maxLane;
+        break;
     }
     if (!ok) j = (int32_t)i;
     r[i] = lane32(w, in.a, (unsigned)j & 31);
@@ -71,7 +83,9 @@ void vote(Warp& w, const Inst& in, uint32_t m) {
   for (unsigned i = 0; i < kLanes; ++i) {
     if (!((m >> i) & 1)) continue;
     uint32_t group = (in.x[1] ? lane32(w, in.b, i) : kAll) & m;
-    bool t = in.x[0] == 0 ? (p & group) == group : in.x[0] == 1 ? (p & group) != 0 : (p & group) == 0 || (p & group) == group;
+    bool t = in.x[0] == 0   ? (p & group) == group
+             : in.x[0] == 1 ? (p & group) != 0
+                            : (p & group) == 0 || (p & group) == group;
     out |= (uint32_t)t << i;
     r[i] = p & group;
     v |= (uint32_t)((ok & group) == group) << i;
@@ -118,12 +132,24 @@ void redux(Warp& w, const Inst& in, uint32_t m) {
     for (uint32_t left = group & (group - 1); left; left &= left - 1) {
       uint32_t x = lane32(w, in.a, (unsigned)firstLane(left));
       switch (in.x[0]) {
-        case 0: acc += x; break;
-        case 1: acc = in.x[1] ? (uint32_t)std::min((int32_t)acc, (int32_t)x) : std::min(acc, x); break;
-        case 2: acc = in.x[1] ? (uint32_t)std::max((int32_t)acc, (int32_t)x) : std::max(acc, x); break;
-        case 3: acc &= x; break;
-        case 4: acc |= x; break;
-        default: acc ^= x; break;
+        case 0:
+          acc += x;
+          break;
+        case 1:
+          acc = in.x[1] ? (uint32_t)std::min((int32_t)acc, (int32_t)x) : std::min(acc, x);
+          break;
+        case 2:
+          acc = in.x[1] ? (uint32_t)std::max((int32_t)acc, (int32_t)x) : std::max(acc, x);
+          break;
+        case 3:
+          acc &= x;
+          break;
+        case 4:
+          acc |= x;
+          break;
+        default:
+          acc ^= x;
+          break;
       }
     }
     r[i] = acc;
@@ -152,7 +178,9 @@ void elect(Warp& w, const Inst& in, uint32_t m) {
   w.setValid(in.ext->refs[0], m, kAll);
 }
 
-void warpSync(Warp& w, const Inst& in, uint32_t m) { gather(w, in, in.b, m); }
+void warpSync(Warp& w, const Inst& in, uint32_t m) {
+  gather(w, in, in.b, m);
+}
 void activemask(Warp& w, const Inst& in, uint32_t m) {
   uint32_t r[kLanes];
   for (auto& x : r) x = m;
@@ -162,7 +190,9 @@ void activemask(Warp& w, const Inst& in, uint32_t m) {
 
 }  // namespace
 
-bool gatherLanes(Warp& w, const Inst& in, Ref maskRef, uint32_t m) { return gather(w, in, maskRef, m); }
+bool gatherLanes(Warp& w, const Inst& in, Ref maskRef, uint32_t m) {
+  return gather(w, in, maskRef, m);
+}
 
 void decodeWarpSync(Dec& d) {  // bar.warp.sync
   d.wantArgs(1, 1);

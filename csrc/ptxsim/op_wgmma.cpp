@@ -1,4 +1,5 @@
-// wgmma (PTX ISA 9.7.15). Each warp of the warpgroup computes its own 16 rows; the four are checked to issue the same sequence.
+// wgmma (PTX ISA 9.7.15). Each warp of the warpgroup computes its own 16 rows; the four are checked to issue the same
+// sequence.
 #include <algorithm>
 #include <cmath>
 
@@ -11,19 +12,26 @@ namespace {
 // A shared-memory matrix as a descriptor gives it. `mn` counts rows of A or columns of B, k the other direction.
 struct Descriptor {
   uint32_t start, lbo, sbo, base;
-  unsigned mode;                        // 0 none, 1 128 bytes, 2 64, 3 32
+  unsigned mode;  // 0 none, 1 128 bytes, 2 64, 3 32
   explicit Descriptor(uint64_t d)
-      : start((uint32_t)(d & 0x3fff) << 4), lbo((uint32_t)(d >> 16 & 0x3fff) << 4), sbo((uint32_t)(d >> 32 & 0x3fff) << 4), base((uint32_t)(d >> 49 & 7)), mode((unsigned)(d >> 62)) {}
-  unsigned shift() const { return mode ? 4 - mode : 0; }      // bits of the XOR
+      : start((uint32_t)(d & 0x3fff) << 4),
+        lbo((uint32_t)(d >> 16 & 0x3fff) << 4),
+        sbo((uint32_t)(d >> 32 & 0x3fff) << 4),
+        base((uint32_t)(d >> 49 & 7)),
+        mode((unsigned)(d >> 62)) {}
+  unsigned shift() const { return mode ? 4 - mode : 0; }  // bits of the XOR
   uint32_t span() const { return 16u << shift(); }
-  // Offset in the CTA's window of the 16-byte chunk that holds byte `c` (a multiple of 16) along the contiguous direction at index r
-  // of the other.
+  // Offset in the CTA's window of the 16-byte chunk that holds byte `c` (a multiple of 16) along the contiguous
+  // direction at index r of the other.
   uint32_t chunk(bool mnMajor, uint32_t c, uint32_t r) const {
     const uint32_t w = span();
     uint32_t a;
-    if (!mnMajor) a = r % 8 * w + r / 8 * sbo + (mode ? c : c / 16 * lbo);
-    else if (mode) a = r % 8 * w + c % w + c / w * lbo + r / 8 * sbo;
-    else a = r % 8 * 16 + c / 16 * sbo + r / 8 * lbo;
+    if (!mnMajor)
+      a = r % 8 * w + r / 8 * sbo + (mode ? c : c / 16 * lbo);
+    else if (mode)
+      a = r % 8 * w + c % w + c / w * lbo + r / 8 * sbo;
+    else
+      a = r % 8 * 16 + c / 16 * sbo + r / 8 * lbo;
     a = (start + a) & 0x3ffff;
     return a ^ ((((a >> 7) - base) & ((1u << shift()) - 1)) << 4);
   }
@@ -40,13 +48,23 @@ inline float value(Type t, const uint8_t* p) {
   uint16_t h;
   uint32_t u;
   switch (t) {
-    case Type::E4M3: return kE4m3Table[*p];
-    case Type::E5M2: return kE5m2Table[*p];
-    case Type::S8: return (float)(int8_t)*p;
-    case Type::U8: return (float)*p;
-    case Type::BF16: memcpy(&h, p, 2); return fromBf16(h);
-    case Type::F16: memcpy(&h, p, 2); return fromF16(h);
-    default: memcpy(&u, p, 4); return f32(u & 0xffffe000u);
+    case Type::E4M3:
+      return kE4m3Table[*p];
+    case Type::E5M2:
+      return kE5m2Table[*p];
+    case Type::S8:
+      return (float)(int8_t)*p;
+    case Type::U8:
+      return (float)*p;
+    case Type::BF16:
+      memcpy(&h, p, 2);
+      return fromBf16(h);
+    case Type::F16:
+      memcpy(&h, p, 2);
+      return fromF16(h);
+    default:
+      memcpy(&u, p, 4);
+      return f32(u & 0xffffe000u);
   }
 }
 
@@ -56,7 +74,8 @@ struct Wgmma : AsyncOp {
   bool accumulate = true;
 
   // rows [first, first + count) of the operand as floats, out[index * kpitch + k] or transposed
-  void fetch(const Descriptor& d, bool mnMajor, Type t, unsigned first, unsigned count, float* out, unsigned pitch, bool kFirst, std::vector<bool>* bad) {
+  void fetch(const Descriptor& d, bool mnMajor, Type t, unsigned first, unsigned count, float* out, unsigned pitch,
+             bool kFirst, std::vector<bool>* bad) {
     Cta& cta = *warp->cta;
     const unsigned es = typeBytes(t), per = 16 / es, K = s->k;
     const unsigned outer = mnMajor ? K : count, inner = (mnMajor ? count : K * 1u) / per;
@@ -66,7 +85,9 @@ struct Wgmma : AsyncOp {
         const uint32_t off = d.chunk(mnMajor, c, mnMajor ? r : first + r);
         if (off < kSharedReserved || off + 16 > cta.smemBytes) {
           char text[128];
-          snprintf(text, sizeof text, "a wgmma descriptor (start 0x%x, LBO %u, SBO %u) reaches shared offset 0x%x of 0x%x", d.start, d.lbo, d.sbo, off, cta.smemBytes);
+          snprintf(text, sizeof text,
+                   "a wgmma descriptor (start 0x%x, LBO %u, SBO %u) reaches shared offset 0x%x of 0x%x", d.start, d.lbo,
+                   d.sbo, off, cta.smemBytes);
           warp->fail(*inst, -1, text);
         }
         raceAsyncShared(*this, cta, off, 16, Kind::Read);
@@ -77,6 +98,42 @@ struct Wgmma : AsyncOp {
           out[kFirst ? k * pitch + mn : mn * pitch + k] = value(t, cta.smem + off + e * es);
           if (!good && !allValid(cta.smemValid + off + e * es, es)) (*bad)[mn] = true;
         }
+      }
+  }
+
+  // What one tensor copy brought must be read as a regular part of the tensor: a wrong stride or swizzle reads bytes
+  // that are there, but not these. Between copies nothing is said: pages of a cache may lie anywhere.
+  void checkAffine(const Descriptor& d, bool mnMajor, Type t, unsigned first, unsigned count, const char* name) {
+    Cta& cta = *warp->cta;
+    const unsigned es = typeBytes(t), outer = mnMajor ? s->k : count;
+    const unsigned inner = std::max(1u, (mnMajor ? count : s->k) * es / 16);
+    auto at = [&](unsigned r, unsigned c) {
+      return raceTagOf(cta, d.chunk(mnMajor, (mnMajor ? first * es : 0) + c * 16, mnMajor ? r : first + r));
+    };
+    // A chunk is 16 bytes on from its left neighbour, and a row as far from the one above as the first two rows are.
+    const Provenance *row0 = at(0, 0), *row1 = outer > 1 ? at(1, 0) : nullptr;
+    if (!row0 || !row1 || row0->op != row1->op) return;
+    const uint64_t pitch = row1->address - row0->address;
+    const Provenance* origin = nullptr;
+    unsigned originRow = 0, originChunk = 0;
+    for (unsigned r = 0; r < outer; ++r)
+      for (unsigned c = 0; c < inner; ++c) {
+        const Provenance* p = at(r, c);
+        if (!p) return;
+        if (!origin || p->op != origin->op) {
+          origin = p, originRow = r, originChunk = c;
+          continue;
+        }
+        const uint64_t want =
+            origin->address + (uint64_t)((int64_t)r - originRow) * pitch + (uint64_t)(((int64_t)c - originChunk) * 16);
+        if (p->address == want) continue;
+        warp->fail(
+            *inst, -1,
+            "operand " + std::string(name) + " of a wgmma is no regular part of the tensor it was loaded from: " +
+                (mnMajor ? "k " : "row ") + std::to_string(first + r) + ", 16-byte chunk " + std::to_string(c) +
+                " was loaded from " + std::to_string((int64_t)(p->address - want)) +
+                " bytes past where its neighbours put it (descriptor: start " + std::to_string(d.start) + ", LBO " +
+                std::to_string(d.lbo) + ", SBO " + std::to_string(d.sbo) + ", mode " + std::to_string(d.mode) + ")");
       }
   }
 
@@ -105,10 +162,18 @@ struct Wgmma : AsyncOp {
       fetch(Descriptor(descA), s->transA, s->a, row0, 16, A.data(), 64, false, &badRow);
     }
     fetch(Descriptor(descB), s->transB, s->b, 0, N, B.data(), 256, true, &badCol);
+    if (w.launch->race) {
+      if (!s->registersA) checkAffine(Descriptor(descA), s->transA, s->a, row0, 16, "A");
+      if (w.index % 4 == 0) checkAffine(Descriptor(descB), s->transB, s->b, 0, N, "B");
+    }
     const float sign = (float)(s->scaleA * s->scaleB);
-    if (sign != 1) for (unsigned i = 0; i < 16; ++i) for (unsigned k = 0; k < K; ++k) A[i * 64 + k] *= sign;
+    if (sign != 1)
+      for (unsigned i = 0; i < 16; ++i)
+        for (unsigned k = 0; k < K; ++k) A[i * 64 + k] *= sign;
     const bool half = s->d == Type::F16, integer = s->d == Type::S32;
-    auto reg = [&](unsigned row, unsigned col) { return half ? (col / 8) * 2 + row / 8 : (col / 8) * 4 + (row / 8) * 2 + (col & 1); };
+    auto reg = [&](unsigned row, unsigned col) {
+      return half ? (col / 8) * 2 + row / 8 : (col / 8) * 4 + (row / 8) * 2 + (col & 1);
+    };
     auto lane = [](unsigned row, unsigned col) { return (row % 8) * 4 + (col % 8) / 2; };
     if (integer) {
       std::vector<int32_t> sums(N);
@@ -116,12 +181,14 @@ struct Wgmma : AsyncOp {
         for (unsigned j = 0; j < N; ++j) {
           int64_t sum = accumulate ? w.ptr<int32_t>(refs[reg(i, j)])[lane(i, j)] : 0;
           for (unsigned k = 0; k < K; ++k) sum += (int64_t)A[i * 64 + k] * (int64_t)B[k * 256 + j];
-          w.ptr<int32_t>(refs[reg(i, j)])[lane(i, j)] = s->saturate ? (int32_t)std::clamp<int64_t>(sum, INT32_MIN, INT32_MAX) : (int32_t)sum;
+          w.ptr<int32_t>(refs[reg(i, j)])[lane(i, j)] =
+              s->saturate ? (int32_t)std::clamp<int64_t>(sum, INT32_MIN, INT32_MAX) : (int32_t)sum;
         }
     } else {
       for (unsigned i = 0; i < 16; ++i) {
         float* c = &C[i * 256];
-        if (!accumulate) std::fill(c, c + N, 0.0f);
+        if (!accumulate)
+          std::fill(c, c + N, 0.0f);
         else
           for (unsigned j = 0; j < N; ++j) {
             uint32_t v = w.ptr<const uint32_t>(refs[reg(i, j)])[lane(i, j)];
@@ -138,12 +205,15 @@ struct Wgmma : AsyncOp {
         }
         for (unsigned j = 0; j < N; ++j) {
           uint32_t& v = w.ptr<uint32_t>(refs[reg(i, j)])[lane(i, j)];
-          if (half) v = (v & (0xffff0000u >> (16 * (j & 1)))) | (uint32_t)toF16(c[j]) << (16 * (j & 1));
-          else v = bits(canonical(c[j]));
+          if (half)
+            v = (v & (0xffff0000u >> (16 * (j & 1)))) | (uint32_t)toF16(c[j]) << (16 * (j & 1));
+          else
+            v = bits(canonical(c[j]));
         }
       }
     }
-    bool anyBad = std::find(badRow.begin(), badRow.end(), true) != badRow.end() || std::find(badCol.begin(), badCol.end(), true) != badCol.end();
+    bool anyBad = std::find(badRow.begin(), badRow.end(), true) != badRow.end() ||
+                  std::find(badCol.begin(), badCol.end(), true) != badCol.end();
     for (size_t r = 0; r < refs.size(); ++r) {
       resultValid[r] = accumulate ? w.valid[refs[r].id] : kAll;
     }
@@ -186,18 +256,23 @@ void mmaAsync(Warp& w, const Inst& in, uint32_t m) {
   if (p != 0 && p != kAll) w.fail(in, firstLane(m), "wgmma scale-d differs between lanes");
   op->accumulate = p != 0;
   // The warps of a warpgroup run the same instruction with the same descriptors.
-  if (w.launch->threads % 128 && w.index / 4 == w.launch->warpsPerCta / 4) w.fail(in, -1, "a wgmma in an incomplete warpgroup");
+  if (w.launch->threads % 128 && w.index / 4 == w.launch->warpsPerCta / 4)
+    w.fail(in, -1, "a wgmma in an incomplete warpgroup");
   Cta::WgmmaOrder& order = w.cta->wgmma[w.index / 4];
-  const uint64_t signature = (uint64_t)(&in - w.kernel->code.data()) * 0x9e3779b97f4a7c15ull ^ op->descA * 31 ^ op->descB * 131 ^ op->accumulate;
+  const uint64_t signature = (uint64_t)(&in - w.kernel->code.data()) * 0x9e3779b97f4a7c15ull ^ op->descA * 31 ^
+                             op->descB * 131 ^ op->accumulate;
   const uint64_t at = w.wgmmaCount++ - order.base;
-  if (at == order.issued.size()) order.issued.push_back(signature);
-  else if (order.issued[at] != signature) w.fail(in, -1, "the warps of a warpgroup issue different wgmma (instruction, descriptor or scale-d)");
+  if (at == order.issued.size())
+    order.issued.push_back(signature);
+  else if (order.issued[at] != signature)
+    w.fail(in, -1, "the warps of a warpgroup issue different wgmma (instruction, descriptor or scale-d)");
   uint64_t least = ~0ull;
   for (unsigned k = w.index / 4 * 4; k < w.index / 4 * 4 + 4; ++k) least = std::min(least, w.cta->warps[k].wgmmaCount);
   while (order.base < least) order.issued.pop_front(), ++order.base;
 
   const auto& refs = in.ext->refs;
-  if (!w.wgmma.ops.empty() && !w.wgmma.ops.back()->done) op->after.push_back(w.wgmma.ops.back());  // in order within a warp
+  if (!w.wgmma.ops.empty() && !w.wgmma.ops.back()->done)
+    op->after.push_back(w.wgmma.ops.back());  // in order within a warp
   for (size_t r = 0; r < refs.size(); ++r) {
     uint8_t& f = w.inflight[refs[r].id];
     if (f == 0) f = 1, ++w.numInflight;
@@ -213,7 +288,9 @@ void mmaAsync(Warp& w, const Inst& in, uint32_t m) {
   if (w.index % 4 == 0) w.launch->n.wgmmaCycles += s.n / 2;
   launchOp(w, in, m, op, &w.wgmma);
 }
-void commit(Warp& w, const Inst&, uint32_t m) { commitGroups(w.wgmma, m); }
+void commit(Warp& w, const Inst&, uint32_t m) {
+  commitGroups(w.wgmma, m);
+}
 void waitGroup(Warp& w, const Inst& in, uint32_t m) {
   if (!waitGroups(w, in, w.wgmma, m, (uint32_t)in.imm, false, false)) return;
   // What is still in flight keeps its registers; the rest is free.
@@ -267,17 +344,20 @@ void decodeWgmma(Dec& d) {
   s.a = d.needType();
   s.b = d.needType();
   const unsigned es = typeBytes(s.a);
-  const bool integer = s.a == Type::S8 || s.a == Type::U8, half = s.a == Type::F16 || s.a == Type::BF16, fp8 = s.a == Type::E4M3 || s.a == Type::E5M2;
+  const bool integer = s.a == Type::S8 || s.a == Type::U8, half = s.a == Type::F16 || s.a == Type::BF16,
+             fp8 = s.a == Type::E4M3 || s.a == Type::E5M2;
   if (!integer && !half && !fp8 && s.a != Type::TF32) d.fail("operand type is not supported");
   if (s.n < 8 || s.n > 256 || s.n % 8 || s.k * es != 32 || typeBytes(s.b) != es) d.fail("no such shape");
-  if (integer ? s.d != Type::S32 : s.d != Type::F32 && !(s.d == Type::F16 && (s.a == Type::F16 || fp8))) d.fail("no such accumulator type");
+  if (integer ? s.d != Type::S32 : s.d != Type::F32 && !(s.d == Type::F16 && (s.a == Type::F16 || fp8)))
+    d.fail("no such accumulator type");
   if ((half || s.a == Type::TF32) && s.a != s.b) d.fail("A and B must have one type");
   const unsigned nd = s.d == Type::F16 ? s.n / 4 : s.n / 2;
   s.registersA = d.arg(1).kind == Operand::Vector;
   const size_t tail = integer ? 0 : half ? (s.registersA ? 3 : 4) : 2;
   d.wantArgs(4 + tail, 4 + tail);
   const Operand& acc = d.arg(0);
-  if (acc.kind != Operand::Vector || acc.sub.size() != nd) d.fail(std::to_string(nd) + " accumulator registers are expected");
+  if (acc.kind != Operand::Vector || acc.sub.size() != nd)
+    d.fail(std::to_string(nd) + " accumulator registers are expected");
   Extra* e = d.extra();
   for (auto& o : acc.sub) e->refs.push_back(d.dst(o, 4));
   if (s.registersA) {
@@ -307,6 +387,8 @@ void decodeWgmma(Dec& d) {
 
 }  // namespace
 
-void addWgmmaOps(OpTable& t) { t["wgmma"] = decodeWgmma; }
+void addWgmmaOps(OpTable& t) {
+  t["wgmma"] = decodeWgmma;
+}
 
 }  // namespace ptxsim

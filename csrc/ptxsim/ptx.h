@@ -15,14 +15,45 @@ struct Error : std::runtime_error {
 };
 
 enum class Type : uint8_t {
-  None, B8, B16, B32, B64, B128, U8, U16, U32, U64, S8, S16, S32, S64, F16, F16x2, BF16, BF16x2, F32, F32x2, F64, TF32,
-  E4M3, E5M2, E4M3x2, E5M2x2, U16x2, S16x2, Pred
+  None,
+  B8,
+  B16,
+  B32,
+  B64,
+  B128,
+  U8,
+  U16,
+  U32,
+  U64,
+  S8,
+  S16,
+  S32,
+  S64,
+  F16,
+  F16x2,
+  BF16,
+  BF16x2,
+  F32,
+  F32x2,
+  F64,
+  TF32,
+  E4M3,
+  E5M2,
+  E4M3x2,
+  E5M2x2,
+  U16x2,
+  S16x2,
+  Pred
 };
 unsigned typeBytes(Type t);
 Type typeFromName(const std::string& s);  // without the dot; None if it is no type
 const char* typeName(Type t);
-inline bool isSigned(Type t) { return t == Type::S8 || t == Type::S16 || t == Type::S32 || t == Type::S64; }
-inline bool isFloat(Type t) { return t >= Type::F16 && t <= Type::E5M2x2; }
+inline bool isSigned(Type t) {
+  return t == Type::S8 || t == Type::S16 || t == Type::S32 || t == Type::S64;
+}
+inline bool isFloat(Type t) {
+  return t >= Type::F16 && t <= Type::E5M2x2;
+}
 
 enum class Space : uint8_t { Generic, Global, Shared, Local, Param, Const, Reg };
 
@@ -31,11 +62,12 @@ struct Var {
   Space space = Space::Global;
   unsigned align = 1;
   uint64_t bytes = 0;
-  bool isExtern = false;                             // dynamic shared memory, or defined elsewhere
+  bool isExtern = false;  // dynamic shared memory, or defined elsewhere
   bool visible = false;
   std::vector<uint8_t> init;
-  std::vector<std::pair<uint64_t, std::string>> relocs;  // offset in init <- address of symbol (+addend already in init)
-  uint64_t address = 0;                              // set when placed
+  std::vector<std::pair<uint64_t, std::string>>
+      relocs;            // offset in init <- address of symbol (+addend already in init)
+  uint64_t address = 0;  // set when placed
 };
 
 struct Reg {
@@ -44,26 +76,39 @@ struct Reg {
 };
 
 struct Operand {
-  enum Kind : uint8_t { None, Register, Special, Int, Float, Symbol, Name, Address, Vector, Sink, Pair, List } kind = None;
-  int reg = -1;             // Register: index into Func::regs
-  Var* var = nullptr;       // Symbol
-  bool funcVar = false;     // Symbol declared inside the function (param, local)
-  std::string name;         // Special register, label or function name
-  int64_t i = 0;            // Int value; Symbol and Address: byte offset
-  uint64_t bits = 0;        // Float: bit pattern, `width` 32 or 64
+  enum Kind : uint8_t {
+    None,
+    Register,
+    Special,
+    Int,
+    Float,
+    Symbol,
+    Name,
+    Address,
+    Vector,
+    Sink,
+    Pair,
+    List
+  } kind = None;
+  int reg = -1;          // Register: index into Func::regs
+  Var* var = nullptr;    // Symbol
+  bool funcVar = false;  // Symbol declared inside the function (param, local)
+  std::string name;      // Special register, label or function name
+  int64_t i = 0;         // Int value; Symbol and Address: byte offset
+  uint64_t bits = 0;     // Float: bit pattern, `width` 32 or 64
   uint8_t width = 0;
-  bool negate = false;      // !p
+  bool negate = false;       // !p
   std::vector<Operand> sub;  // Vector, Pair, List: elements; Address: base, then further operands (coordinates)
 };
 
 struct PInst {
-  int guard = -1;           // register index
+  int guard = -1;  // register index
   bool guardNegate = false;
   std::vector<std::string> op;  // mnemonic split at dots
   std::vector<Operand> args;
   int scope = 0;
   int ptxLine = 0;
-  int file = 0, line = 0;   // source, from .loc
+  int file = 0, line = 0;  // source, from .loc
   std::string text() const;
 };
 
@@ -76,18 +121,18 @@ struct Func {
   std::vector<PInst> code;
   struct Scope {
     int parent = -1;
-    std::unordered_map<std::string, int> regs;                       // exact names
-    std::unordered_map<std::string, std::pair<Type, int>> ranges;    // %r<49>: prefix -> type, count
+    std::unordered_map<std::string, int> regs;                     // exact names
+    std::unordered_map<std::string, std::pair<Type, int>> ranges;  // %r<49>: prefix -> type, count
     std::unordered_map<std::string, Var*> vars;
-    std::unordered_map<std::string, int> labels;                     // -> index of the instruction that follows
+    std::unordered_map<std::string, int> labels;                        // -> index of the instruction that follows
     std::unordered_map<std::string, std::vector<std::string>> targets;  // .branchtargets
   };
   std::vector<Scope> scopes;
-  unsigned maxThreads = 0;                  // product of .maxntid; 0 unknown
+  unsigned maxThreads = 0;  // product of .maxntid; 0 unknown
   unsigned maxDim[3] = {0, 0, 0};
-  bool required = false;                    // .reqntid
+  bool required = false;  // .reqntid
   unsigned maxnreg = 0;
-  unsigned cluster[3] = {0, 0, 0};          // .reqnctapercluster
+  unsigned cluster[3] = {0, 0, 0};  // .reqnctapercluster
   int findLabel(int scope, const std::string& name) const;
   const std::vector<std::string>* findTargets(int scope, const std::string& name) const;
 };

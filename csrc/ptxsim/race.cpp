@@ -1,9 +1,9 @@
 // Happens-before, with vector clocks.
 //
-// The agents are warps and asynchronous operations. A warp has two clocks: `seen` says up to which point it knows of every other
-// warp's accesses, `async` up to which point those accesses are also visible to the async proxy, which is what a proxy fence
-// raises. An operation takes its issuer's clocks along, and is known to be over to whoever waited for it, and to whom these told.
-// Lanes of one warp are taken to be ordered among themselves.
+// The agents are warps and asynchronous operations. A warp has two clocks: `seen` says up to which point it knows of
+// every other warp's accesses, `async` up to which point those accesses are also visible to the async proxy, which is
+// what a proxy fence raises. An operation takes its issuer's clocks along, and is known to be over to whoever waited
+// for it, and to whom these told. Lanes of one warp are taken to be ordered among themselves.
 #include "race.h"
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 namespace ptxsim {
 
 struct RaceClock {
-  std::vector<uint32_t> seen, async;                       // by warp of the own cluster
+  std::vector<uint32_t> seen, async;                              // by warp of the own cluster
   std::unordered_map<uint32_t, std::array<uint32_t, 2>> foreign;  // by warp of the grid
   void join(const RaceClock& o) {
     if (seen.empty()) seen.assign(o.seen.size(), 0), async.assign(o.seen.size(), 0);
@@ -29,13 +29,13 @@ struct RaceClock {
     }
   }
 };
-struct RaceCompletion {                                    // who found out, and when
-  std::vector<std::pair<uint32_t, uint32_t>> observers;    // warp of the grid, its clock
+struct RaceCompletion {                                  // who found out, and when
+  std::vector<std::pair<uint32_t, uint32_t>> observers;  // warp of the grid, its clock
 };
 struct RaceWarp {
-  RaceClock clock, fenced, pending;                        // pending: acquired by relaxed operations, until a fence
+  RaceClock clock, fenced, pending;  // pending: acquired by relaxed operations, until a fence
   bool hasFenced = false, hasPending = false;
-  uint32_t first = 0, self = 0;                            // warps of the grid: first of the cluster, own
+  uint32_t first = 0, self = 0;  // warps of the grid: first of the cluster, own
   uint32_t& own() { return clock.seen[self - first]; }
 };
 
@@ -43,20 +43,27 @@ namespace {
 
 enum Flag : uint8_t { kStrong = 1, kOpFlag = 2, kWriteFlag = 4 };
 struct Entry {
-  uint32_t agent, time, pc;                                // an operation: agent is its id
-  uint16_t mask;                                           // bytes of the granule; 0: free
+  uint32_t agent, time, pc;  // an operation: agent is its id
+  uint16_t mask;             // bytes of the granule; 0: free
   uint8_t flags, age;
 };
 constexpr unsigned kSharedWrites = 4, kSharedReads = 11;
-struct Granule {                                           // 16 bytes of memory
+struct Granule {  // 16 bytes of memory
   Entry w[kSharedWrites], r[kSharedReads];
+  Provenance from;
+};
+// The memory that a granule belongs to, for reports.
+struct Memory {
+  const Cta* cta;
+  const Buffer* buffer;
+  std::string name() const { return cta ? "shared memory of CTA " + std::to_string(cta->linear) : buffer->name; }
 };
 constexpr unsigned kPage = 64;
 
 struct OpRecord {
-  RaceClock clock;                                         // the issuer's, at issue
+  RaceClock clock;  // the issuer's, at issue
   uint32_t first = 0, issuer = 0;
-  bool generic = false;                                    // cp.async: generic proxy
+  bool generic = false;  // cp.async: generic proxy
   std::vector<std::shared_ptr<RaceCompletion>> full, read;
 };
 
@@ -74,7 +81,7 @@ struct RaceShadow {
 struct RaceState {
   Launch* launch;
   std::vector<std::shared_ptr<OpRecord>> ops{nullptr};
-  std::unordered_map<uint64_t, RaceClock> sync;            // by address: what strong stores released
+  std::unordered_map<uint64_t, RaceClock> sync;  // by address: what strong stores released
   std::unordered_map<const Buffer*, RaceShadow> global;
 };
 
@@ -83,7 +90,9 @@ RaceState* raceCreate(Launch& l) {
   s->launch = &l;
   return s;
 }
-void raceDestroy(RaceState* s) { delete s; }
+void raceDestroy(RaceState* s) {
+  delete s;
+}
 
 void raceStart(Launch& l, Cluster& c, uint64_t index) {
   if (!l.race) return;
@@ -119,7 +128,9 @@ struct Side {
   bool async, isOp, unchanged = false;
 };
 
-const char* verb(bool write) { return write ? "write" : "read"; }
+const char* verb(bool write) {
+  return write ? "write" : "read";
+}
 
 // "": ordered. Otherwise what is missing.
 const char* ordered(RaceState& s, const Side& me, const Entry& e) {
@@ -139,19 +150,24 @@ const char* ordered(RaceState& s, const Side& me, const Entry& e) {
   }
   if (!me.isOp && e.agent == me.agent) return "";
   if (!knows(*me.clock, me.first, e.agent, e.time, false)) return "nothing orders them";
-  if (me.async && (e.flags & kWriteFlag) && !knows(*me.clock, me.first, e.agent, e.time, true)) return "no proxy fence (fence.proxy.async) lies between";
+  if (me.async && (e.flags & kWriteFlag) && !knows(*me.clock, me.first, e.agent, e.time, true))
+    return "no proxy fence (fence.proxy.async) lies between";
   return "";
 }
 
-[[noreturn]] void report(RaceState& s, Warp& w, const Inst& in, const Side& me, const Entry& e, bool write, const std::string& place, const char* why) {
+[[noreturn]] void report(RaceState& s, Warp& w, const Inst& in, const Side& me, const Entry& e, bool write,
+                         const std::string& place, const char* why) {
   const Kernel& k = *w.kernel;
   const SourceLine& line = k.source[e.pc];
   const uint32_t n = s.launch->warpsPerCta;
   std::string other;
   uint32_t warp = e.flags & kOpFlag ? s.ops[e.agent]->issuer : e.agent;
   if (e.flags & kOpFlag) other = "the asynchronous operation issued by ";
-  other += "warp " + std::to_string(warp % n) + " of CTA " + std::to_string(warp / n) + " at " + (line.line ? "source line " + std::to_string(line.line) + ", " : "") + "PTX line " + std::to_string(line.ptxLine) + " (" + line.text + ")";
-  throw Error("race on " + place + ": this " + (me.async ? "asynchronous " : "") + verb(write) + " and the " + verb(e.flags & kWriteFlag) + " by " + other + ": " + why + "\n  at " + where(w, in, -1));
+  other += "warp " + std::to_string(warp % n) + " of CTA " + std::to_string(warp / n) + " at " +
+           (line.line ? "source line " + std::to_string(line.line) + ", " : "") + "PTX line " +
+           std::to_string(line.ptxLine) + " (" + line.text + ")";
+  throw Error("race on " + place + ": this " + (me.async ? "asynchronous " : "") + verb(write) + " and the " +
+              verb(e.flags & kWriteFlag) + " by " + other + ": " + why + "\n  at " + where(w, in, -1));
 }
 
 void put(Entry* list, unsigned n, const Side& me, uint16_t mask, uint8_t flags) {
@@ -159,7 +175,8 @@ void put(Entry* list, unsigned n, const Side& me, uint16_t mask, uint8_t flags) 
   Entry* oldest = list;
   for (unsigned i = 0; i < n; ++i) {
     Entry& e = list[i];
-    if (e.mask && e.agent == me.agent && (e.flags & kOpFlag) == (flags & kOpFlag) && e.time == me.time && e.flags == flags && e.pc == me.pc) {
+    if (e.mask && e.agent == me.agent && (e.flags & kOpFlag) == (flags & kOpFlag) && e.time == me.time &&
+        e.flags == flags && e.pc == me.pc) {
       e.mask |= mask;
       return;
     }
@@ -174,13 +191,16 @@ void put(Entry* list, unsigned n, const Side& me, uint16_t mask, uint8_t flags) 
   *free = Entry{me.agent, me.time, me.pc, mask, flags, (uint8_t)(age < 255 ? age + 1 : 255)};
 }
 
-void touch(RaceState& s, Warp& w, const Inst& in, Granule& g, const Side& me, uint16_t mask, Kind kind, uint64_t where16, const std::string& space) {
+void touch(RaceState& s, Warp& w, const Inst& in, Granule& g, const Side& me, uint16_t mask, Kind kind,
+           uint64_t where16, const Memory& memory) {
   const bool write = kind != Kind::Read;
   auto check = [&](const Entry& e) {
     if (!(e.mask & mask)) return;
     if (e.flags & me.flags & kStrong) return;  // both strong: ordered by the memory system
     const char* why = ordered(s, me, e);
-    if (*why) report(s, w, in, me, e, write, space + " at byte " + std::to_string(where16 * 16 + (unsigned)__builtin_ctz(e.mask & mask)), why);
+    if (*why)
+      report(s, w, in, me, e, write,
+             memory.name() + " at byte " + std::to_string(where16 * 16 + (unsigned)__builtin_ctz(e.mask & mask)), why);
   };
   if (me.unchanged) {
     put(g.w, kSharedWrites, me, mask, me.flags | kWriteFlag);
@@ -188,6 +208,7 @@ void touch(RaceState& s, Warp& w, const Inst& in, Granule& g, const Side& me, ui
   }
   for (auto& e : g.w) check(e);
   if (write) {
+    g.from.op = 0;
     for (auto& e : g.r) check(e);
     for (auto& e : g.w) e.mask &= (uint16_t)~mask;
     for (auto& e : g.r) e.mask &= (uint16_t)~mask;
@@ -197,17 +218,19 @@ void touch(RaceState& s, Warp& w, const Inst& in, Granule& g, const Side& me, ui
   }
 }
 
-void range(RaceState& s, Warp& w, const Inst& in, RaceShadow& shadow, const Side& me, uint64_t offset, uint64_t bytes, Kind kind, const std::string& space) {
+void range(RaceState& s, Warp& w, const Inst& in, RaceShadow& shadow, const Side& me, uint64_t offset, uint64_t bytes,
+           Kind kind, const Memory& memory) {
   const uint64_t end = offset + bytes;
   for (uint64_t g = offset / 16; g * 16 < end; ++g) {
     const uint64_t lo = std::max(offset, g * 16) - g * 16, hi = std::min(end, g * 16 + 16) - g * 16;
-    touch(s, w, in, shadow.at(g), me, (uint16_t)(((1u << hi) - 1) & ~((1u << lo) - 1)), kind, g, space);
+    touch(s, w, in, shadow.at(g), me, (uint16_t)(((1u << hi) - 1) & ~((1u << lo) - 1)), kind, g, memory);
   }
 }
 
 Side side(Warp& w, const Inst& in, bool strong) {
   RaceWarp& r = *w.race;
-  return {&r.clock, r.first, r.self, r.own(), (uint32_t)(&in - w.kernel->code.data()), (uint8_t)(strong ? kStrong : 0), false, false};
+  return {&r.clock, r.first, r.self, r.own(), (uint32_t)(&in - w.kernel->code.data()), (uint8_t)(strong ? kStrong : 0),
+          false,    false};
 }
 RaceShadow& globalShadow(RaceState& s, const Buffer& b) {
   RaceShadow& g = s.global[&b];
@@ -226,8 +249,10 @@ void release(Warp& w, RaceClock& to, bool strongRelease) {
 }
 void acquire(Warp& w, const RaceClock& from, bool strongAcquire) {
   RaceWarp& r = *w.race;
-  if (strongAcquire) r.clock.join(from);
-  else r.pending.join(from), r.hasPending = true;
+  if (strongAcquire)
+    r.clock.join(from);
+  else
+    r.pending.join(from), r.hasPending = true;
 }
 // A clock that another cluster may read names its warps by their place in the grid.
 RaceClock exported(const RaceWarp& r, const RaceClock& c) {
@@ -244,8 +269,10 @@ void imported(Warp& w, const RaceClock& from, bool strongAcquire) {
   own.async.assign(r.clock.seen.size(), 0);
   for (auto& f : from.foreign) {
     const uint32_t i = f.first - r.first;
-    if (i < own.seen.size()) own.seen[i] = f.second[0], own.async[i] = f.second[1];
-    else own.foreign[f.first] = f.second;
+    if (i < own.seen.size())
+      own.seen[i] = f.second[0], own.async[i] = f.second[1];
+    else
+      own.foreign[f.first] = f.second;
   }
   own.seen[r.self - r.first] = 0;
   acquire(w, own, strongAcquire);
@@ -254,7 +281,8 @@ void imported(Warp& w, const RaceClock& from, bool strongAcquire) {
 }  // namespace
 
 // A write that changes nothing cannot be seen by anybody: it is only remembered.
-static void accessLanes(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* a, uint32_t bytes, Kind kind, bool unchanged) {
+static void accessLanes(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* a, uint32_t bytes, Kind kind,
+                        bool unchanged) {
   RaceState& s = *w.launch->race;
   const bool strong = kind == Kind::Atomic || in.x[0] > 0;
   if (space == Space::Local || space == Space::Param) return;
@@ -269,14 +297,14 @@ static void accessLanes(Warp& w, const Inst& in, uint32_t m, Space space, const 
     const bool shared = space == Space::Shared || (space == Space::Generic && inShared(at));
     if (shared) {
       Place p = locateShared(w, in, i, (uint32_t)at, 1, Kind::Read, 1, space == Space::Shared && in.x[4] == 0);
-      range(s, w, in, *p.cta->shadow, me, p.offset, n, kind, "shared memory of CTA " + std::to_string(p.cta->linear));
+      range(s, w, in, *p.cta->shadow, me, p.offset, n, kind, Memory{p.cta, nullptr});
     } else if (!inLocal(at)) {
       Buffer* b = Arena::get().find(at, 1);
       if (!b) {
         uint64_t moved = w.launch->alias ? w.launch->alias(at, n) : 0;
         if (!moved || !(b = Arena::get().find(at = moved, 1))) continue;
       }
-      if (b->writable) range(s, w, in, globalShadow(s, *b), me, at - b->begin, n, kind, b->name);
+      if (b->writable) range(s, w, in, globalShadow(s, *b), me, at - b->begin, n, kind, Memory{nullptr, b});
     }
     if (!strong) continue;
     // sem: 0 weak (an atomic without .sem is relaxed), 1 relaxed, 2 acquire, 3 release, 4 acq_rel, 5 volatile
@@ -296,13 +324,16 @@ static void accessLanes(Warp& w, const Inst& in, uint32_t m, Space space, const 
         out = exported(r, r.fenced);
       }
       RaceClock& to = s.sync[key];
-      if (kind == Kind::Write) to = RaceClock();  // a plain store ends the release sequence; a read-modify-write continues it
+      if (kind == Kind::Write)
+        to = RaceClock();  // a plain store ends the release sequence; a read-modify-write continues it
       to.join(out);
     }
   }
 }
 
-void raceAccess(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* a, uint32_t bytes, Kind kind) { accessLanes(w, in, m, space, a, bytes, kind, false); }
+void raceAccess(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* a, uint32_t bytes, Kind kind) {
+  accessLanes(w, in, m, space, a, bytes, kind, false);
+}
 void raceWrites(Warp& w, const Inst& in, uint32_t m, uint32_t changed, Space space, const uint64_t* a, uint32_t bytes) {
   if (m & changed) accessLanes(w, in, m & changed, space, a, bytes, Kind::Write, false);
   if (m & ~changed) accessLanes(w, in, m & ~changed, space, a, bytes, Kind::Write, true);
@@ -310,7 +341,7 @@ void raceWrites(Warp& w, const Inst& in, uint32_t m, uint32_t changed, Space spa
 
 void raceAccessShared(Warp& w, const Inst& in, Cta& cta, uint32_t offset, uint32_t bytes, Kind kind) {
   if (!w.launch->race) return;
-  range(*w.launch->race, w, in, *cta.shadow, side(w, in, false), offset, bytes, kind, "shared memory of CTA " + std::to_string(cta.linear));
+  range(*w.launch->race, w, in, *cta.shadow, side(w, in, false), offset, bytes, kind, Memory{&cta, nullptr});
 }
 
 // ---- synchronisation
@@ -394,14 +425,14 @@ static Side opSide(const AsyncOp& op) {
 }
 void raceAsyncShared(AsyncOp& op, Cta& cta, uint32_t offset, uint32_t bytes, Kind kind) {
   RaceState* s = op.warp->launch->race;
-  if (s) range(*s, *op.warp, *op.inst, *cta.shadow, opSide(op), offset, bytes, kind, "shared memory of CTA " + std::to_string(cta.linear));
+  if (s) range(*s, *op.warp, *op.inst, *cta.shadow, opSide(op), offset, bytes, kind, Memory{&cta, nullptr});
 }
 void raceAsyncGlobal(AsyncOp& op, Buffer& b, uint64_t address, uint64_t bytes, Kind kind) {
   RaceState* s = op.warp->launch->race;
   if (!s || !b.writable) return;
   Side me = opSide(op);
   if (kind == Kind::Atomic) me.flags |= kStrong;
-  range(*s, *op.warp, *op.inst, globalShadow(*s, b), me, address - b.begin, bytes, kind, b.name);
+  range(*s, *op.warp, *op.inst, globalShadow(*s, b), me, address - b.begin, bytes, kind, Memory{nullptr, &b});
 }
 void raceAsyncSignal(const AsyncOp& op, Mbarrier& b) {
   RaceState* s = op.warp->launch->race;
@@ -418,7 +449,14 @@ void raceWaited(Warp& w, const AsyncOp& op, bool readsOnly) {
   c->observers.emplace_back(w.race->self, w.race->own());
   (readsOnly ? s->ops[op.id]->read : s->ops[op.id]->full).push_back(std::move(c));
 }
-void raceReadMap(Warp&, const Inst&, uint64_t) {}
+void raceTag(Cta& cta, uint32_t offset, const Provenance& from) {
+  if (cta.launch->race) cta.shadow->at(offset / 16).from = from;
+}
+const Provenance* raceTagOf(Cta& cta, uint32_t offset) {
+  if (!cta.launch->race) return nullptr;
+  const Provenance& p = cta.shadow->at(offset / 16).from;
+  return p.op ? &p : nullptr;
+}
 
 // ---- the end of a CTA
 
@@ -427,15 +465,23 @@ void checkExit(Cta& cta) {
   for (auto& w : cta.warps) {
     for (auto& op : w.bulk.ops)
       if (!op->exitOk() && cta.launch->race && cta.launch->race->ops[op->id]->read.empty()) {
-        throw Error("the CTA exits before a bulk store has read its shared memory: cp.async.bulk.wait_group is missing\n  at " + where(w, *op->inst, -1));
+        throw Error(
+            "the CTA exits before a bulk store has read its shared memory: cp.async.bulk.wait_group is missing\n  at " +
+            where(w, *op->inst, -1));
       }
-    if (!w.wgmma.ops.empty()) throw Error("the CTA exits with a wgmma that nobody has waited for\n  at " + where(w, *w.wgmma.ops.front()->inst, -1));
+    if (!w.wgmma.ops.empty())
+      throw Error("the CTA exits with a wgmma that nobody has waited for\n  at " +
+                  where(w, *w.wgmma.ops.front()->inst, -1));
   }
   for (auto& o : cta.wgmma)
-    if (!o.issued.empty()) throw Error("kernel " + cta.launch->kernel->name + ": not all warps of a warpgroup have issued the same number of wgmma");
+    if (!o.issued.empty())
+      throw Error("kernel " + cta.launch->kernel->name +
+                  ": not all warps of a warpgroup have issued the same number of wgmma");
   for (auto& b : cta.mbars)
     if (b.live && b.tx != 0)
-      throw Error("kernel " + cta.launch->kernel->name + ": CTA " + std::to_string(cta.linear) + " exits while an mbarrier still expects " + std::to_string(b.tx) + " bytes (transaction count; negative: more came than were expected)");
+      throw Error("kernel " + cta.launch->kernel->name + ": CTA " + std::to_string(cta.linear) +
+                  " exits while an mbarrier still expects " + std::to_string(b.tx) +
+                  " bytes (transaction count; negative: more came than were expected)");
 }
 
 }  // namespace ptxsim

@@ -4,7 +4,17 @@
 
 namespace ptxsim {
 
+// Stores: the lanes of `changed` altered memory, the others wrote what was there.
+void raceWrites(Warp& w, const Inst& in, uint32_t m, uint32_t changed, Space space, const uint64_t* a, uint32_t bytes);
 void raceAccess(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* address, uint32_t bytes, Kind kind);
+
+// Where the tensor copy that filled 16 bytes of shared memory took them from.
+struct Provenance {
+  uint64_t address = 0;  // in global memory, or where it would lie outside the tensor
+  uint32_t op = 0;       // the copy; 0: not from a tensor copy
+};
+void raceTag(Cta& cta, uint32_t offset, const Provenance& from);
+const Provenance* raceTagOf(Cta& cta, uint32_t offset);  // nullptr: unknown
 
 struct RaceState;
 RaceState* raceCreate(Launch& l);
@@ -12,7 +22,7 @@ void raceDestroy(RaceState*);
 void raceStart(Launch& l, Cluster& c, uint64_t index);
 void raceFence(Warp& w, const Inst& in, uint32_t m);
 void raceArrive(Warp& w, NamedBarrier& b, bool waits);
-void raceBarrier(Cta& cta, NamedBarrier& b);     // b is complete: its waiters go on
+void raceBarrier(Cta& cta, NamedBarrier& b);  // b is complete: its waiters go on
 void raceClusterArrive(Warp& w, bool release);
 void raceClusterDone(Cluster& c);
 void raceClusterWait(Warp& w);
@@ -21,12 +31,11 @@ void raceClusterWait(Warp& w);
 void raceAccessShared(Warp& w, const Inst& in, Cta& cta, uint32_t offset, uint32_t bytes, Kind kind);
 void raceRelease(Warp& w, const Inst& in, Mbarrier& b, bool release, bool remote);
 void raceAcquire(Warp& w, Mbarrier& b, bool acquire);
-void racePhase(Mbarrier& b);                              // the open phase is complete
-void raceIssue(Warp& w, AsyncOp& op);                     // op starts after what w has done
+void racePhase(Mbarrier& b);           // the open phase is complete
+void raceIssue(Warp& w, AsyncOp& op);  // op starts after what w has done
 void raceAsyncShared(AsyncOp& op, Cta& cta, uint32_t offset, uint32_t bytes, Kind kind);
 void raceAsyncGlobal(AsyncOp& op, Buffer& b, uint64_t address, uint64_t bytes, Kind kind);
-void raceAsyncSignal(const AsyncOp& op, Mbarrier& b);     // op completes on b
-void raceReadMap(Warp& w, const Inst& in, uint64_t address);
+void raceAsyncSignal(const AsyncOp& op, Mbarrier& b);  // op completes on b
 void raceWaited(Warp& w, const AsyncOp& op, bool readsOnly);
 
 }  // namespace ptxsim

@@ -37,13 +37,13 @@ struct Ref {
 
 struct Extra {  // what does not fit an Inst
   std::vector<Ref> refs, refs2;
-  std::vector<uint32_t> widths;   // register bytes of refs
-  std::vector<int> targets;       // brx
+  std::vector<uint32_t> widths;  // register bytes of refs
+  std::vector<int> targets;      // brx
   std::string text;
   struct Copy {
     uint32_t from, to, bytes;
   };
-  std::vector<Copy> args, rets;   // call: local-frame copies
+  std::vector<Copy> args, rets;  // call: local-frame copies
   int64_t v[8] = {0, 0, 0, 0, 0, 0, 0, 0};
 };
 
@@ -54,19 +54,60 @@ struct Inst {
   const Extra* ext = nullptr;
   uint32_t guard = kNoGuard, guardId = 0;
   bool guardNegate = false;
-  bool isWgmma = false;       // may touch registers of wgmma operations in flight
-  bool storesD = false;       // d and ext->refs are sources
-  bool convergeAll = false;   // .aligned: all lanes of the warp that have not exited come together
+  bool isWgmma = false;      // may touch registers of wgmma operations in flight
+  bool storesD = false;      // d and ext->refs are sources
+  bool convergeAll = false;  // .aligned: all lanes of the warp that have not exited come together
   Space space = Space::Generic;
   uint8_t bytes = 0, vec = 1;
   uint8_t x[6] = {0, 0, 0, 0, 0, 0};
 };
 
 enum class Sreg : uint8_t {
-  TidX, TidY, TidZ, NtidX, NtidY, NtidZ, LaneId, WarpId, NwarpId, CtaidX, CtaidY, CtaidZ, NctaidX, NctaidY, NctaidZ, SmId, NsmId, GridId,
-  ClusteridX, ClusteridY, ClusteridZ, NclusteridX, NclusteridY, NclusteridZ, ClusterCtaidX, ClusterCtaidY, ClusterCtaidZ, ClusterNctaidX,
-  ClusterNctaidY, ClusterNctaidZ, ClusterCtarank, ClusterNctarank, IsExplicitCluster, MaskEq, MaskLe, MaskLt, MaskGe, MaskGt,
-  DynamicSmem, TotalSmem, SmemReserved, SharedAddress, Clock, Globaltimer, Zero
+  TidX,
+  TidY,
+  TidZ,
+  NtidX,
+  NtidY,
+  NtidZ,
+  LaneId,
+  WarpId,
+  NwarpId,
+  CtaidX,
+  CtaidY,
+  CtaidZ,
+  NctaidX,
+  NctaidY,
+  NctaidZ,
+  SmId,
+  NsmId,
+  GridId,
+  ClusteridX,
+  ClusteridY,
+  ClusteridZ,
+  NclusteridX,
+  NclusteridY,
+  NclusteridZ,
+  ClusterCtaidX,
+  ClusterCtaidY,
+  ClusterCtaidZ,
+  ClusterNctaidX,
+  ClusterNctaidY,
+  ClusterNctaidZ,
+  ClusterCtarank,
+  ClusterNctarank,
+  IsExplicitCluster,
+  MaskEq,
+  MaskLe,
+  MaskLt,
+  MaskGe,
+  MaskGt,
+  DynamicSmem,
+  TotalSmem,
+  SmemReserved,
+  SharedAddress,
+  Clock,
+  Globaltimer,
+  Zero
 };
 
 struct SregInit {
@@ -86,26 +127,26 @@ struct Kernel {
   Module* module = nullptr;
   Func* func = nullptr;
   std::vector<Inst> code;
-  std::vector<SourceLine> source;       // parallel to code
-  std::vector<uint8_t> leader;          // parallel to code: starts a basic block
+  std::vector<SourceLine> source;  // parallel to code
+  std::vector<uint8_t> leader;     // parallel to code: starts a basic block
   std::deque<Extra> extras;
   std::vector<std::shared_ptr<void>> owned;  // what instructions keep beyond an Extra
-  std::vector<uint64_t> constants;      // lane vectors
+  std::vector<uint64_t> constants;           // lane vectors
   std::vector<SregInit> sregs;
   std::vector<std::pair<uint32_t, uint32_t>> sregIds;
   uint32_t regBytes = 0, numIds = 1;
-  uint32_t staticShared = 0;            // bytes after the reserved first 1 KB
+  uint32_t staticShared = 0;  // bytes after the reserved first 1 KB
   uint32_t dynSharedAlign = 16;
   std::vector<std::pair<uint32_t, Var*>> sharedVars;
   uint32_t localBytes = 0;
   uint32_t paramBytes = 0;
   std::vector<std::pair<uint32_t, uint32_t>> paramLayout;  // offset, bytes
-  uint8_t* params = nullptr;            // simulated parameter bank
+  uint8_t* params = nullptr;                               // simulated parameter bank
   int entry = 0;
   // attributes
   int maxDynamicShared = 48 * 1024;
   bool nonPortableCluster = false;
-  std::vector<uint64_t> hits;           // executions of each instruction, over all launches
+  std::vector<uint64_t> hits;  // executions of each instruction, over all launches
 };
 
 // A set of lanes at one program counter.
@@ -118,11 +159,11 @@ enum class Wait : uint8_t { None, Converge, Barrier, Poll, Sleep };
 struct Fragment {
   uint32_t pc = 0, mask = 0;
   Wait wait = Wait::None;
-  uint8_t pollState = 0;                // scratch of an instruction that waits: cleared when it completes
-  uint64_t pollEpoch = 0;               // Poll: launch epoch when it last looked
+  uint8_t pollState = 0;   // scratch of an instruction that waits: cleared when it completes
+  uint64_t pollEpoch = 0;  // Poll: launch epoch when it last looked
   std::string (*describe)(Warp&, const Inst&) = nullptr;
   uint64_t age = 0;
-  uint32_t shownPc = 0;                 // Barrier: the instruction it waits at (pc is already past it)
+  uint32_t shownPc = 0;                    // Barrier: the instruction it waits at (pc is already past it)
   bool mayGiveUp = false, giveUp = false;  // a wait that may return false, and now shall
   uint64_t gaveUpEpoch = 0;
   unsigned gaveUp = 0;
@@ -133,35 +174,35 @@ struct AsyncOp;
 // Asynchronous operations of a warp's threads that nobody has waited for yet. A commit group is a number per thread.
 struct OpTrack {
   std::vector<std::shared_ptr<AsyncOp>> ops;
-  uint32_t committed[kLanes] = {};      // groups closed so far
+  uint32_t committed[kLanes] = {};  // groups closed so far
 };
 
 struct Warp {
   Cta* cta = nullptr;
   Launch* launch = nullptr;
   const Kernel* kernel = nullptr;
-  unsigned index = 0;                   // in the CTA
-  uint32_t live = 0;                    // lanes that exist and have not exited
+  unsigned index = 0;                     // in the CTA
+  uint32_t live = 0;                      // lanes that exist and have not exited
   uint8_t* base[2] = {nullptr, nullptr};  // registers, constants
   uint32_t* valid = nullptr;
-  uint8_t* local = nullptr;             // 32 x localBytes
+  uint8_t* local = nullptr;  // 32 x localBytes
   uint8_t* localValid = nullptr;
-  std::vector<Fragment> frags;          // frags[cur] runs
+  std::vector<Fragment> frags;  // frags[cur] runs
   unsigned cur = 0;
-  uint32_t pc = 0, next = 0;            // of the running fragment
-  uint32_t stopPc = 0;                  // where another fragment waits ahead
+  uint32_t pc = 0, next = 0;  // of the running fragment
+  uint32_t stopPc = 0;        // where another fragment waits ahead
   bool reschedule = false;
   uint64_t executed = 0;
-  uint32_t carry = 0;                   // CC.CF per lane
+  uint32_t carry = 0;  // CC.CF per lane
   OpTrack bulk, cp, wgmma;
-  std::vector<uint8_t> inflight;        // by validity id: 1 accumulator, 2 A register of a wgmma not yet waited for
+  std::vector<uint8_t> inflight;  // by validity id: 1 accumulator, 2 A register of a wgmma not yet waited for
   unsigned numInflight = 0;
   uint64_t wgmmaCount = 0;
   std::shared_ptr<RaceWarp> race;
   unsigned maxnreg = 0;
   bool ready = false;
   uint64_t sliceStamp = 0;
-  uint32_t clusterArrived = 0;          // lanes between barrier.cluster.arrive and .wait
+  uint32_t clusterArrived = 0;  // lanes between barrier.cluster.arrive and .wait
   uint64_t clusterPhase[kLanes] = {};
 
   template <class T>
@@ -172,7 +213,7 @@ struct Warp {
   uint32_t validOf(Ref r) const { return valid[r.id]; }
   void setValid(Ref d, uint32_t m, uint32_t v) { valid[d.id] = (valid[d.id] & ~m) | (v & m); }
 
-  bool run(unsigned quantum);           // false: nothing to run now
+  bool run(unsigned quantum);  // false: nothing to run now
   void schedule();
   void checkInflight(const Inst& in);
   bool exited() const { return live == 0; }
@@ -187,8 +228,8 @@ struct Warp {
 };
 
 struct NamedBarrier {
-  bool all = false;                     // waits for every thread of the CTA
-  unsigned arrived = 0, expected = 0;   // threads
+  bool all = false;                    // waits for every thread of the CTA
+  unsigned arrived = 0, expected = 0;  // threads
   uint64_t generation = 0;
   struct Waiter {
     Warp* warp;
@@ -196,9 +237,9 @@ struct NamedBarrier {
     const Inst* inst;
   };
   std::vector<Waiter> waiting;
-  std::vector<uint32_t> lanes;          // per warp: who has arrived in this phase
+  std::vector<uint32_t> lanes;  // per warp: who has arrived in this phase
   uint32_t redAnd = kAll, redOr = 0, redCount = 0;
-  std::shared_ptr<RaceClock> clock;     // race detector: what the arrivals release
+  std::shared_ptr<RaceClock> clock;  // race detector: what the arrivals release
 };
 
 struct Mbarrier {
@@ -206,8 +247,8 @@ struct Mbarrier {
   uint32_t expected = 0, nextExpected = 0;
   int64_t pending = 0, tx = 0;
   uint64_t phase = 0;
-  uint64_t txSeen = 0;                  // bytes that arrived in this phase, for reports
-  std::shared_ptr<RaceClock> clock, done;  // race detector: of the open phase, of the last completed one
+  uint64_t txSeen = 0;                               // bytes that arrived in this phase, for reports
+  std::shared_ptr<RaceClock> clock, done;            // race detector: of the open phase, of the last completed one
   std::shared_ptr<RaceCompletion> open, completion;  // asynchronous operations of the open phase, of the last one
 };
 
@@ -221,23 +262,23 @@ struct Cta {
   uint32_t smemBytes = 0;
   std::vector<Warp> warps;
   NamedBarrier bars[16];
-  std::vector<uint16_t> mbarIndex;      // per 8 bytes of shared memory; 0 none
+  std::vector<uint16_t> mbarIndex;  // per 8 bytes of shared memory; 0 none
   std::vector<Mbarrier> mbars;
   unsigned liveThreads = 0;
-  int regPool = 0;                      // registers free for setmaxnreg
-  struct WgmmaOrder {                   // the four warps of a warpgroup issue the same sequence
+  int regPool = 0;     // registers free for setmaxnreg
+  struct WgmmaOrder {  // the four warps of a warpgroup issue the same sequence
     uint64_t base = 0;
-    std::deque<uint64_t> issued;        // what the first warp to get there issued
+    std::deque<uint64_t> issued;  // what the first warp to get there issued
   };
   std::vector<WgmmaOrder> wgmma;
-  std::shared_ptr<RaceShadow> shadow;   // race detector
+  std::shared_ptr<RaceShadow> shadow;  // race detector
   std::unique_ptr<uint64_t[]> memory, regMemory;
 };
 
 struct Cluster {
   std::vector<std::unique_ptr<Cta>> ctas;
   unsigned id[3] = {0, 0, 0};
-  unsigned arrived = 0;                 // threads at barrier.cluster
+  unsigned arrived = 0;                    // threads at barrier.cluster
   std::shared_ptr<RaceClock> clock, done;  // race detector
   uint64_t barrierPhase = 0;
   unsigned liveThreads = 0;
@@ -252,12 +293,12 @@ struct AsyncOp {
   Cluster* cluster = nullptr;
   Warp* warp = nullptr;
   const Inst* inst = nullptr;
-  uint32_t mask = 0;                    // threads it belongs to
-  uint32_t group[kLanes] = {};          // the commit group in which each of them put it
+  uint32_t mask = 0;                            // threads it belongs to
+  uint32_t group[kLanes] = {};                  // the commit group in which each of them put it
   std::vector<std::shared_ptr<AsyncOp>> after;  // performed before this one
-  uint32_t id = 0;                      // race detector
-  bool generic = false;                 // works through the generic proxy
-  std::vector<uint32_t> covers;         // operations whose end its signal tells of
+  uint32_t id = 0;                              // race detector
+  bool generic = false;                         // works through the generic proxy
+  std::vector<uint32_t> covers;                 // operations whose end its signal tells of
   virtual bool exitOk() const { return true; }  // nobody waited: the CTA may exit all the same
 };
 
@@ -271,14 +312,14 @@ struct Counters {
 
 enum class Timing : uint8_t { Early, Late, Random };
 struct Options {
-  uint64_t seed = 0;                    // 0: fixed round robin
-  Timing timing = Timing::Early;        // when asynchronous work happens
+  uint64_t seed = 0;              // 0: fixed round robin
+  Timing timing = Timing::Early;  // when asynchronous work happens
   unsigned sms = 132;
-  std::string order = "forward";        // CTA order: forward, reverse, random
-  bool eager = false;                   // all resident CTAs advance together
-  bool detect = true;                   // uninitialised reads and races
-  bool fp8Truncate = false;             // accumulate fp8 wgmma with 14 bits
-  uint64_t maxIdle = 200000000;         // thread instructions without any effect before a launch is called stuck
+  std::string order = "forward";  // CTA order: forward, reverse, random
+  bool eager = false;             // all resident CTAs advance together
+  bool detect = true;             // uninitialised reads and races
+  bool fp8Truncate = false;       // accumulate fp8 wgmma with 14 bits
+  uint64_t maxIdle = 200000000;   // thread instructions without any effect before a launch is called stuck
   bool verbose = false;
 };
 Options& options();
@@ -290,17 +331,18 @@ struct Launch {
   uint32_t dynShared = 0;
   unsigned threads = 0, warpsPerCta = 0, ctasPerCluster = 1;
   unsigned regsPerThread = 0;
-  uint64_t epoch = 1;                   // counts effects: what a waiting fragment may be waiting for
+  uint64_t epoch = 1;  // counts effects: what a waiting fragment may be waiting for
   uint64_t clock = 0;
   std::mt19937_64 rng;
   Options opt;
   Counters n;
   struct RaceState* race = nullptr;
-  uint64_t (*alias)(uint64_t address, uint64_t bytes) = nullptr;  // a host address of a declared buffer -> its simulated copy
+  uint64_t (*alias)(uint64_t address,
+                    uint64_t bytes) = nullptr;  // a host address of a declared buffer -> its simulated copy
   std::vector<std::unique_ptr<Cluster>> resident;
   std::vector<std::unique_ptr<Cta>> pool;  // finished CTAs, their memory reused
   uint64_t numClusters = 0;
-  unsigned maxResident = 1;             // clusters
+  unsigned maxResident = 1;  // clusters
 
   enum Progress { Finished, Blocked, Idle, Slice };
   void run();

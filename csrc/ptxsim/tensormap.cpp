@@ -4,8 +4,9 @@
 
 namespace ptxsim {
 
-std::string encodeTensorMap(TensorMap* map, unsigned type, uint32_t rank, uint64_t address, const uint64_t* dims, const uint64_t* strides, const uint32_t* box,
-                            const uint32_t* elementStrides, unsigned interleave, unsigned swizzle, unsigned promotion, unsigned fill) {
+std::string encodeTensorMap(TensorMap* map, unsigned type, uint32_t rank, uint64_t address, const uint64_t* dims,
+                            const uint64_t* strides, const uint32_t* box, const uint32_t* elementStrides,
+                            unsigned interleave, unsigned swizzle, unsigned promotion, unsigned fill) {
   auto n = [](uint64_t v) { return std::to_string(v); };
   if (!map || (uintptr_t)map % 64) return "the tensor map must lie at a multiple of 64 bytes";
   const unsigned es = mapElementBytes(type);
@@ -23,7 +24,8 @@ std::string encodeTensorMap(TensorMap* map, unsigned type, uint32_t rank, uint64
   for (uint32_t d = 0; d < rank; ++d) {
     if (dims[d] < 1 || dims[d] > (1ull << 32)) return "globalDim[" + n(d) + "] = " + n(dims[d]) + " is not in 1..2^32";
     if (box[d] < 1 || box[d] > 256) return "boxDim[" + n(d) + "] = " + n(box[d]) + " is not in 1..256";
-    if (elementStrides[d] < 1 || elementStrides[d] > 8) return "elementStrides[" + n(d) + "] = " + n(elementStrides[d]) + " is not in 1..8";
+    if (elementStrides[d] < 1 || elementStrides[d] > 8)
+      return "elementStrides[" + n(d) + "] = " + n(elementStrides[d]) + " is not in 1..8";
     t.dimLast[d] = (uint32_t)(dims[d] - 1);
     t.boxLast[d] = (uint8_t)(box[d] - 1);
     t.elementStride[d] = (uint8_t)(d == 0 ? 1 : elementStrides[d]);
@@ -35,7 +37,8 @@ std::string encodeTensorMap(TensorMap* map, unsigned type, uint32_t rank, uint64
   }
   const uint64_t inner = (uint64_t)box[0] * es;
   if (inner % 16) return "the inner box of " + n(inner) + " bytes is no multiple of 16";
-  if (swizzle && inner > (16u << swizzle)) return "the inner box of " + n(inner) + " bytes is wider than the swizzle of " + n(16u << swizzle);
+  if (swizzle && inner > (16u << swizzle))
+    return "the inner box of " + n(inner) + " bytes is wider than the swizzle of " + n(16u << swizzle);
   t.address = address;
   t.magic = TensorMap::kMagic;
   t.type = (uint8_t)type;

@@ -11,7 +11,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from simulator import Simulator  # noqa: E402
 
-DEFAULTS = {"seed": 0, "timing": "early", "sms": 132, "order": "forward", "eager": 0, "detect": 1, "fp8_truncate": 0, "max_idle": 200_000_000, "banks": 0}
+DEFAULTS = {
+    "seed": 0,
+    "timing": "early",
+    "sms": 132,
+    "order": "forward",
+    "eager": 0,
+    "detect": 1,
+    "fp8_truncate": 0,
+    "max_idle": 200_000_000,
+    "banks": 0,
+}
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,19 @@ class _Config(ctypes.Structure):
 class TensorMap:
     """A tensor map over a numpy array (or an address), encoded by cuTensorMapEncodeTiled."""
 
-    TYPES = {"u8": 0, "u16": 1, "u32": 2, "s32": 3, "u64": 4, "s64": 5, "f16": 6, "f32": 7, "f64": 8, "bf16": 9, "tf32": 11}
+    TYPES = {
+        "u8": 0,
+        "u16": 1,
+        "u32": 2,
+        "s32": 3,
+        "u64": 4,
+        "s64": 5,
+        "f16": 6,
+        "f32": 7,
+        "f64": 8,
+        "bf16": 9,
+        "tf32": 11,
+    }
 
     def __init__(self, sim, kind, address, dims, strides, box, swizzle=0, fill=0, element_strides=None):
         raw = ctypes.create_string_buffer(128 + 64)
@@ -120,7 +132,12 @@ class Kernel:
         for a in args:
             if isinstance(a, np.ndarray):
                 if declare and a.nbytes:
-                    self.sim.call("dsv3SimDeclareBuffer", ctypes.c_void_p(a.ctypes.data), ctypes.c_size_t(_span(a)), 3 if a.flags.writeable else 1)
+                    self.sim.call(
+                        "dsv3SimDeclareBuffer",
+                        ctypes.c_void_p(a.ctypes.data),
+                        ctypes.c_size_t(_span(a)),
+                        3 if a.flags.writeable else 1,
+                    )
                 values.append(ctypes.c_uint64(a.ctypes.data))
             elif isinstance(a, TensorMap):
                 values.append(ctypes.create_string_buffer(a.data, 128))
@@ -134,7 +151,9 @@ class Kernel:
                 values.append(ctypes.c_float(a))
         for array, access in buffers:
             keep.append(array)
-            self.sim.call("dsv3SimDeclareBuffer", ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(_span(array)), access)
+            self.sim.call(
+                "dsv3SimDeclareBuffer", ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(_span(array)), access
+            )
         params = (ctypes.c_void_p * max(1, len(values)))(*[ctypes.addressof(v) for v in values])
         if shared > 48 * 1024:
             self.sim.call("cuKernelSetAttribute", 8, shared, self.kernel, 0)

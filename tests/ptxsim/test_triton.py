@@ -9,7 +9,15 @@ import triton_kernels as kernels
 from triton_kernels import compile_kernel
 
 RNG = np.random.default_rng(0)
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5", torch.int8: "i8", torch.int32: "i32"}
+NAMES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e5m2: "fp8e5",
+    torch.int8: "i8",
+    torch.int32: "i32",
+}
 
 
 def raw(t: torch.Tensor) -> np.ndarray:
@@ -29,7 +37,14 @@ def test_add_ragged(sim):
     assert torch.equal(out, x + y)
 
 
-FUNCTIONS = {"exp": torch.exp, "log": lambda x: torch.log(x), "sin": torch.sin, "sigmoid": torch.sigmoid, "erf": torch.erf, "floor": torch.floor}
+FUNCTIONS = {
+    "exp": torch.exp,
+    "log": lambda x: torch.log(x),
+    "sin": torch.sin,
+    "sigmoid": torch.sigmoid,
+    "erf": torch.erf,
+    "floor": torch.floor,
+}
 
 
 @pytest.mark.parametrize("op", FUNCTIONS)
@@ -68,7 +83,11 @@ def test_softmax(sim, warps):
 
 
 def test_layer_norm(sim):
-    k = compile_kernel(kernels.layer_norm, {"x": "*fp32", "w": "*fp32", "b": "*fp32", "out": "*fp32", "columns": "i32", "eps": "fp32"}, {"BLOCK": 1024})
+    k = compile_kernel(
+        kernels.layer_norm,
+        {"x": "*fp32", "w": "*fp32", "b": "*fp32", "out": "*fp32", "columns": "i32", "eps": "fp32"},
+        {"BLOCK": 1024},
+    )
     x, w, b, out = randn(2, 777), randn(777), randn(777), torch.full((2, 777), float("nan"))
     k.launch(sim, raw(x), raw(w), raw(b), raw(out), 777, 1e-5, grid=2)
     want = torch.nn.functional.layer_norm(x.double(), (777,), w.double(), b.double(), 1e-5)
@@ -90,11 +109,17 @@ def test_argmax(sim):
 
 def test_histogram_and_scatter(sim):
     x, out = torch.from_numpy(RNG.integers(0, 32, 1024, dtype=np.int32)), torch.zeros(32, dtype=torch.int32)
-    compile_kernel(kernels.histogram, {"x": "*i32", "out": "*i32"}, {"BLOCK": 256, "BINS": 32}).launch(sim, raw(x), raw(out), grid=4)
+    compile_kernel(kernels.histogram, {"x": "*i32", "out": "*i32"}, {"BLOCK": 256, "BINS": 32}).launch(
+        sim, raw(x), raw(out), grid=4
+    )
     assert torch.equal(out.long(), torch.bincount(x, minlength=32))
     v, sums = randn(1024), torch.zeros(32)
-    compile_kernel(kernels.scatter_add, {"x": "*fp32", "index": "*i32", "out": "*fp32"}, {"BLOCK": 256}).launch(sim, raw(v), raw(x), raw(sums), grid=4)
-    torch.testing.assert_close(sums.double(), torch.zeros(32).double().index_add(0, x.long(), v.double()), rtol=1e-4, atol=1e-4)
+    compile_kernel(kernels.scatter_add, {"x": "*fp32", "index": "*i32", "out": "*fp32"}, {"BLOCK": 256}).launch(
+        sim, raw(v), raw(x), raw(sums), grid=4
+    )
+    torch.testing.assert_close(
+        sums.double(), torch.zeros(32).double().index_add(0, x.long(), v.double()), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_transpose(sim):
@@ -107,7 +132,9 @@ def test_integer_division(sim):
     x = torch.from_numpy(RNG.integers(-(2**62), 2**62, 128))
     y = torch.from_numpy(RNG.integers(1, 2**40, 128)) * torch.tensor([1, -1]).repeat(64)
     q, r = torch.zeros_like(x), torch.zeros_like(x)
-    compile_kernel(kernels.divide_int, {"x": "*i64", "y": "*i64", "q": "*i64", "r": "*i64"}, {"BLOCK": 128}).launch(sim, raw(x), raw(y), raw(q), raw(r))
+    compile_kernel(kernels.divide_int, {"x": "*i64", "y": "*i64", "q": "*i64", "r": "*i64"}, {"BLOCK": 128}).launch(
+        sim, raw(x), raw(y), raw(q), raw(r)
+    )
     want = torch.div(x, y, rounding_mode="trunc")  # Triton divides as C does
     assert torch.equal(q, want) and torch.equal(r, x - want * y)
 
@@ -116,7 +143,11 @@ def test_programs_that_wait_for_each_other(sim):
     k = compile_kernel(kernels.ticket, {"counter": "*i32", "lock": "*i32", "total": "*i32"}, {"BLOCK": 128})
     for order in ("forward", "reverse", "random"):
         sim.option(order=order, eager=1)
-        counter, lock, total = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), torch.zeros(128, dtype=torch.int32)
+        counter, lock, total = (
+            torch.zeros(1, dtype=torch.int32),
+            torch.zeros(1, dtype=torch.int32),
+            torch.zeros(128, dtype=torch.int32),
+        )
         k.launch(sim, raw(counter), raw(lock), raw(total), grid=12)
         assert counter.item() == 12 and lock.item() == 0 and torch.all(total == 66)
 
@@ -158,7 +189,9 @@ def matmul(sim, kernel, dtype, M, N, K, BM, BN, out=torch.float32, b_nk=False):
 def test_matmul(sim, dtype, BM, BN, BK, warps, instruction, timing):
     constants = {"BM": BM, "BN": BN, "BK": BK, "PRECISION": "tf32"}
     pointer = "*" + NAMES[dtype]
-    k = compile_kernel(kernels.matmul, {"a": pointer, "b": pointer, "c": "*fp32", "M": "i32", "N": "i32", "K": "i32"}, constants, warps)
+    k = compile_kernel(
+        kernels.matmul, {"a": pointer, "b": pointer, "c": "*fp32", "M": "i32", "N": "i32", "K": "i32"}, constants, warps
+    )
     assert instruction in k.ptx
     sim.option(timing=timing)
     matmul(sim, k, dtype, BM + 7, BN, 192, BM, BN)
@@ -170,19 +203,28 @@ def test_matmul_types(sim, dtype, BM):
     constants = {"BM": BM, "BN": 64, "BK": 32, "PRECISION": "tf32"}
     pointer = "*" + NAMES[dtype]
     out = "*i32" if dtype == torch.int8 else "*fp32"
-    k = compile_kernel(kernels.matmul, {"a": pointer, "b": pointer, "c": out, "M": "i32", "N": "i32", "K": "i32"}, constants)
+    fn = kernels.matmul_int8 if dtype == torch.int8 else kernels.matmul
+    k = compile_kernel(fn, {"a": pointer, "b": pointer, "c": out, "M": "i32", "N": "i32", "K": "i32"}, constants)
     matmul(sim, k, dtype, 64, 64, 96, BM, 64)
 
 
 def test_matmul_transposed_operand(sim):
-    k = compile_kernel(kernels.matmul_nk, {"a": "*bf16", "b": "*bf16", "c": "*fp32", "M": "i32", "N": "i32", "K": "i32"}, {"BM": 64, "BN": 128, "BK": 64})
+    k = compile_kernel(
+        kernels.matmul_nk,
+        {"a": "*bf16", "b": "*bf16", "c": "*fp32", "M": "i32", "N": "i32", "K": "i32"},
+        {"BM": 64, "BN": 128, "BK": 64},
+    )
     assert "wgmma" in k.ptx
     matmul(sim, k, torch.bfloat16, 64, 128, 192, 64, 128, b_nk=True)
 
 
 @pytest.mark.parametrize("timing", ["early", "late", "random"])
 def test_matmul_tensor_descriptors(sim, timing):
-    k = compile_kernel(kernels.matmul_tma, {"a": "*bf16", "b": "*bf16", "c": "*bf16", "M": "i32", "N": "i32", "K": "i32"}, {"BM": 64, "BN": 64, "BK": 64})
+    k = compile_kernel(
+        kernels.matmul_tma,
+        {"a": "*bf16", "b": "*bf16", "c": "*bf16", "M": "i32", "N": "i32", "K": "i32"},
+        {"BM": 64, "BN": 64, "BK": 64},
+    )
     assert "cp.async.bulk.tensor" in k.ptx and "tensormap.replace" in k.ptx
     sim.option(timing=timing)
     matmul(sim, k, torch.bfloat16, 100, 72, 192, 64, 64, out=torch.bfloat16)
@@ -191,7 +233,11 @@ def test_matmul_tensor_descriptors(sim, timing):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_attention(sim, dtype):
     pointer = "*" + NAMES[dtype]
-    k = compile_kernel(kernels.attention, {"q": pointer, "k": pointer, "v": pointer, "out": "*fp32", "S": "i32", "scale": "fp32"}, {"BM": 64, "BN": 64, "D": 64})
+    k = compile_kernel(
+        kernels.attention,
+        {"q": pointer, "k": pointer, "v": pointer, "out": "*fp32", "S": "i32", "scale": "fp32"},
+        {"BM": 64, "BN": 64, "D": 64},
+    )
     S, D = 150, 64
     q, kk, v = (randn(S, D, dtype=dtype) for _ in range(3))
     out = torch.full((S, D), float("nan"))

@@ -38,12 +38,21 @@ class Compiled:
 def _compile(fn, signature: tuple, constants: tuple, warps: int, stages: int) -> Compiled:
     signature, constants = dict(signature), dict(constants)
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
-    source = ASTSource(fn=fn, signature=signature | dict.fromkeys(constants, "constexpr"), constexprs=constants, attrs=aligned)
+    source = ASTSource(
+        fn=fn, signature=signature | dict.fromkeys(constants, "constexpr"), constexprs=constants, attrs=aligned
+    )
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
     ptx = made.asm["ptx"]
     head = ptx[ptx.index(".entry") :]
     head = head[: head.index(")")]
-    return Compiled(ptx, made.metadata.name, 32 * made.metadata.num_warps, made.metadata.shared, head.count(".param"), made.metadata.global_scratch_size)
+    return Compiled(
+        ptx,
+        made.metadata.name,
+        32 * made.metadata.num_warps,
+        made.metadata.shared,
+        head.count(".param"),
+        made.metadata.global_scratch_size,
+    )
 
 
 def compile_kernel(fn, signature: dict, constants: dict, warps: int = 4, stages: int = 3) -> Compiled:
@@ -102,7 +111,9 @@ def layer_norm(x, w, b, out, columns, eps, BLOCK: tl.constexpr):
     mean = tl.sum(v, 0) / columns
     d = tl.where(i < columns, v - mean, 0.0)
     r = 1 / tl.sqrt(tl.sum(d * d, 0) / columns + eps)
-    tl.store(out + row + i, d * r * tl.load(w + i, mask=i < columns) + tl.load(b + i, mask=i < columns), mask=i < columns)
+    tl.store(
+        out + row + i, d * r * tl.load(w + i, mask=i < columns) + tl.load(b + i, mask=i < columns), mask=i < columns
+    )
 
 
 @triton.jit
@@ -183,6 +194,17 @@ def matmul(a, b, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexp
 
 
 @triton.jit
+def matmul_int8(a, b, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    acc = tl.zeros((BM, BN), dtype=tl.int32)
+    for k0 in range(0, K, BK):
+        k = k0 + tl.arange(0, BK)
+        acc += tl.dot(tl.load(a + m[:, None] * K + k[None, :]), tl.load(b + n[None, :] * K + k[:, None]))
+    tl.store(c + m[:, None] * N + n[None, :], acc)
+
+
+@triton.jit
 def matmul_nk(a, b, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """b [K, N] row-major: the transposed operand of wgmma."""
     m = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -225,6 +247,8 @@ def attention(q, k, v, out, S, scale, BM: tl.constexpr, BN: tl.constexpr, D: tl.
         shrink = tl.exp(top - new)
         total = total * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
-        acc = tl.dot(p.to(v.dtype.element_ty), tl.load(v + n[:, None] * D + d[None, :], mask=(n < S)[:, None], other=0), acc)
+        acc = tl.dot(
+            p.to(v.dtype.element_ty), tl.load(v + n[:, None] * D + d[None, :], mask=(n < S)[:, None], other=0), acc
+        )
         top = new
     tl.store(out + m[:, None] * D + d[None, :], acc / total[:, None], mask=(m < S)[:, None])

@@ -1,0 +1,273 @@
+"""A known-good kernel runs right and silently; each planted bug is reported by what it is."""
+
+from __future__ import annotations
+
+import re
+import struct
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from simulator import HEADER, SimError, TensorMap
+
+from build_backend import toolchain
+
+BUGS = [
+    "none",
+    "no proxy fence",
+    "wrong parity",
+    "too many bytes",
+    "too few bytes",
+    "early release",
+    "wrong SBO",
+    "no wait",
+    "exit before store",
+    "barrier count",
+    "no barrier",
+    "no release wait",
+]
+SHARED = 3 * 2 * 128 * 64 * 2 + 128 * 128 * 2 + 64
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def ptx(tmp_path_factory) -> str:
+    nvcc = toolchain.find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    out = tmp_path_factory.mktemp("ptx") / "gemm.ptx"
+    subprocess.run(
+        [
+            nvcc.nvcc,
+            "-std=c++17",
+            "-O3",
+            "-lineinfo",
+            "-gencode=arch=compute_90a,code=compute_90a",
+            "-ptx",
+            "-o",
+            out,
+            Path(__file__).with_name("gemm.cu"),
+        ],
+        check=True,
+    )
+    return out.read_text()
+
+
+def bf16(x: np.ndarray) -> np.ndarray:
+    return ((x.astype(np.float32).view(np.uint32) + 0x8000) >> 16).astype(np.uint16)
+
+
+def wide(x: np.ndarray) -> np.ndarray:
+    return (x.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def gemm(sim, ptx: str, bug: str = "none", M=256, N=200, K=328, grid=2):
+    a, b, d = bf16(RNG.standard_normal((M, K))), bf16(RNG.standard_normal((N, K))), np.full((M, N), 0x7FC0, np.uint16)
+
+    def over(x, rows):
+        return TensorMap(sim, "bf16", x.ctypes.data, [x.shape[1], x.shape[0]], [x.strides[0]], [64, rows], 128).data
+
+    params = (
+        over(a, 128)
+        + over(b, 128)
+        + over(d, 64)
+        + struct.pack("<4i", -(-M // 128), -(-N // 128), -(-K // 64), BUGS.index(bug))
+    )
+    params = params.ljust(-(-len(params) // 128) * 128, b"\0")
+    sim.load(ptx, "gemm").launch(params, grid=grid, block=384, shared=SHARED, buffers=[(a, 1), (b, 1), (d, 2)])
+    want = wide(a) @ wide(b).T
+    error = np.abs(wide(d) - want)
+    assert error.max() <= 2**-8 * np.abs(want).max(), error.max()
+
+
+@pytest.mark.parametrize("timing", ["early", "late", "random"])
+@pytest.mark.parametrize("grid", [1, 4])
+def test_good_kernel(sim, ptx, timing, grid):
+    sim.option(timing=timing, seed=7 if timing == "random" else 0)
+    gemm(sim, ptx, grid=grid)
+
+
+def test_same_seed_same_run(sim, ptx):
+    runs = []
+    for _ in range(2):
+        sim.option(timing="random", seed=3)
+        gemm(sim, ptx)
+        runs.append(sim.counters())
+    assert runs[0] == runs[1]
+
+
+REPORTS = {
+    "no proxy fence": "no proxy fence",
+    "wrong parity": r"deadlock.*waits for mbarrier at shared offset \d+ parity 0 \(phase 0: 0 of 8 arrivals",
+    "too many bytes": r"deadlock.*waits for mbarrier.*1 of 1 arrivals, 32768 bytes came, 128 outstanding",
+    "too few bytes": r"deadlock.*waits for mbarrier.*1 of 1 arrivals, 32768 bytes came, -128 outstanding",
+    "early release": r"race on shared memory.*asynchronous write.*wgmma.*nothing waits for that operation",
+    "wrong SBO": r"operand A of a wgmma is no regular part of the tensor.*SBO 512",
+    "no wait": r"an accumulator is read before wgmma.wait_group|race on shared memory.*wgmma",
+    "exit before store": "exits before a bulk store has read its shared memory",
+    "barrier count": "deadlock.*waits at barrier 1: 128 of 160 threads|is used with 160 threads",
+    "no barrier": r"race on shared memory.*asynchronous read.*stmatrix.*(nothing orders them|no proxy fence)",
+    "no release wait": r"race on shared memory.*stmatrix|nothing waits for that operation",
+}
+
+
+@pytest.mark.parametrize("timing", ["early", "late"])
+@pytest.mark.parametrize("bug", REPORTS)
+def test_planted(sim, ptx, bug, timing):
+    sim.option(timing=timing)
+    with pytest.raises(SimError) as error:
+        gemm(sim, ptx, bug, grid=1)
+    assert re.search(REPORTS[bug], str(error.value), re.S), str(error.value)
+    assert "gemm.cu:" in str(error.value)
+
+
+def test_setmaxnreg_over_the_pool(sim, ptx):
+    with pytest.raises(SimError, match=r"setmaxnreg.inc to 240: waits for 2304 registers, the CTA's pool has"):
+        gemm(sim, re.sub(r"(setmaxnreg\.inc\S+\s+)232", r"\g<1>240", ptx))
+
+
+# ---- small kernels in PTX
+
+
+def kernel(body: str, shared: str = ".shared .align 16 .b8 s[1024];", params: str = ".param .u64 out") -> str:
+    return (
+        HEADER
+        + f".visible .entry k({params}) {{ .reg .b32 %r<16>; .reg .b64 %d<8>; .reg .pred %p<4>; {shared}\nmov.u32 %r0, %tid.x;\n{body}\nret; }}"
+    )
+
+
+def expect(sim, text: str, body: str, *args, **launch):
+    out = np.zeros(1024, np.uint32)
+    with pytest.raises(SimError, match=text):
+        sim.run(kernel(body), out, *args, **launch)
+
+
+def test_shared_memory_race_between_warps(sim):
+    write = "mov.u32 %r1, s; mad.lo.s32 %r2, %r0, 4, %r1; st.shared.u32 [%r2], %r0;"
+    read = "xor.b32 %r3, %r0, 32; mad.lo.s32 %r2, %r3, 4, %r1; ld.shared.u32 %r4, [%r2]; ld.param.u64 %d0, [out]; mul.wide.u32 %d1, %r0, 4; add.s64 %d0, %d0, %d1; st.global.u32 [%d0], %r4;"
+    expect(sim, "race on shared memory.*nothing orders them|uninitialised", write + read, block=64)
+    out = np.zeros(64, np.uint32)
+    sim.run(kernel(write + "bar.sync 0;" + read), out, block=64)
+    assert np.array_equal(out, np.arange(64) ^ 32)
+
+
+def test_global_race_between_ctas(sim):
+    body = "mov.u32 %r1, %ctaid.x; ld.param.u64 %d0, [out]; st.global.u32 [%d0], %r1;"
+    expect(
+        sim,
+        "race on buffer 0.*CTA 1|race on buffer 0",
+        "add.u32 %r0, %r0, 1;"
+        + body.replace("st.global.u32 [%d0], %r1", "add.u32 %r1, %r1, 7; st.global.u32 [%d0], %r1"),
+        grid=2,
+        block=32,
+    )
+
+
+def test_flag_between_ctas(sim):
+    """CTA 1 waits for CTA 0's flag; release and acquire make its data visible."""
+
+    def body(release: str, acquire: str) -> str:
+        return f"""ld.param.u64 %d0, [out]; mov.u32 %r1, %ctaid.x; setp.ne.u32 %p0, %r0, 0; @%p0 bra END; setp.ne.u32 %p1, %r1, 0; @%p1 bra WAIT;
+        st.global.u32 [%d0], 5; st.{release}.gpu.global.u32 [%d0+4], 1; bra END;
+        WAIT: ld.{acquire}.gpu.global.u32 %r2, [%d0+4]; setp.eq.u32 %p2, %r2, 0; @%p2 bra WAIT;
+        ld.global.u32 %r3, [%d0]; st.global.u32 [%d0+8], %r3; END:"""
+
+    for order in ("forward", "reverse"):
+        sim.option(order=order, eager=1)
+        out = np.zeros(4, np.uint32)
+        sim.run(kernel(body("release", "acquire")), out, grid=2, block=32)
+        assert out[2] == 5
+        expect(sim, "race on buffer 0", body("relaxed", "acquire"), grid=2, block=32)
+    # With room for one CTA at a time in reverse order, the waiting one can never be helped.
+    sim.option(order="reverse", eager=0, sms=1, max_idle=100_000)
+    expect(
+        sim, "(?s)deadlock.*runs without effect", body("release", "acquire") + "mov.u32 %r5, s;", grid=64, block=1024
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (
+            "ld.param.u64 %d0, [out]; ld.global.u32 %r1, [%d0+4096];",
+            "out-of-bounds global read of 4 bytes at byte offset 4096 of buffer 'buffer 0' of 4096 bytes",
+        ),
+        (
+            "ld.param.u64 %d0, [out]; st.global.u32 [%d0+-4], %r0;",
+            "out-of-bounds global write of 4 bytes at 4 bytes before buffer",
+        ),
+        ("ld.param.u64 %d0, [out]; ld.global.u32 %r1, [%d0+2];", "misaligned read of 4 bytes"),
+        ("mov.u32 %r1, s; st.shared.u32 [%r1+1024], %r0;", "out-of-bounds shared write"),
+        ("mov.u32 %r1, s; st.shared.v4.u32 [%r1+8], {%r0, %r0, %r0, %r0};", "misaligned shared write of 16 bytes"),
+        (
+            "ld.param.u64 %d0, [out]; mov.u32 %r1, s; ld.shared.u32 %r2, [%r1]; add.u32 %r2, %r2, 1; st.global.u32 [%d0], %r2;",
+            "uninitialised value is stored to global",
+        ),
+        ("add.u32 %r2, %r3, 1; setp.eq.u32 %p0, %r2, 0; @%p0 bra END; END:", "uninitialised value used as predicate"),
+        ("mov.u32 %r1, s; add.u32 %r1, %r1, %r5; st.shared.u32 [%r1], 1;", "uninitialised value used as address"),
+        ("trap;", "^trap"),
+        (
+            "setp.lt.u32 %p0, %r0, 16; @%p0 bra A; shfl.sync.idx.b32 %r1, %r0, 0, 31, -1; bra END; A: vote.sync.any.pred %p1, %p0, -1; END:",
+            "deadlock.*waits for lanes that never come",
+        ),
+        ("shfl.sync.idx.b32 %r1, %r0, 0, 31, 1;", "not in its own member mask"),
+        ("bar.sync 1, 48;", "no multiple of 32"),
+        (
+            "setp.ge.u32 %p0, %r0, 32; @%p0 bra A; bar.sync 1, 64; A: bar.sync 2, 64;",
+            "deadlock.*barrier 1: 32 of 64 threads",
+        ),
+        ("mov.u32 %r1, s; mbarrier.try_wait.parity.shared.b64 %p0, [%r1], 0;", "no mbarrier has been initialised"),
+        (
+            "mov.u32 %r1, s; mbarrier.init.shared.b64 [%r1], 1; mbarrier.arrive.shared.b64 _, [%r1], 2;",
+            "arrival without a pending count|init of a live",
+        ),
+    ],
+)
+def test_reports(sim, body, text):
+    expect(sim, "(?s)" + text, body, block=64 if "deadlock.*barrier" in text else 32)
+
+
+def test_unknown_instruction_is_named(sim):
+    with pytest.raises(SimError, match="PTX line .*frobnicate.f32"):
+        sim.run(kernel("frobnicate.f32 %r1, %r2;"), np.zeros(1, np.uint32))
+    with pytest.raises(SimError, match="modifier .wobbly is not supported"):
+        sim.run(kernel("add.wobbly.s32 %r1, %r0, %r0;"), np.zeros(1, np.uint32))
+
+
+def cluster_kernel(sync: str) -> str:
+    return kernel(f"""mov.u32 %r1, s; mov.u32 %r2, %cluster_ctarank; xor.b32 %r3, %r2, 1; mapa.shared::cluster.u32 %r4, %r1, %r3;
+    mad.lo.s32 %r5, %r0, 4, %r4; mad.lo.s32 %r6, %r2, 100, %r0; st.shared::cluster.u32 [%r5], %r6;
+    {sync}
+    mad.lo.s32 %r7, %r0, 4, %r1; ld.shared.u32 %r8, [%r7]; ld.param.u64 %d0, [out]; mov.u32 %r9, %ctaid.x; mad.lo.s32 %r9, %r9, 32, %r0; mul.wide.u32 %d1, %r9, 4; add.s64 %d0, %d0, %d1;
+    st.global.u32 [%d0], %r8;""")
+
+
+def test_cluster_barrier(sim):
+    out = np.zeros(64, np.uint32)
+    sim.run(
+        cluster_kernel("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"),
+        out,
+        grid=2,
+        block=32,
+        cluster=2,
+    )
+    assert np.array_equal(out, np.concatenate([np.arange(32) + 100, np.arange(32)]))
+    for sync in ("", "barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.acquire.aligned;"):
+        with pytest.raises(SimError, match="race on shared memory|uninitialised|all exited"):
+            sim.run(cluster_kernel(sync), np.zeros(64, np.uint32), grid=2, block=32, cluster=2)
+
+
+def test_launch_limits(sim):
+    k = sim.load(kernel("mov.u32 %r1, s;"))
+    out = np.zeros(4, np.uint32)
+    for text, launch in {
+        "1088 threads per CTA": {"block": (64, 17)},
+        "block dimension 0 is 1056": {"block": 1056},
+        "no multiple of the cluster": {"grid": 3, "cluster": 2},
+        "needs NON_PORTABLE": {"grid": 16, "cluster": 16},
+        "is more than a CTA|more than a CTA may have": {"shared": 232448},
+        "grid dimension 0 is 0": {"grid": 0},
+    }.items():
+        with pytest.raises(SimError, match=text):
+            k.launch(out, **launch)
