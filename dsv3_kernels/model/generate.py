@@ -120,6 +120,8 @@ def stream(
             raise ValueError(f"{op}: {name}: got {value}, wanted {wanted}")
     if speculative:
         mtp.need(model, op)
+    if model.group is not None and prefill_chunk is not None:
+        raise ValueError(f"{op}: prefill_chunk: ranks would make different numbers of passes, wanted None with a group")
     sampler = Sampler(temperature, top_p, generator)
     run = _Run(model, prompts, max_new_tokens, eos_id, sampler, speculative, cache_dtype, statistics or Statistics())
     return run.steps(prefill_chunk or max(len(p) for p in prompts))
@@ -190,17 +192,26 @@ class _Run:
         self.draft = self.token.clone()
 
     def steps(self, chunk: int) -> Iterator[list[list[int]]]:
-        if not any(self.left):
+        if not self._going():
             return
         with torch.no_grad():
             self._prefill(chunk)
             new = [[token] for token in self.token.tolist()]
         while True:
             yield [self._keep(b, tokens) for b, tokens in enumerate(new)]
-            if not any(self.left):
+            if not self._going():
                 return
             with torch.no_grad():
                 new = self._verify() if self.speculative else self._decode()
+
+    def _going(self) -> bool:
+        """Whether a sequence takes more tokens, here or on another rank of the experts' group."""
+        going = any(self.left)
+        if self.model.group is not None:
+            flag = torch.tensor(int(going), device=self.model.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self.model.group)
+            going = bool(flag)
+        return going
 
     def _keep(self, b: int, tokens: list[int]) -> list[int]:
         """What sequence b still takes of its new tokens."""

@@ -17,6 +17,7 @@ import dsv3_kernels as dk
 from .config import Config
 
 if TYPE_CHECKING:
+    from ..parallel import ExpertParallel
     from .model import PagedLatentCache
 
 BLOCK = 128  # rows and columns that share one FP8 weight scale
@@ -84,15 +85,20 @@ class Norm(nn.Module):
 class Linear(nn.Module):
     """y = x W^T with W kept as float, or as FP8 codes with 128x128 scales.
 
-    `parts` are the released matrices stacked along the rows, (name, rows) each. `experts` > 0 makes it a stack of as
-    many matrices. In FP8 each of several parts, and the columns where `pad_columns` says so, start at a multiple of
-    128: scale blocks of stacked matrices would straddle otherwise. The padding is zero.
+    `parts` are the released matrices stacked along the rows, (name, rows) each. `experts`, where not empty, makes it a
+    stack with a matrix for each. In FP8 each of several parts, and the columns where `pad_columns` says so, take a
+    multiple of 128: scale blocks of stacked matrices would straddle otherwise. The padding is zero.
     """
 
     scale: Tensor | None
 
     def __init__(
-        self, columns: int, *parts: tuple[str, int], experts: int = 0, fp8: bool = False, pad_columns: bool = False
+        self,
+        columns: int,
+        *parts: tuple[str, int],
+        experts: range = range(0),
+        fp8: bool = False,
+        pad_columns: bool = False,
     ) -> None:
         super().__init__()
         self.columns, self.parts, self.experts = columns, parts, experts
@@ -110,10 +116,11 @@ class Linear(nn.Module):
     def shape(self, dtype: torch.dtype) -> tuple[int, ...]:
         rows = sum(self.stride(i, dtype) for i in range(len(self.parts)))
         padded = dtype == torch.float8_e4m3fn and self.pad_columns
-        return (*([self.experts] if self.experts else []), rows, round_up(self.columns) if padded else self.columns)
+        columns = round_up(self.columns) if padded else self.columns
+        return (len(self.experts), rows, columns) if self.experts else (rows, columns)
 
     def dense(self, dtype: torch.dtype, expert: int | None = None) -> Tensor:
-        """The weight (of one expert) as floats, the padding included."""
+        """The weight (or one matrix of the stack) as floats, the padding included."""
         weight = self.weight if expert is None else self.weight[expert]
         if self.scale is None:
             return weight.to(dtype)
@@ -148,7 +155,7 @@ class Linear(nn.Module):
             if counts[e]:
                 weight = self.dense(rows.dtype, e) if stack is None else stack[e].to(rows.dtype)
                 segments.append(F.linear(segment, weight))
-        return torch.cat(segments) if segments else rows.new_empty(0, self.weight.shape[1])
+        return torch.cat(segments) if segments else F.linear(rows, self.dense(rows.dtype, 0))
 
 
 def _activate(gate_up: Tensor) -> Tensor:
@@ -159,7 +166,7 @@ def _activate(gate_up: Tensor) -> Tensor:
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)), of one matrix each or of a stack of experts."""
 
-    def __init__(self, config: Config, width: int, experts: int = 0) -> None:
+    def __init__(self, config: Config, width: int, experts: range = range(0)) -> None:
         super().__init__()
         hidden = config.hidden_size
         self.gate_up = Linear(hidden, ("gate_proj", width), ("up_proj", width), experts=experts, fp8=True)
@@ -217,14 +224,16 @@ class Gate(nn.Module):
 
 
 class MoE(nn.Module):
-    """Routed experts, weighted, plus the shared ones."""
+    """Routed experts, weighted, plus the shared ones. `local` experts are here; `parallel` reaches the other ranks'."""
 
-    def __init__(self, config: Config) -> None:
+    parallel: ExpertParallel | None = None
+
+    def __init__(self, config: Config, local: range) -> None:
         super().__init__()
         width = config.moe_intermediate_size
         self.num_experts = config.n_routed_experts
         self.gate = Gate(config)
-        self.experts = MLP(config, width, experts=config.n_routed_experts)
+        self.experts = MLP(config, width, experts=local)
         self.shared_experts = MLP(config, width * config.n_shared_experts) if config.n_shared_experts else None
         self.load: tuple[Tensor, Tensor, Tensor] | None = None  # of the last training pass: logits, experts, counts
 
@@ -234,14 +243,18 @@ class MoE(nn.Module):
         weights, experts, logits = self.gate(x, replay)
         if step.chosen is not None:
             step.chosen.append(experts)
+        scale = None
         if self.experts.gate_up.quantize_activations:
-            q, scale = self.experts.gate_up.quantize(h)
-            rows, row_scale, offsets, handle = dk.moe_permute(q, experts, self.num_experts, scale=scale)
+            x, scale = self.experts.gate_up.quantize(h)
+        if self.parallel is None:
+            rows, row_scale, offsets, handle = dk.moe_permute(x, experts, self.num_experts, scale=scale)
+            out = dk.moe_unpermute(self.experts.grouped(rows, row_scale, offsets, step), handle, weights)
         else:
-            rows, row_scale, offsets, handle = dk.moe_permute(x, experts, self.num_experts)
+            rows, row_scale, _, offsets, handle = self.parallel.dispatch(x, experts, weights, scale=scale)
+            out = self.parallel.combine(self.experts.grouped(rows, row_scale, offsets, step), handle)
         if self.training:
-            self.load = (logits, experts, handle.counts)
-        out = dk.moe_unpermute(self.experts.grouped(rows, row_scale, offsets, step), handle, weights)
+            counts = torch.bincount(experts.flatten(), minlength=self.num_experts).int()
+            self.load = (logits, experts, counts)
         return out + self.shared_experts(h, step) if self.shared_experts is not None else out
 
 
@@ -342,14 +355,14 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm block. The sum of residual and update is taken inside the next norm."""
+    """Pre-norm block; dense without `experts`. The sum of residual and update is taken inside the next norm."""
 
-    def __init__(self, config: Config, layer: int, moe: bool) -> None:
+    def __init__(self, config: Config, layer: int, experts: range) -> None:
         super().__init__()
         self.input_layernorm = Norm(config.hidden_size, config.rms_norm_eps, config.pow2_scale)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps, config.pow2_scale)
-        self.mlp = MoE(config) if moe else MLP(config, config.intermediate_size)
+        self.mlp = MoE(config, experts) if experts else MLP(config, config.intermediate_size)
 
     def forward(self, update: Tensor, residual: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:
         """(update, residual) of the block before -> those of this one; residual None: update is all there is."""

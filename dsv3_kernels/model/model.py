@@ -16,7 +16,7 @@ from .. import _checks
 from . import weights as storage
 from .config import Config, Yarn
 from .generate import generate, load_tokenizer
-from .layers import Attention, DecoderLayer, Linear, Norm, Step, cumulative
+from .layers import Attention, DecoderLayer, Linear, MoE, Norm, Step, cumulative
 from .mtp import FEEDS, MTPLayer, chain, need
 
 ABSORB_QUERIES = 4  # up to so many new tokens per sequence attend in latent space (3.4x the arithmetic, no expansion)
@@ -83,12 +83,12 @@ class PagedLatentCache:
 class Backbone(nn.Module):
     """All but the output head; the MTP layers come after the main ones."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, local: range) -> None:
         super().__init__()
-        count = config.num_hidden_layers
+        count, dense = config.num_hidden_layers, config.first_k_dense_replace
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        blocks = [DecoderLayer(config, i, moe=i >= config.first_k_dense_replace) for i in range(count)]
-        extra = [MTPLayer(config, count + k) for k in range(config.num_nextn_predict_layers)]
+        blocks = [DecoderLayer(config, i, local if i >= dense else range(0)) for i in range(count)]
+        extra = [MTPLayer(config, count + k, local) for k in range(config.num_nextn_predict_layers)]
         self.layers = nn.ModuleList([*blocks, *extra])
         self.norm = Norm(config.hidden_size, config.rms_norm_eps)
 
@@ -102,6 +102,7 @@ class DeepSeekV3(nn.Module):
 
     cos_sin: Tensor
     tokenizer: Any = None
+    group: Any = None
     mtp_feed = "post_norm"
 
     def __init__(
@@ -144,13 +145,15 @@ class DeepSeekV3(nn.Module):
         which dequantises the weights and leaves activations alone. `dtype` is that of the activations and, with FP8
         weights, of all other tensors: by default float32 for weights="float32", else bfloat16.
 
+        `group`: a torch.distributed group whose ranks share the routed experts out, each holding the rest whole and
+        bringing its own sequences. All ranks then make the same calls, `generate` with the same options; a rank whose
+        sequences have ended keeps step until all have.
+
         ValueError or FileNotFoundError in words for a checkpoint that is not whole, before any memory is taken.
         """
         op = "from_pretrained"
         _checks.one_of(op, "weights", weights, None, *storage.STORAGE)
         _checks.one_of(op, "activations", activations, None, "bf16", "fp8")
-        if group is not None:
-            raise ValueError(f"{op}: group: sharded experts are not available, wanted None")
         config = Config.load(path)
         checkpoint = storage.Checkpoint(path)
         first = f"model.layers.{config.num_hidden_layers}."
@@ -162,8 +165,18 @@ class DeepSeekV3(nn.Module):
             raise ValueError(f"{op}: activations: got 'fp8' with weights={weights!r}, wanted weights='fp8'")
         dtype = dtype or (torch.float32 if weights == "float32" else torch.bfloat16)
         _checks.one_of(op, "dtype", dtype, torch.float32, torch.bfloat16)
-        model = cls.skeleton(config)
-        checkpoint.check(list(storage.pieces(model)), config.num_hidden_layers)
+        checkpoint.check(list(storage.pieces(cls.skeleton(config))), config.num_hidden_layers)
+        parallel, local = None, None
+        if group is not None:
+            ranks, experts = group.size(), config.n_routed_experts
+            _checks.value(op, "group", ranks <= experts, f"{ranks} ranks", f"at most one for each of {experts} experts")
+            parallel = dk.parallel.ExpertParallel(group, experts, config.hidden_size, config.max_position_embeddings)
+            local = parallel.local_experts(group.rank())
+        model = cls.skeleton(config, local)
+        model.group = group
+        for module in model.modules():
+            if isinstance(module, MoE):
+                module.parallel = parallel
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model._allocate(weights, dtype, device)
         storage.fill(model, checkpoint)
@@ -176,22 +189,23 @@ class DeepSeekV3(nn.Module):
     ) -> None:
         """Write a folder that `from_pretrained` and transformers load; `weights` as kept unless given."""
         _checks.one_of("save_pretrained", "weights", weights, None, *storage.STORAGE)
+        _checks.value("save_pretrained", "model", self.group is None, "a part of the experts", "all experts")
         storage.save(self, path, weights or self.weights, max_shard_bytes)
         if hasattr(self.tokenizer, "save"):
             self.tokenizer.save(path)
 
     # -- construction ------------------------------------------------------------------------------------------------
     @classmethod
-    def skeleton(cls, config: Config) -> DeepSeekV3:
-        """All modules, on the meta device: shapes and names without memory."""
+    def skeleton(cls, config: Config, local: range | None = None) -> DeepSeekV3:
+        """All modules (of the experts, the `local` ones), on the meta device: shapes and names without memory."""
         model = cls.__new__(cls)
         nn.Module.__init__(model)
-        model._build(config)
+        model._build(config, local)
         return model
 
-    def _build(self, config: Config) -> None:
+    def _build(self, config: Config, local: range | None = None) -> None:
         with torch.device("meta"):
-            self.model = Backbone(config)
+            self.model = Backbone(config, range(config.n_routed_experts) if local is None else local)
             self.lm_head = Linear(config.hidden_size, ("lm_head", config.vocab_size))
         self.config = config
 

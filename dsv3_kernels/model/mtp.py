@@ -19,8 +19,8 @@ FEEDS = ("post_norm", "pre_norm")
 class MTPLayer(DecoderLayer):
     """Depth k lies at layer index num_hidden_layers + k - 1; embedding and output head are the main model's."""
 
-    def __init__(self, config: Config, layer: int) -> None:
-        super().__init__(config, layer, moe=True)
+    def __init__(self, config: Config, layer: int, experts: range) -> None:
+        super().__init__(config, layer, experts)
         self.enorm = Norm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = Norm(config.hidden_size, config.rms_norm_eps)
         self.eh_proj = Linear(2 * config.hidden_size, ("eh_proj", config.hidden_size))

@@ -91,7 +91,10 @@ def update_bias(model: DeepSeekV3, speed: float) -> None:
     """Auxiliary-loss-free balancing (section 2.1.2): after a step, move every router's bias by its last load."""
     for moe in moe_layers(model):
         if moe.load is not None:
-            dk.moe_update_bias(moe.gate.e_score_correction_bias, moe.load[2], speed)
+            counts = moe.load[2]
+            if model.group is not None:
+                torch.distributed.all_reduce(counts, group=model.group)
+            dk.moe_update_bias(moe.gate.e_score_correction_bias, counts, speed)
 
 
 def gradients(model: DeepSeekV3) -> dict[str, Tensor]:

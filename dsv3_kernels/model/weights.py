@@ -46,7 +46,7 @@ class Piece:
     module: Any
     attribute: str
     shape: tuple[int, ...]
-    expert: int | None = None
+    expert: int | None = None  # place in the stack
     part: int = 0
 
     @property
@@ -77,11 +77,12 @@ def pieces(model: nn.Module) -> Iterator[Piece]:
     for path, module in model.named_modules():
         if isinstance(module, Linear):
             parent = path.rpartition(".")[0]
-            for expert in range(module.experts) if module.experts else [None]:
+            for index, expert in enumerate(module.experts or [None]):
                 where = parent if expert is None else f"{parent}.{expert}"
                 for part, (name, rows) in enumerate(module.parts):
                     name = f"{where}.{name}.weight" if where else f"{name}.weight"
-                    yield Piece(name, module, "weight", (rows, module.columns), expert, part)
+                    shape, place = (rows, module.columns), None if expert is None else index
+                    yield Piece(name, module, "weight", shape, place, part)
         else:
             for attribute, parameter in module.named_parameters(recurse=False):
                 yield Piece(f"{path}.{attribute}", module, attribute, tuple(parameter.shape))

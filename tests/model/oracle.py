@@ -407,5 +407,5 @@ def quantized(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Te
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:
-    got, wanted = got.double(), wanted.double()
+    got, wanted = got.detach().double(), wanted.detach().double()
     return float((got - wanted).norm() / wanted.norm())

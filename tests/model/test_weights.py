@@ -146,6 +146,44 @@ def test_w8a8_linear_layers_exactly(fp8):
         assert relative(got[rows], wanted) <= 0.01
 
 
+def test_absorbed_weights_without_scales_are_seen(fp8):
+    """Decoding takes kv_b dequantised; its bare codes would pass every test of prefill alone."""
+    model = load(fp8.folder, weights="fp8", activations="bf16", dtype=torch.float32)
+    prompt = fp8.prompts[1]
+
+    def decoded() -> float:
+        cache = dk.model.PagedLatentCache(model.config, [64], dtype=torch.float32)
+        model(torch.tensor([prompt.tokens]), cache=cache)
+        step = torch.tensor([prompt.whole[len(prompt.tokens) :][:1]])
+        return relative(model(step, cache=cache)[0, 0], prompt.answer.logits[len(prompt.tokens)])
+
+    assert decoded() <= BOUND
+    for layer in model.model.layers:
+        codes = layer.self_attn.kv_b_proj.weight.float()
+        layer.self_attn.absorbed = codes.view_as(layer.self_attn.absorbed) / 448
+    assert decoded() > 0.01
+    assert error(fp8, model) <= BOUND
+
+
+def test_zero_tiles(fp8, monkeypatch, tmp_path):
+    """A token whose embedding is zero has tiles without a largest value: zeros come out, not 0 / 0."""
+    released = oracle.read(fp8.folder)
+    released["model.embed_tokens.weight"][5] = 0
+    oracle.write(tmp_path, oracle.FP8, released)
+    model = load(tmp_path)
+    tokens = torch.tensor([[5, 5, 5]])
+    assert model(tokens).isfinite().all()
+    norm = dk.rms_norm_quantize_1x128
+
+    def no_floor(x, *args, **options):
+        q, scale, normed, total = norm(x, *args, **options)
+        empty = normed.unflatten(-1, (-1, 16)).abs().amax((-1, -2)) == 0
+        return q, torch.where(empty[:, None], torch.nan, scale), normed, total
+
+    monkeypatch.setattr(dk, "rms_norm_quantize_1x128", no_floor)
+    assert not model(tokens).isfinite().all()
+
+
 def test_w8a8_whole(fp8):
     """Statistical: FP8 activations move the logits by percents, not more; the choice of experts is replayed."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -293,6 +331,17 @@ def test_without_mtp(base, tmp_path):
             model.generate([[1, 2]], 4, speculative=True)
 
 
+def test_copies_of_the_mtp_layer_are_not_read(base, tmp_path):
+    """Embedding and head are the main model's, whatever lies beside the MTP layer."""
+    state = oracle.read(base.folder)
+    for name in ("embed_tokens", "shared_head.head"):
+        state[f"model.layers.4.{name}.weight"] = torch.full_like(state["lm_head.weight"], torch.nan)
+    oracle.write(tmp_path, oracle.BASE, state)
+    tokens = torch.tensor([base.prompts[1].whole])
+    with torch.no_grad():
+        assert same_bits(load(tmp_path, weights="float32").mtp_logits(tokens), base.model.mtp_logits(tokens))
+
+
 # -- files that are not whole ----------------------------------------------------------------------------------------
 def broken(name: str, folder: Path) -> None:
     """Break a copy of the three-shard checkpoint in the named way."""
@@ -390,7 +439,6 @@ def test_no_folder(tmp_path):
         ({"activations": "int8"}, "activations: got 'int8'"),
         ({"weights": "bf16", "activations": "fp8"}, "activations: got 'fp8' with weights='bf16'"),
         ({"dtype": torch.float16}, "dtype"),
-        ({"group": object()}, "group"),
     ],
 )
 def test_options(base, options, words):
