@@ -38,6 +38,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--file", type=Path, metavar="FILE", help="the prompt is this file's text")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="tokens to write (default: 256)")
     parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.7,
+        metavar="T",
+        help="of the text that is shown; 0 is greedy (default: 0.7)",
+    )
+    parser.add_argument(
         "--weights",
         choices=["fp8", "bf16", "float32"],
         default="float32",
@@ -52,6 +59,8 @@ def run(options: argparse.Namespace) -> int:
     prompt = _prompt(options)
     if options.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens: got {options.max_new_tokens}, wanted 1 or more")
+    if not options.temperature >= 0:
+        raise UserError(f"--temperature: got {options.temperature}, wanted 0 or more")
     try:
         import torch  # noqa: F401
     except ImportError as error:
@@ -59,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
     console = Console()
     model = _load(options, console)
     tokens = _encode(model, prompt, options.checkpoint)
-    agree = _write(model, prompt, tokens, options.max_new_tokens, console)
+    agree = _write(model, prompt, tokens, options, console)
     _cache_cost(model, console)
     _held_out(model, options.checkpoint, console)
     code = 0
@@ -133,7 +142,17 @@ class Run:
         return (len(self.tokens) - 1) / (self.seconds - self.first) if len(self.tokens) > 1 else 0.0
 
 
-def _generate(model: DeepSeekV3, tokens: list[int], count: int, speculative: bool, console: Console | None) -> Run:
+def _generate(
+    model: DeepSeekV3,
+    tokens: list[int],
+    count: int,
+    speculative: bool,
+    console: Console | None = None,
+    temperature: float = 0.0,
+) -> Run:
+    """Continue the prompt; on a `console`, the text appears as it comes. Drawn tokens are the same every time."""
+    import torch
+
     from ..model import generate
 
     result, text = Run(statistics=generate.Statistics()), generate.TextStream(model.tokenizer)
@@ -153,6 +172,8 @@ def _generate(model: DeepSeekV3, tokens: list[int], count: int, speculative: boo
             count,
             eos_id=eos[0] if isinstance(eos, list) else eos,
             speculative=speculative,
+            temperature=temperature,
+            generator=torch.Generator(device=model.device).manual_seed(0) if temperature else None,
             on_tokens=take,
             statistics=result.statistics,
         )
@@ -163,27 +184,28 @@ def _generate(model: DeepSeekV3, tokens: list[int], count: int, speculative: boo
     return result
 
 
-def _write(model: DeepSeekV3, prompt: str, tokens: list[int], count: int, console: Console) -> bool:
-    """Write the text, by speculation where there is an MTP layer, then plainly; True when both gave the same tokens."""
-    speculates = model.config.num_nextn_predict_layers > 0
-    _generate(model, tokens, min(count, 2), speculates, None)  # loads what the first call has to load
+def _write(model: DeepSeekV3, prompt: str, tokens: list[int], options: argparse.Namespace, console: Console) -> bool:
+    """Write the text; then decode greedily, plainly and by speculation: True when both gave the same tokens."""
+    speculates, count = model.config.num_nextn_predict_layers > 0, options.max_new_tokens
+    _generate(model, tokens, min(count, 2), speculates)  # loads what the first call has to load
     console.heading("Text")
     console.piece(prompt)
-    shown = _generate(model, tokens, count, speculates, console)
-    plain = _generate(model, tokens, count, False, None) if speculates else shown
-    console.heading("Speed")
+    _generate(model, tokens, count, speculates, console, options.temperature)
+    plain = _generate(model, tokens, count, False)
+    console.heading("Speed, decoding greedily")
     console.line(f"prefill: {len(tokens)} tokens in {plain.first * 1e3:.1f} ms")
     console.line(f"decode: {plain.speed:.1f} tokens/s")
     if not speculates:
         console.line("no MTP layer in this checkpoint: nothing to speculate with")
         return True
-    stats = shown.statistics
-    ratio = f" ({shown.speed / plain.speed:.2f} x)" if plain.speed else ""
-    console.line(f"speculative decode: {shown.speed:.1f} tokens/s{ratio}")
+    drafted = _generate(model, tokens, count, True)
+    stats = drafted.statistics
+    ratio = f" ({drafted.speed / plain.speed:.2f} x)" if plain.speed else ""
+    console.line(f"speculative decode: {drafted.speed:.1f} tokens/s{ratio}")
     console.line(
         f"MTP acceptance: {stats.acceptance:.3f} ({stats.accepted} of {stats.drafted} drafts, {stats.steps} passes)"
     )
-    wrong = disagreement(model, tokens, plain.tokens, shown.tokens)
+    wrong = disagreement(model, tokens, plain.tokens, drafted.tokens)
     console.line(f"speculative and plain tokens: {wrong or 'the same ' + GOOD}")
     return wrong is None or not wrong.startswith("FAIL")
 
