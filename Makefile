@@ -1,6 +1,6 @@
 # Ways in: venv demo test test-fast lint test-gpu bench gpu gpu-wheels clean
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
+TORCH ?= torch==2.13.0 triton==3.7.1
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CXX_FILES := $(shell find csrc tests/build -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -17,7 +17,10 @@ help:  ## list the targets
 
 .venv/installed: pyproject.toml setup.py build_backend/toolchain.py | .venv/bin/python
 	$(PY) -c 'import torch' 2>/dev/null || $(PIP) install --quiet $(TORCH)
-	$(PIP) install --quiet 'setuptools>=77' wheel $$($(PY) -m build_backend --requirements)
+	$(PIP) install --quiet 'setuptools>=77' wheel 'pybind11>=2.12'
+	@# Apart from what torch brings: a CUDA build of torch has a CUDA runtime of its own, of another version.
+	$(PIP) install --quiet --no-deps --target .venv/nvcc $$($(PY) -m build_backend --requirements) \
+	  || echo 'The pinned nvcc cannot be had: an nvcc of this machine is used, or the CUDA images will be missing.'
 	$(PIP) install --quiet --no-build-isolation --editable '.[dev]'
 	touch $@
 
@@ -40,9 +43,9 @@ test-fast: venv  ## the same without the slow ones
 	$(PY) -m pytest tests -m 'not slow' $(PYTEST_ARGS)
 
 lint: .venv/installed  ## ruff, mypy, clang-format
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
-	.venv/bin/mypy dsv3_kernels
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy dsv3_kernels
 	@$(if $(CXX_FILES),.venv/bin/clang-format --dry-run -Werror $(CXX_FILES))
 
 # The GPU targets use the python3 that has torch; they build in place and install nothing outside build/.

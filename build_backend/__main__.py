@@ -13,7 +13,7 @@ def main() -> int:
     parser.add_argument("--null-driver", action="store_true", help="build the tests' null driver as well")
     options = parser.parse_args()
     if options.requirements:
-        print(*toolchain.NVCC_PARTS, toolchain.PYBIND11, sep="\n")
+        print(*toolchain.NVCC_PARTS, sep="\n")
         return 0
     try:
         native.build(options.images or None)

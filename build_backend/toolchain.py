@@ -82,9 +82,11 @@ def _package_index_nvcc() -> Path | None:
     try:
         spec = importlib.util.find_spec("nvidia.cu13")
     except ModuleNotFoundError:
-        return None
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        if (nvcc := Path(folder) / "bin" / "nvcc").is_file() and (Path(folder) / "nvvm").is_dir():
+        spec = None
+    # `make venv` keeps the parts in a folder of their own, where torch's requirements do not mix with them.
+    apart = Path(sys.prefix) / "nvcc" / "nvidia" / "cu13"
+    for folder in [apart, *(Path(f) for f in (spec.submodule_search_locations or []) if spec)]:
+        if (nvcc := folder / "bin" / "nvcc").is_file() and (folder / "nvvm").is_dir():
             return nvcc
     return None
 
@@ -93,8 +95,7 @@ def _package_index_nvcc() -> Path | None:
 def find_nvcc() -> Nvcc | None:
     """`DSV3_KERNELS_NVCC`, else the package index's parts, else `CUDA_HOME`, else `PATH`; None where there is none.
 
-    Raises BuildError for a compiler that was named or found and cannot be used, except that one from the environment
-    which is too old counts as none.
+    Raises BuildError for a compiler that was named or found and cannot be used.
     """
     if named := named_nvcc():
         return _inspect(Path(shutil.which(named) or named), "DSV3_KERNELS_NVCC")
