@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import relative
+from oracle import CASES, relative
 
 import dsv3_kernels as dk
 from dsv3_kernels.model import layers
@@ -27,7 +27,7 @@ def noise(case, bf16, run) -> list[tuple[float, float]]:
     return out
 
 
-@pytest.mark.parametrize("name", ["base", "odd", "plain"])
+@pytest.mark.parametrize("name", sorted(CASES))
 def test_logits(name, cases, bf16):
     case = cases(name)
     model = case.load(weights="bf16").requires_grad_(False)

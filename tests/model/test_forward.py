@@ -56,7 +56,9 @@ def test_latent_cache(case):
         cache = cached(case, 1)
         case.model(torch.tensor([prompt.whole]), cache=cache)
         assert cache.lengths == cache.seqlens.tolist() == [len(prompt.whole)]
-        for got, wanted in zip(cache.pages, case.oracle.latents(prompt.whole), strict=False):
+        theirs = case.oracle.latents(prompt.whole)
+        assert len(theirs) == case.model.config.num_hidden_layers <= len(cache.pages)
+        for got, wanted in zip(cache.pages, theirs, strict=False):  # a page of the MTP layer may follow
             rows = got[cache.block_table[0].long()].flatten(0, 1)[: len(prompt.whole)]
             assert relative(rows, wanted) <= BOUND
 

@@ -5,6 +5,7 @@ A mistake that slips under the bound of the other files would show here as a fai
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -72,6 +73,14 @@ def test_router_in_low_precision(base, monkeypatch):
 
     monkeypatch.setattr(layers.Gate, "forward", forward)
     assert error(base) > 10 * BOUND
+
+
+def test_router_bias_in_bfloat16(base, monkeypatch):
+    for layer in base.model.model.layers[1:]:
+        buffers = layer.mlp.gate._buffers
+        rounded = buffers["e_score_correction_bias"].bfloat16().float()
+        monkeypatch.setitem(buffers, "e_score_correction_bias", rounded)
+    assert error(base) > 100 * BOUND
 
 
 def gate_options(config) -> dict:
@@ -169,6 +178,17 @@ def test_latent_norm_over_the_rotary_key_too(base, monkeypatch):
     assert error(base) > 0.01
 
 
+def test_rotary_key_normed(base, monkeypatch):
+    """The norm takes the latent alone: the rotary key stays as it was projected."""
+    rope = dk.rope
+
+    def normed(x, *rest):
+        return rope(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) if x.dim() == 2 else x, *rest)
+
+    monkeypatch.setattr(dk, "rope", normed)
+    assert error(base) > 0.01
+
+
 def test_no_latent_norm(base, monkeypatch):
     for layer in base.model.model.layers:
         monkeypatch.setitem(layer.self_attn._modules, "kv_a_layernorm", torch.nn.Identity())
@@ -249,3 +269,26 @@ def test_mtp_first_embedding_zeroed(base, monkeypatch):
 
     monkeypatch.setattr(mtp.MTPLayer, "predict", zeroed)
     assert mtp_error(base) > 0.01
+
+
+def test_mtp_with_an_embedding_of_its_own(base, monkeypatch):
+    original, table = mtp.MTPLayer.predict, base.model.model.embed_tokens.weight
+    other = torch.randn(table.shape, generator=torch.Generator().manual_seed(0))[base.prompts[3].whole[1:]]
+    monkeypatch.setattr(mtp.MTPLayer, "predict", lambda self, hidden, _, step: original(self, hidden, other, step))
+    assert mtp_error(base) > 0.05
+
+
+def test_mtp_with_a_head_of_its_own(base, monkeypatch):
+    head = copy.deepcopy(base.model.lm_head)
+    head.weight.normal_(0.0, float(head.weight.std()), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setitem(base.model._modules, "lm_head", head)
+    assert mtp_error(base) > 0.05
+
+
+def test_mtp_block_from_the_last_main_layer(base, monkeypatch):
+    """It lies at index num_hidden_layers; one too low its norms and projection would work on another block."""
+    last, block = base.model.model.layers[3], base.model.model.layers[4]
+    assert base.model.config.num_hidden_layers == 4
+    for name, module in last.named_children():
+        monkeypatch.setitem(block._modules, name, module)
+    assert mtp_error(base) > 0.05
