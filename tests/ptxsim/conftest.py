@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from simulator import Simulator  # noqa: E402
+from simulator import Simulator
 
 DEFAULTS = {
     "seed": 0,

@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -38,7 +39,7 @@ class _Config(ctypes.Structure):
 class TensorMap:
     """A tensor map over a numpy array (or an address), encoded by cuTensorMapEncodeTiled."""
 
-    TYPES = {
+    TYPES: ClassVar[dict[str, int]] = {
         "u8": 0,
         "u16": 1,
         "u32": 2,
@@ -125,8 +126,8 @@ class Kernel:
             self.sim.lib.cuLibraryUnload(self.library)
 
     def launch(self, *args, grid=1, block=32, shared=0, cluster=None, buffers=(), declare=True):
-        """numpy arrays go as pointers and are declared readable and writable; ints as 32 bits (np.int64 as 64), floats as
-        float32, bytes and tensor maps as they are. `buffers`: further (array, access) reached otherwise."""
+        """numpy arrays go as pointers and are declared readable and writable; ints as 32 bits (np.int64 as 64), floats
+        as float32, bytes and tensor maps as they are. `buffers`: further (array, access) reached otherwise."""
         values = []
         keep = []
         for a in args:

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - PTX reads better unbroken
 """mbarrier, asynchronous copies, TMA, matrix instructions: each against a model written from the PTX ISA."""
 
 from __future__ import annotations

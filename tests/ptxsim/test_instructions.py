@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - PTX reads better unbroken
 """Each lane-wise instruction against numpy, from the PTX ISA's text: edge values and random bits."""
 
 from __future__ import annotations

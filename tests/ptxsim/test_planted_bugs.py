@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - PTX reads better unbroken
 """A known-good kernel runs right and silently; each planted bug is reported by what it is."""
 
 from __future__ import annotations
@@ -229,9 +230,9 @@ def test_reports(sim, body, text):
 
 
 def test_unknown_instruction_is_named(sim):
-    with pytest.raises(SimError, match="PTX line .*frobnicate.f32"):
+    with pytest.raises(SimError, match=r"PTX line .*frobnicate.f32"):
         sim.run(kernel("frobnicate.f32 %r1, %r2;"), np.zeros(1, np.uint32))
-    with pytest.raises(SimError, match="modifier .wobbly is not supported"):
+    with pytest.raises(SimError, match=r"modifier .wobbly is not supported"):
         sim.run(kernel("add.wobbly.s32 %r1, %r0, %r0;"), np.zeros(1, np.uint32))
 
 
@@ -254,7 +255,7 @@ def test_cluster_barrier(sim):
     )
     assert np.array_equal(out, np.concatenate([np.arange(32) + 100, np.arange(32)]))
     for sync in ("", "barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.acquire.aligned;"):
-        with pytest.raises(SimError, match="race on shared memory|uninitialised|all exited"):
+        with pytest.raises(SimError, match=r"race on shared memory|uninitialised|all exited"):
             sim.run(cluster_kernel(sync), np.zeros(64, np.uint32), grid=2, block=32, cluster=2)
 
 
