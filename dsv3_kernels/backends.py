@@ -96,7 +96,7 @@ def explain(op: str, *args: Any) -> Explanation:
     """
     _known("explain", op)
     name, reason, passed_over = _choose(op, args, _device_of(args))
-    kernels = tuple(k for k in _host_kernels() if k.startswith(op)) if name.endswith("cuda") else ()
+    kernels = _kernels_of(op) if name.endswith("cuda") else ()
     return Explanation(op, name, reason, kernels, passed_over)
 
 
@@ -107,7 +107,7 @@ def is_supported(op: str, device: Any, backend: str | None = None) -> bool:
     _known("is_supported", op)
     _check_name("backend", backend)
     device = torch.device(device)
-    if device.type not in ("cpu", "cuda"):
+    if device.type != "cpu" and _gpu_missing(device) is not None:
         return False
     return backend in (None, "eager") or any(missing(op, name, device) is None for name in _expand(op, backend or ""))
 
@@ -216,10 +216,17 @@ def missing(op: str, name: str, device: Any) -> str | None:
     return _cuda_missing(device) if kind == "cuda" else _triton_missing() or _triton_device(op, device)
 
 
-def _cuda_missing(device: Any) -> str | None:
+def _gpu_missing(device: Any) -> str | None:
+    import torch
+
     if device.type != "cuda":
         return f"needs a CUDA device, got {device.type}"
-    why = _host_missing()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return None if (device.index or 0) < count else f"needs a CUDA device, got {device} where torch sees {count}"
+
+
+def _cuda_missing(device: Any) -> str | None:
+    why = _gpu_missing(device) or _host_missing()
     if why is not None:
         return why
     capability = _capability(device)
@@ -228,8 +235,9 @@ def _cuda_missing(device: Any) -> str | None:
 
 
 def _triton_device(op: str, device: Any) -> str | None:
-    if device.type != "cuda":
-        return f"needs a CUDA device, got {device.type}"
+    why = _gpu_missing(device)
+    if why is not None:
+        return why
     wanted = (8, 9) if OPS[op].family in ("quant", "gemm") else (8, 0)
     capability = _capability(device)
     return None if capability >= wanted else f"needs compute capability {wanted[0]}.{wanted[1]}, got {capability}"
@@ -277,6 +285,15 @@ def _host_missing() -> str | None:
 def _host_kernels() -> tuple[str, ...]:
     host = _host()
     return () if isinstance(host, str) else tuple(host.kernels())
+
+
+def _kernels_of(op: str) -> tuple[str, ...]:
+    """A kernel is of the longest op name that begins its own; an op without any launches those of its module's op."""
+    owners: dict[str, list[str]] = {}
+    for kernel in _host_kernels():
+        if owner := max((name for name in OPS if f"{kernel}_".startswith(f"{name}_")), key=len, default=""):
+            owners.setdefault(owner, []).append(kernel)
+    return tuple(owners.get(op) or owners.get(OPS[op].module) or ())
 
 
 @functools.cache
