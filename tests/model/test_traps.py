@@ -75,12 +75,15 @@ def test_router_in_low_precision(base, monkeypatch):
     assert error(base) > 10 * BOUND
 
 
-def test_router_bias_in_bfloat16(base, monkeypatch):
-    for layer in base.model.model.layers[1:]:
+def test_router_bias_in_bfloat16(cases, monkeypatch):
+    """It changes nothing but close decisions: one of these falls on the longest prompt of this configuration."""
+    case = cases("plain")
+    assert error(case) <= BOUND
+    for layer in case.model.model.layers[2:]:
         buffers = layer.mlp.gate._buffers
         rounded = buffers["e_score_correction_bias"].bfloat16().float()
         monkeypatch.setitem(buffers, "e_score_correction_bias", rounded)
-    assert error(base) > 100 * BOUND
+    assert error(case) > 0.01
 
 
 def gate_options(config) -> dict:
