@@ -202,6 +202,15 @@ class Gate(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         self.e_score_correction_bias = nn.Buffer(torch.empty(config.n_routed_experts, dtype=torch.float32))
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Gate:
+        """Of `.to(...)`, `.bfloat16()` and the like the bias follows the device alone: bfloat16 would choose others."""
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        moved = self.e_score_correction_bias
+        if moved.dtype != torch.float32:
+            self.e_score_correction_bias = bias.to(moved.device)
+        return self
+
     def forward(self, x: Tensor, replay: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, hidden] -> (weights [T, K] float32, experts [T, K] int32, logits [T, E] float32)."""
         config = self.config

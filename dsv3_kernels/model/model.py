@@ -141,7 +141,8 @@ class DeepSeekV3(nn.Module):
         """Load a Hugging Face DeepSeek-V3 folder: config.json, safetensors, tokenizer.json where there is one.
 
         `weights`: how the large matrices are kept, "fp8" (codes and 128x128 scales), "bf16" or "float32"; by default
-        as the checkpoint has them. FP8 weights multiply FP8 activations (1x128 scales) unless `activations` is "bf16",
+        as the checkpoint's config says they are (`quantization_config`, else `dtype` or `torch_dtype`; float16 and
+        anything else becomes "bf16"). FP8 weights multiply FP8 activations (1x128 scales) unless `activations` is "bf16",
         which dequantises the weights and leaves activations alone. `dtype` is that of the activations and, with FP8
         weights, of all other tensors: by default float32 for weights="float32", else bfloat16.
 
@@ -159,7 +160,9 @@ class DeepSeekV3(nn.Module):
         first = f"model.layers.{config.num_hidden_layers}."
         if not any(name.startswith(first) for name in checkpoint.entries):
             config.num_nextn_predict_layers = 0
-        weights = weights or ("fp8" if config.quantization else "bf16")
+        if weights is None:
+            floats = config.other.get("dtype", config.other.get("torch_dtype"))
+            weights = "fp8" if config.quantization else "float32" if floats == "float32" else "bf16"
         activations = activations or ("fp8" if weights == "fp8" else "bf16")
         if activations == "fp8" and weights != "fp8":
             raise ValueError(f"{op}: activations: got 'fp8' with weights={weights!r}, wanted weights='fp8'")

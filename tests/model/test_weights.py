@@ -353,6 +353,44 @@ def test_quantised_at_load(base, tmp_path):
     assert same_bits(again(tokens), model(tokens))
 
 
+def test_weights_as_the_config_says(base, tmp_path):
+    """Without `weights`, a float32 checkpoint loads as float32, by the new spelling of the key and the old one."""
+    state = oracle.read(base.folder)
+    plain = {name: value for name, value in oracle.BASE.items() if name != "torch_dtype"}
+    for number, (extra, wanted) in enumerate(
+        [
+            ({"torch_dtype": "float32"}, torch.float32),
+            ({"dtype": "float32"}, torch.float32),
+            ({"dtype": "bfloat16", "torch_dtype": "float32"}, torch.bfloat16),
+            ({"torch_dtype": "float16"}, torch.bfloat16),
+            ({}, torch.bfloat16),
+        ]
+    ):
+        folder = oracle.write(tmp_path / str(number), plain | extra, state)
+        model = load(folder)
+        assert model.dtype == wanted and {p.dtype for p in model.parameters()} == {wanted}, extra
+        assert model.weights == ("float32" if wanted == torch.float32 else "bf16")
+    model = load(tmp_path / "0", weights="bf16")
+    assert model.dtype == model.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_router_bias_stays_float32(base):
+    """Whatever dtype the model is brought to; it follows to other devices, and gets no values of its own there."""
+    model = base.load(weights="float32")
+    gates = [module for module in model.modules() if isinstance(module, dk.model.layers.Gate)]
+    biases = [gate.e_score_correction_bias.clone() for gate in gates]
+    assert len(gates) == 4
+    for change in (lambda m: m.to(torch.bfloat16), lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.double()):
+        change(model)
+        for gate, bias in zip(gates, biases, strict=True):
+            assert gate.weight.dtype != torch.float32
+            assert same_bits(gate.e_score_correction_bias, bias)
+            assert "e_score_correction_bias" in dict(gate.named_buffers())
+    model.to("meta", torch.bfloat16)
+    assert all(gate.e_score_correction_bias.is_meta for gate in gates)
+    assert all(gate.e_score_correction_bias.dtype == torch.float32 for gate in gates)
+
+
 # -- the MTP layer, there or not -------------------------------------------------------------------------------------
 def test_without_mtp(base, tmp_path):
     state = oracle.read(base.folder)
