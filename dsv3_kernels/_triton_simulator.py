@@ -224,7 +224,7 @@ def _driver(library: str) -> SimulatorDriver:
 
 @contextlib.contextmanager
 def active(library: str) -> Iterator[None]:
-    """Triton's launches inside the block run on the simulator at `library`. Other threads' wait at their own `active`."""
+    """Triton's launches inside the block run on the simulator at `library`; other threads wait to enter theirs."""
     config = triton.runtime.driver
     with _lock:
         before = config._active
