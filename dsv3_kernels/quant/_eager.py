@@ -30,9 +30,19 @@ def encode(x: Tensor, scale: Tensor) -> Tensor:
     return torch.where(real.isnan(), torch.nan, real).to(torch.float8_e4m3fn)
 
 
+def _pad(x: Tensor, amounts: tuple[int, ...]) -> Tensor:
+    """Zeros around x, as F.pad has them; torch 2.8's refuses empty dimensions."""
+    if not x.numel():
+        grown = list(x.shape)
+        for dim in range(len(amounts) // 2):
+            grown[-1 - dim] += amounts[2 * dim] + amounts[2 * dim + 1]
+        return x.new_zeros(grown)
+    return F.pad(x, amounts)
+
+
 def quantize_1x128(x: Tensor, pow2_scale: bool, scale_layout: str) -> tuple[Tensor, Tensor]:
     columns = x.shape[-1]
-    padded = F.pad(x.float(), (0, -columns % 128)).unflatten(-1, (blocks(columns), 128))
+    padded = _pad(x.float(), (0, -columns % 128)).unflatten(-1, (blocks(columns), 128))
     scale = scale_of(padded.abs().amax(-1), pow2_scale)
     q = encode(padded, scale[..., None]).flatten(-2)[..., :columns].contiguous()
     return q, empty_scale(x, columns, scale_layout).copy_(scale)
@@ -40,7 +50,7 @@ def quantize_1x128(x: Tensor, pow2_scale: bool, scale_layout: str) -> tuple[Tens
 
 def quantize_128x128(w: Tensor, pow2_scale: bool) -> tuple[Tensor, Tensor]:
     rows, columns = w.shape[-2:]
-    padded = F.pad(w.float(), (0, -columns % 128, 0, -rows % 128))
+    padded = _pad(w.float(), (0, -columns % 128, 0, -rows % 128))
     tiles = padded.unflatten(-1, (blocks(columns), 128)).unflatten(-3, (blocks(rows), 128))
     scale = scale_of(tiles.abs().amax((-3, -1)), pow2_scale)
     q = encode(tiles, scale[..., :, None, :, None]).flatten(-2).flatten(-3, -2)
@@ -52,11 +62,11 @@ def quantize_1x128_both(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     columns = width(x, offsets)
     if offsets is None:
-        tokens = F.pad(x.float(), (0, 0, 0, columns - x.shape[0]))
+        tokens = _pad(x.float(), (0, 0, 0, columns - x.shape[0]))
         offsets_t = x.new_empty(0, dtype=torch.int32)
     else:
         source, offsets_t = _padded_segments(offsets, columns, x.shape[0])
-        tokens = F.pad(x.float(), (0, 0, 0, 1))[source]
+        tokens = _pad(x.float(), (0, 0, 0, 1))[source]
     tiles = tokens.unflatten(0, (blocks(columns), 128))
     scale_t = scale_of(tiles.abs().amax(1), pow2_scale)
     q_t = encode(tiles, scale_t[:, None]).flatten(0, 1).t().contiguous()
