@@ -7,6 +7,7 @@ import os
 VARIABLES: dict[str, str] = {
     "DSV3_KERNELS_BACKEND": "backend for the whole process: eager, triton, cuda, sim, sim:cuda or sim:triton",
     "DSV3_KERNELS_DRIVER": "library that serves CPU tensors in place of libcuda.so.1 (the simulator, a test double)",
+    "DSV3_KERNELS_SIM": "options of the simulator, for example timing=late,order=reverse (csrc/ptxsim/README.md)",
     "DSV3_KERNELS_NVCC": "nvcc that builds the CUDA images (build time)",
     "DSV3_KERNELS_BUILD": "'python' builds no native code, on purpose (build time)",
 }
