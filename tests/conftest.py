@@ -18,8 +18,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for line in ("slow: longer than a few seconds; left out of `make test-fast`", "gpu: needs a GPU"):
-        config.addinivalue_line("markers", line)
+    if config.getoption("--gpu") and not torch.cuda.is_available():
+        pytest.exit(f"--gpu: torch {torch.__version__} sees no GPU", returncode=1)
     torch.set_num_threads(max(1, min(2, os.cpu_count() or 1)))
 
 
