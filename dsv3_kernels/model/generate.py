@@ -49,8 +49,8 @@ def generate(
     The prompt is included. A sequence ends with `eos_id`; in a tensor the rest of its row is `eos_id` too.
     `on_tokens` is called after each step with the new tokens of each sequence. Options and errors: see `stream`.
     """
-    batch = tokens.tolist() if isinstance(tokens, Tensor) else tokens
     pieces = stream(model, tokens, max_new_tokens, eos_id=eos_id, **options)
+    batch = tokens.tolist() if isinstance(tokens, Tensor) else tokens
     out = [list(prompt) for prompt in batch]
     for new in pieces:
         for row, extra in zip(out, new, strict=True):
@@ -86,14 +86,23 @@ def stream(
     a time (whole by default). cache_dtype: the model's, or torch.uint8 for the FP8 cache.
 
     ValueError: empty prompts, ids outside the vocabulary, prompt + max_new_tokens past max_position_embeddings,
-    speculation without an MTP layer. TypeError for tokens that are no integers.
+    speculation without an MTP layer. TypeError for tokens or counts that are no integers, RuntimeError for tokens on
+    the meta device.
     """
     op = "generate"
+    _checks.integer(op, "max_new_tokens", max_new_tokens, 0)
+    for name, number in (("temperature", temperature), ("top_p", top_p)):
+        _checks.number(op, name, number)
+    for name, count, least in (("eos_id", eos_id, 0), ("prefill_chunk", prefill_chunk, 1)):
+        if count is not None:
+            _checks.integer(op, name, count, least)
     if isinstance(tokens, Tensor):
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"{op}: tokens: got dtype {_checks.name_of(tokens.dtype)}, wanted int64 or int32")
         if tokens.dim() != 2:
             raise ValueError(f"{op}: tokens: got shape {list(tokens.shape)}, wanted [batch, tokens]")
+        if tokens.is_meta:
+            raise RuntimeError(f"{op}: tokens: got device meta, wanted one that holds values")
         tokens = tokens.tolist()
     prompts = [list(prompt) for prompt in tokens]
     if not prompts or not all(prompts):
@@ -111,10 +120,8 @@ def stream(
                 f"max_position_embeddings = {limit}"
             )
     for name, value, ok, wanted in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "0 or more"),
         ("temperature", temperature, temperature >= 0, "0 or more"),
         ("top_p", top_p, 0 < top_p <= 1, "more than 0, at most 1"),
-        ("prefill_chunk", prefill_chunk, prefill_chunk is None or prefill_chunk > 0, "1 or more"),
     ):
         if not ok:
             raise ValueError(f"{op}: {name}: got {value}, wanted {wanted}")

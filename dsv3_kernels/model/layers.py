@@ -208,7 +208,7 @@ class Gate(nn.Module):
         super()._apply(fn, recurse)
         moved = self.e_score_correction_bias
         if moved.dtype != torch.float32:
-            self.e_score_correction_bias = bias.to(moved.device)
+            self.e_score_correction_bias = nn.Buffer(bias.to(moved.device))
         return self
 
     def forward(self, x: Tensor, replay: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

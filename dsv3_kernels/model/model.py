@@ -42,6 +42,7 @@ class PagedLatentCache:
             raise ValueError(
                 f"PagedLatentCache: capacities: got {list(capacities)}, wanted one positive number or more"
             )
+        _checks.integer("PagedLatentCache", "page_size", page_size, 1)
         counts = [-(-n // page_size) for n in capacities]
         if dtype == torch.uint8 and (config.kv_lora_rank, config.qk_rope_head_dim) != (512, 64):
             raise ValueError("PagedLatentCache: dtype: uint8 takes latents of 512 and rotary keys of 64 only")
@@ -141,10 +142,10 @@ class DeepSeekV3(nn.Module):
         """Load a Hugging Face DeepSeek-V3 folder: config.json, safetensors, tokenizer.json where there is one.
 
         `weights`: how the large matrices are kept, "fp8" (codes and 128x128 scales), "bf16" or "float32"; by default
-        as the checkpoint's config says they are (`quantization_config`, else `dtype` or `torch_dtype`; float16 and
-        anything else becomes "bf16"). FP8 weights multiply FP8 activations (1x128 scales) unless `activations` is "bf16",
-        which dequantises the weights and leaves activations alone. `dtype` is that of the activations and, with FP8
-        weights, of all other tensors: by default float32 for weights="float32", else bfloat16.
+        as the checkpoint's config says they are (`quantization_config`, else `dtype` or `torch_dtype`), "bf16" where
+        it says float16 or nothing. FP8 weights multiply FP8 activations (1x128 scales) unless `activations` is
+        "bf16", which dequantises the weights and leaves activations alone. `dtype` is that of the activations and,
+        with FP8 weights, of all other tensors: by default float32 for weights="float32", else bfloat16.
 
         `group`: a torch.distributed group whose ranks share the routed experts out, each holding the rest whole and
         bringing its own sequences. All ranks then make the same calls, `generate` with the same options; a rank whose
@@ -400,6 +401,10 @@ class DeepSeekV3(nn.Module):
     def _check_lengths(self, seq_lens: Any, batch: int, width: int) -> list[int]:
         if seq_lens is None:
             return [width] * batch
+        if isinstance(seq_lens, Tensor):
+            _checks.shape("model", "seq_lens", seq_lens, (batch,))
+        elif not isinstance(seq_lens, Sequence):
+            raise TypeError(f"model: seq_lens: got {type(seq_lens).__name__}, wanted a list or a Tensor of ints")
         lengths = seq_lens.tolist() if isinstance(seq_lens, Tensor) else list(seq_lens)
         ok = len(lengths) == batch and all(isinstance(n, int) and 0 <= n <= width for n in lengths) and any(lengths)
         _checks.value("model", "seq_lens", ok, lengths, f"{batch} lengths of 0 to {width}, not all 0")
@@ -435,6 +440,8 @@ def split_routing(
     """Experts to replay -> (those of the main layers, packed; those of the MTP depths, if given), checked."""
     if routing is None:
         return None, None
+    if not isinstance(routing, (list, tuple)):
+        raise TypeError(f"model: routing: got {type(routing).__name__}, wanted a list of Tensors")
     config, (batch, width) = model.config, tokens.shape
     main = max(config.num_hidden_layers - config.first_k_dense_replace, 0)
     whole = main + config.num_nextn_predict_layers

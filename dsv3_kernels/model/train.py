@@ -64,7 +64,7 @@ def loss(
 
 
 def _cross_entropy(model: DeepSeekV3, hidden: Tensor, tokens: Tensor, ahead: int) -> Tensor:
-    """Row i of `hidden` predicts the token `shift` after its own position; rows past the end predict nothing."""
+    """Row i of `hidden` predicts the token `ahead` after its own position; rows past the end predict nothing."""
     rows = tokens.shape[1] - ahead
     logits = model.head(hidden[:, :rows].reshape(-1, hidden.shape[-1]))
     return F.cross_entropy(logits, tokens[:, ahead:].reshape(-1).long())

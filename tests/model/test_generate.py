@@ -300,7 +300,16 @@ def test_text_streams_whole_characters(kind, trained_tokenizer):
         ([[-1]], {}, ValueError, "tokens: got id -1"),
         ([[1.5]], {}, TypeError, "tokens: got float"),
         ([[1] * 260], {}, ValueError, "max_position_embeddings = 256"),
+        (torch.zeros(1, 3, dtype=torch.int64, device="meta"), {}, RuntimeError, "generate: tokens: got device meta"),
         ([[1]], {"max_new_tokens": -1}, ValueError, "max_new_tokens: got -1"),
+        ([[1]], {"max_new_tokens": 2.5}, TypeError, "generate: max_new_tokens: got float, wanted an int"),
+        ([[1]], {"max_new_tokens": "3"}, TypeError, "generate: max_new_tokens: got str, wanted an int"),
+        ([[1]], {"max_new_tokens": None}, TypeError, "generate: max_new_tokens: got NoneType, wanted an int"),
+        ([[1]], {"eos_id": "x"}, TypeError, "generate: eos_id: got str, wanted an int"),
+        ([[1]], {"eos_id": -1}, ValueError, "generate: eos_id: got -1, wanted at least 0"),
+        ([[1]], {"temperature": "hot"}, TypeError, "generate: temperature: got str, wanted a number"),
+        ([[1]], {"top_p": None}, TypeError, "generate: top_p: got NoneType, wanted a number"),
+        ([[1]], {"prefill_chunk": 1.0}, TypeError, "generate: prefill_chunk: got float, wanted an int"),
         ([[1]], {"temperature": -0.5}, ValueError, "temperature: got -0.5"),
         ([[1]], {"top_p": 0.0}, ValueError, "top_p: got 0.0"),
         ([[1]], {"top_p": 1.5}, ValueError, "top_p: got 1.5"),
@@ -335,6 +344,21 @@ FORWARD = {
     "seq_lens too many": (lambda m: m(torch.ones(1, 2, dtype=torch.int64), seq_lens=[2, 2]), ValueError, "seq_lens"),
     "seq_lens too long": (lambda m: m(torch.ones(1, 2, dtype=torch.int64), seq_lens=[3]), ValueError, "seq_lens"),
     "all empty": (lambda m: m(torch.ones(1, 2, dtype=torch.int64), seq_lens=[0]), ValueError, "seq_lens"),
+    "seq_lens is a number": (
+        lambda m: m(torch.ones(1, 2, dtype=torch.int64), seq_lens=5),
+        TypeError,
+        "model: seq_lens: got int, wanted a list or a Tensor of ints",
+    ),
+    "seq_lens without a dimension": (
+        lambda m: m(torch.ones(1, 2, dtype=torch.int64), seq_lens=torch.tensor(2)),
+        ValueError,
+        r"model: seq_lens: got shape \[\], wanted \[1\]",
+    ),
+    "routing is a number": (
+        lambda m: m(torch.ones(1, 2, dtype=torch.int64), routing=5),
+        TypeError,
+        "model: routing: got int, wanted a list of Tensors",
+    ),
     "positions of another shape": (
         lambda m: m(torch.ones(1, 2, dtype=torch.int64), positions=torch.zeros(1, 3, dtype=torch.int64)),
         ValueError,
@@ -409,6 +433,10 @@ def test_bad_cache(base):
     for capacities in ([], [0], [64, -1]):
         with pytest.raises(ValueError, match="capacities"):
             PagedLatentCache(config, capacities)
+    with pytest.raises(ValueError, match="PagedLatentCache: page_size: got 0, wanted at least 1"):
+        PagedLatentCache(config, [64], page_size=0)
+    with pytest.raises(TypeError, match=r"PagedLatentCache: page_size: got float, wanted an int"):
+        PagedLatentCache(config, [64], page_size=64.0)
     with pytest.raises(ValueError, match="uint8 takes latents of 512"):
         PagedLatentCache(config, [64], dtype=torch.uint8)
     assert relative(cache.pages, before) == 0
