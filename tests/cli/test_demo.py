@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import torch
 
-from dsv3_kernels import cli
+from dsv3_kernels import backends, cli
 from dsv3_kernels.commands import demo
 from dsv3_kernels.commands.console import Console
 from dsv3_kernels.model import Config, DeepSeekV3, generate
+from dsv3_kernels.quant import _eager
 
 SIZES = {
     "vocab_size": 256,
@@ -55,7 +57,7 @@ def run(folder, *argv):
 
 
 def test_demo(checkpoint, model, capsys):
-    assert run(checkpoint, "--prompt", "Hello, ", "--max-new-tokens", "12") == 0
+    assert run(checkpoint, "--prompt", "Hello, ", "--max-new-tokens", "12", "--temperature", "0") == 0
     text = capsys.readouterr().out
     tokens = model.generate([list(b"Hello, ")], 12)[0]
     assert model.tokenizer.decode(tokens) in text
@@ -67,11 +69,48 @@ def test_demo(checkpoint, model, capsys):
     assert f"{3 * 576 * 4} bytes per token" in text and f"keys and values: {3 * 2 * 320 * 4}, 1.11 times" in text
 
 
+def test_the_text_is_drawn_and_the_same_every_time(checkpoint, model, capsys):
+    greedy = model.generate([list(b"Hello, ")], 12)[0]
+    drawn = demo._generate(model, list(b"Hello, "), 12, True, temperature=0.7).tokens
+    assert len(drawn) == 12 and drawn != greedy[7:]
+    assert run(checkpoint, "--prompt", "Hello, ", "--max-new-tokens", "12") == 0
+    assert model.tokenizer.decode([*b"Hello, ", *drawn]) in capsys.readouterr().out
+
+
 def test_demo_ends_with_the_table_of_ops(checkpoint, capsys):
     arguments = ["demo", "--checkpoint", str(checkpoint), "--device", "cpu", "--max-new-tokens", "2"]
     assert cli.main(arguments) == 0
     text = capsys.readouterr().out
     assert "Every op against float64" in text and "quantize_1x128" in text and "cases agree with float64" in text
+
+
+def test_a_wrong_op_is_an_error(checkpoint, monkeypatch, capsys):
+    """Off by a bit or two wherever it runs: the demo's text may well be the same, the table of ops must not be."""
+    right = _eager.silu_mul_quantize_1x128
+
+    def wrong(*args):
+        q, scale = right(*args)
+        return q, scale * (1 + 2**-7)
+
+    monkeypatch.setattr(_eager, "silu_mul_quantize_1x128", wrong)
+    backends._function.cache_clear()
+    try:
+        arguments = ["demo", "--checkpoint", str(checkpoint), "--device", "cpu", "--max-new-tokens", "2"]
+        assert cli.main(arguments) == 1
+    finally:
+        monkeypatch.undo()
+        backends._function.cache_clear()
+    text = capsys.readouterr().out
+    assert "FAIL silu_mul_quantize_1x128" in text and "tokens: the same ok" in text
+
+
+def test_the_packaged_checkpoint(monkeypatch, capsys):
+    monkeypatch.setattr(demo, "HELD_OUT_TOKENS", 1024)
+    assert cli.main(["demo", "--device", "cpu", "--no-validate", "--max-new-tokens", "8"]) == 0
+    text = capsys.readouterr().out
+    assert "In the beginning " in text and "bits per byte over 1022 bytes" in text and "tokens: the same ok" in text
+    acceptance, accepted, drafted = re.search(r"MTP acceptance: ([01]\.\d{3}) \((\d+) of (\d+) drafts", text).groups()
+    assert 0 < int(accepted) <= int(drafted) and float(acceptance) == round(int(accepted) / int(drafted), 3)
 
 
 def test_fp8_weights(checkpoint, capsys):
@@ -103,6 +142,8 @@ def broken_config(folder, **changes):
     [
         (["--prompt", ""], "--prompt: got an empty text"),
         (["--max-new-tokens", "0"], "--max-new-tokens: got 0, wanted 1 or more"),
+        (["--temperature", "-1"], "--temperature: got -1.0, wanted 0 or more"),
+        (["--temperature", "nan"], "--temperature: got nan, wanted 0 or more"),
         (["--prompt", "x" * 250], "a prompt of 250 and 256 new tokens pass max_position_embeddings = 256"),
         (["--file", "/nowhere/at/all"], "--file /nowhere/at/all: "),
         (["--device", "cuda:77"], "--checkpoint "),
