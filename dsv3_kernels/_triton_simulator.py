@@ -90,9 +90,9 @@ class _Launcher:
             self._add(values, kind, value, descriptors)
         programs = x * y * z * getattr(self._metadata, "num_ctas", 1)
         for size in (self._metadata.global_scratch_size, getattr(self._metadata, "profile_scratch_size", 0)):
-            scratch = torch.zeros(size * programs + 128, dtype=torch.uint8)
+            scratch = torch.zeros(size * programs, dtype=torch.uint8)  # the copy of a storage is 1024-byte aligned
             keep.append(scratch)
-            values.append(struct.pack("Q", self._pointer(scratch[-scratch.data_ptr() % 128 :]) if size else 0))
+            values.append(struct.pack("Q", self._pointer(scratch) if size else 0))
         buffers = [ctypes.create_string_buffer(v, len(v)) for v in values]
         pointers = (ctypes.c_void_p * len(buffers))(*[ctypes.addressof(b) for b in buffers])
         shape = ctypes.c_uint * 3
