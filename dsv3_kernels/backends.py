@@ -298,7 +298,10 @@ def _kernels_of(op: str) -> tuple[str, ...]:
 
 @functools.cache
 def _triton_missing() -> str | None:
-    return None if importlib.util.find_spec("triton") is not None else "triton is not installed"
+    with contextlib.suppress(ImportError):  # an import hook may refuse the name
+        if importlib.util.find_spec("triton") is not None:
+            return None
+    return "triton is not installed"
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email
+import json
 import os
 import shutil
 import subprocess
@@ -128,6 +129,26 @@ print(_host.launch_counts()["quantize_1x128_bf16"])
 (_images.DIRECTORY / "quantize_1x128.ptx").unlink()
 """
     assert run(sys.executable, "-S", "-c", script, cwd=tmp_path).strip() == "1"
+
+
+def test_an_installed_wheel_works_in_an_empty_environment(native, tmp_path):
+    """pip installs it with nothing else; the package, its command and its images are there, and torch is not."""
+    venv = tmp_path / "venv"
+    run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=tmp_path)
+    options = ("--disable-pip-version-check", "--quiet", "--no-deps", "--no-index")
+    run(sys.executable, "-m", "pip", "--python", venv, "install", *options, native[0], cwd=tmp_path)
+    python, clean = venv / "bin" / "python", {"PYTHONPATH": "", "PYTHONHOME": ""}
+    script = "import dsv3_kernels, sys; print(dsv3_kernels.__file__, dsv3_kernels.__version__, 'torch' in sys.modules)"
+    file, version, torch = run(python, "-c", script, cwd=tmp_path, **clean).split()
+    assert Path(file).is_relative_to(venv) and (version, torch) == ("0.1.0", "False")
+    done = subprocess.run(
+        [venv / "bin" / "dsv3", "info", "--json"], cwd=tmp_path, env=os.environ | clean, capture_output=True, text=True
+    )
+    facts = json.loads(done.stdout)
+    assert done.returncode == 1 and not done.stderr  # there is no torch, and it says so
+    assert facts["problems"][0] == "torch cannot be imported: No module named 'torch'"
+    assert set(facts["images"]["images"]) == set(images.sources()) and not facts["images"]["damaged"]
+    assert facts["host"]["available"] and facts["host"]["kernels"]
 
 
 def test_a_lost_image_is_named(native, tmp_path):

@@ -21,14 +21,21 @@ class Block:
         if name.partition(".")[0] in {names!r}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Block())
-from dsv3_kernels.cli import main
-sys.exit(main({argv!r}))
+"""
+MAIN = "from dsv3_kernels.cli import main\nsys.exit(main({argv!r}))"
+EAGER = """
+import torch
+import dsv3_kernels as dk
+q, scale = dk.quantize_1x128(torch.full((2, 128), 2.0))
+print(dk.dequantize(q, scale).unique().tolist(), "triton" in sys.modules)
+from dsv3_kernels import backends
+print(backends._triton_missing())
 """
 
 
-def without(names, *argv):
-    """Run the command line in a process that cannot import `names`."""
-    code = BLOCK.format(names=list(names), argv=list(argv))
+def without(names, *argv, code=MAIN):
+    """Run the command line, or other code, in a process that cannot import `names`."""
+    code = BLOCK.format(names=list(names)) + code.format(argv=list(argv))
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
@@ -60,6 +67,15 @@ def test_info_without_torch():
     assert facts["problems"][0] == "torch cannot be imported: No module named 'torch'"
     assert facts["images"] and set(facts["ops"]) == set(OPS)
     assert f"{len(OPS)} ops; none can run without torch" in without({"torch"}, "info").stdout
+
+
+def test_without_triton():
+    done = without({"triton"}, "info", "--json")
+    assert not done.stderr
+    facts = json.loads(done.stdout)
+    assert all(said["cpu"]["backend"] == "eager" for said in facts["ops"].values())
+    done = without({"triton"}, code=EAGER)
+    assert done.returncode == 0 and done.stdout == "[2.0] False\ntriton is not installed\n", done.stderr
 
 
 def test_info_without_rich():
