@@ -440,6 +440,8 @@ def split_routing(
     """Experts to replay -> (those of the main layers, packed; those of the MTP depths, if given), checked."""
     if routing is None:
         return None, None
+    if isinstance(routing, Tensor) and routing.dim() == 3:  # the layers' choices stacked
+        routing = list(routing)
     if not isinstance(routing, (list, tuple)):
         raise TypeError(f"model: routing: got {type(routing).__name__}, wanted a list of Tensors")
     config, (batch, width) = model.config, tokens.shape

@@ -90,6 +90,7 @@ def test_unequal_lengths_in_a_batch(case):
     assert same_bits(logits, other)
     replayed = case.model(pad(rows), seq_lens=lengths, routing=routing)
     assert relative(replayed, logits) <= BOUND
+    assert same_bits(case.model(pad(rows), seq_lens=lengths, routing=torch.stack(routing)), replayed)
 
 
 def test_decoding_step_by_step(case):
