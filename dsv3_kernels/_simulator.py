@@ -29,8 +29,14 @@ def missing() -> str | None:
 
 @contextlib.contextmanager
 def active(kind: str) -> Iterator[None]:
-    """The launches inside the block go to the simulator."""
-    from . import _host
+    """The launches inside the block, of `cuda` or of `triton` kernels, go to the simulator."""
+    if kind == "triton":
+        from . import _triton_simulator
 
-    with _host.use_driver(str(library())):
-        yield
+        with _triton_simulator.active(str(library())):
+            yield
+    else:
+        from . import _host
+
+        with _host.use_driver(str(library())):
+            yield

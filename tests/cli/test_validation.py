@@ -153,9 +153,6 @@ def test_results_are_written(tmp_path, capsys):
     assert len(records) == 2
     for record in records:
         assert (
-            record["kind"] == "validate"
-            and record["ok"]
-            and record["gpu"] is None
-            and record["ops"] == ["dequantize"]
+            record["kind"] == "validate" and record["ok"] and record["gpu"] is None and record["ops"] == ["dequantize"]
         )
     assert "2 of 2 cases agree" in capsys.readouterr().out
