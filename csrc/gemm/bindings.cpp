@@ -1,5 +1,4 @@
-// A tensor comes as (address, *sizes, *strides), two- or three-dimensional: one tuple is cheaper to pass than its
-// parts.
+// A tensor comes as (address, *sizes, *strides), two- or three-dimensional.
 #include "host/bindings.h"
 
 #include "gemm/launchers.h"
@@ -7,35 +6,19 @@
 namespace dsv3 {
 namespace {
 
-struct Tensor3 {
-  void* data;
-  int64_t sizes[3];
-  int64_t strides[3];
-};
-
-Tensor3 tensor(const py::tuple& parts) {
-  const size_t dims = (parts.size() - 1) / 2;
-  Tensor3 result{pointer(parts[0].cast<uintptr_t>()), {1, 1, 1}, {0, 0, 0}};
-  for (size_t i = 0; i < dims; ++i) {
-    result.sizes[3 - dims + i] = parts[1 + i].cast<int64_t>();
-    result.strides[3 - dims + i] = parts[1 + dims + i].cast<int64_t>();
-  }
-  return result;
-}
-
 GemmOperand operand(const py::tuple& parts) {
-  const Tensor3 t = tensor(parts);
-  return {t.data, t.sizes[0], t.sizes[1], t.sizes[2], t.strides[0], t.strides[1]};
+  const TensorArgument t = tensor(parts);
+  return {t.data, t.sizes[1], t.sizes[2], t.sizes[3], t.strides[1], t.strides[2]};
 }
 
 GemmScale scale(const py::tuple& parts) {
-  const Tensor3 t = tensor(parts);
-  return {t.data, t.sizes[0], t.sizes[1], t.sizes[2], t.strides[0], t.strides[1], t.strides[2]};
+  const TensorArgument t = tensor(parts);
+  return {t.data, t.sizes[1], t.sizes[2], t.sizes[3], t.strides[1], t.strides[2], t.strides[3]};
 }
 
 GemmOutput output(const py::tuple& parts, bool is_float32, bool accumulate) {
-  const Tensor3 t = tensor(parts);
-  return {t.data, t.sizes[0], t.sizes[1], t.sizes[2], t.strides[0], t.strides[1], is_float32, accumulate};
+  const TensorArgument t = tensor(parts);
+  return {t.data, t.sizes[1], t.sizes[2], t.sizes[3], t.strides[1], t.strides[2], is_float32, accumulate};
 }
 
 using Launcher = void (*)(const GemmOperand&, const GemmScale&, const GemmOperand&, const GemmScale&, const void*,

@@ -78,4 +78,6 @@ PYBIND11_MODULE(_host, m) {
       .def("__exit__", &UseDriver::exit);
   bind_quant(m);
   bind_gemm(m);
+  bind_mla(m);
+  bind_moe(m);
 }

@@ -8,17 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _host
-
-
-def _target(tensor: Tensor) -> tuple[int, int]:
-    """Device ordinal (-1: a CPU tensor, for the simulator) and the caller's stream on it."""
-    device = tensor.get_device()
-    return device, torch._C._cuda_getCurrentRawStream(device) if device >= 0 else 0
-
-
-def _layout(tensor: Tensor) -> tuple[int, ...]:
-    """What the launchers take for a tensor: address, sizes, strides."""
-    return (tensor.data_ptr(), *tensor.shape, *tensor.stride())
+from .._arguments import layout, target
 
 
 def _misaligned(a: Tensor, b: Tensor) -> str | None:
@@ -77,18 +67,18 @@ def _gemm(
     accumulate: bool,
 ) -> None:
     _host.fp8_gemm(
-        _layout(a),
-        _layout(a_scale),
-        _layout(b),
-        _layout(b_scale),
+        layout(a),
+        layout(a_scale),
+        layout(b),
+        layout(b_scale),
         0 if bias is None else bias.data_ptr(),
         bias is not None and bias.dtype is torch.float32,
-        _layout(out),
+        layout(out),
         out.dtype is torch.float32,
         accumulate,
         policy == "fixed",
         num_sms or 0,
-        *_target(a),
+        *target(a),
     )
 
 
@@ -114,16 +104,16 @@ def _grouped(
 ) -> None:
     """The launchers that take offsets or counts."""
     launch(
-        _layout(a),
-        _layout(a_scale),
-        _layout(b),
-        _layout(b_scale),
+        layout(a),
+        layout(a_scale),
+        layout(b),
+        layout(b_scale),
         groups.data_ptr(),
-        _layout(out),
+        layout(out),
         out.dtype is torch.float32,
         accumulate,
         num_sms or 0,
-        *_target(a),
+        *target(a),
     )
 
 

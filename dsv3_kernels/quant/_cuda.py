@@ -6,14 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import _host
+from .._arguments import target
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-def _target(tensor: Tensor) -> tuple[int, int]:
-    """Device ordinal (-1: a CPU tensor, for the simulator) and the caller's stream on it."""
-    device = tensor.get_device()
-    return device, torch._C._cuda_getCurrentRawStream(device) if device >= 0 else 0
 
 
 def quantize_1x128(x: Tensor, pow2_scale: bool, scale_layout: str, q: Tensor, scale: Tensor) -> None:
@@ -22,10 +17,10 @@ def quantize_1x128(x: Tensor, pow2_scale: bool, scale_layout: str, q: Tensor, sc
         # Rows that no single stride describes are copied; so are scales, and back.
         x = x.reshape(-1, columns)
         rows = scale if scale.dim() == 1 else scale.flatten(0, -2)
-        target = rows.reshape(-1, scale.shape[-1])
-        quantize_1x128(x, pow2_scale, scale_layout, q, target)
-        if target.data_ptr() != scale.data_ptr():
-            scale.copy_(target.view(scale.shape))
+        written = rows.reshape(-1, scale.shape[-1])
+        quantize_1x128(x, pow2_scale, scale_layout, q, written)
+        if written.data_ptr() != scale.data_ptr():
+            scale.copy_(written.view(scale.shape))
         return
     _host.quantize_1x128(
         x.data_ptr(),
@@ -38,7 +33,7 @@ def quantize_1x128(x: Tensor, pow2_scale: bool, scale_layout: str, q: Tensor, sc
         scale.stride(1),
         pow2_scale,
         _TYPES[x.dtype],
-        *_target(x),
+        *target(x),
     )
 
 
@@ -46,10 +41,10 @@ def quantize_128x128(w: Tensor, pow2_scale: bool, q: Tensor, scale: Tensor) -> N
     if w.dim() > 3:
         # Leading dimensions that no single stride describes are copied; so are scales, and back.
         matrices = w.reshape(-1, *w.shape[-2:])
-        target = scale.reshape(-1, *scale.shape[-2:])
-        quantize_128x128(matrices, pow2_scale, q.view(matrices.shape), target)
-        if target.data_ptr() != scale.data_ptr():
-            scale.copy_(target.view(scale.shape))
+        written = scale.reshape(-1, *scale.shape[-2:])
+        quantize_128x128(matrices, pow2_scale, q.view(matrices.shape), written)
+        if written.data_ptr() != scale.data_ptr():
+            scale.copy_(written.view(scale.shape))
         return
     sizes, strides, scale_strides = tuple(w.shape), w.stride(), scale.stride()
     if w.dim() == 2:  # a batch of one, whose strides are of no matter
@@ -63,5 +58,5 @@ def quantize_128x128(w: Tensor, pow2_scale: bool, q: Tensor, scale: Tensor) -> N
         *scale_strides,
         pow2_scale,
         _TYPES[w.dtype],
-        *_target(w),
+        *target(w),
     )

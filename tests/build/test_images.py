@@ -53,6 +53,11 @@ def test_files_are_the_recorded_ones(image):
     assert (ROOT / image.source).is_file() and image.nvcc
 
 
+def test_images_are_small():
+    assert sum(image.cubin.stat().st_size for image in IMAGES.values()) <= 4 << 20
+    assert not [image.name for image in IMAGES.values() if b".visible .entry" in image.cubin.read_bytes()]
+
+
 def test_the_table_of_kernels_is_what_the_images_hold():
     in_table = {name: row["image"] for name, row in KERNELS.items()}
     in_images = {kernel: image.name for image in IMAGES.values() for kernel in image.kernels}

@@ -5,22 +5,18 @@ Shapes are the smallest that reach a case: ring and parity wrap, tails, several 
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
 from checks import close, same_bits
+from simulated import SCHEDULES, counters, launches, needs_simulator, schedule
 from torch import Tensor
 
 import dsv3_kernels as dk
 from dsv3_kernels import _simulator
 from dsv3_kernels.gemm import _cuda
 
-needs_simulator = pytest.mark.skipif(_simulator.missing() is not None, reason=str(_simulator.missing()))
 pytestmark = needs_simulator
 
 NAN_CODE = 0x7F
@@ -101,10 +97,8 @@ def only_wrote(memory: Tensor, written: Tensor) -> None:
 
 
 def run(kernel: str, call, *args) -> None:
-    before = dk.launch_counts()[kernel]
-    with _simulator.active("cuda"):
+    with launches(kernel):
         call(*args)
-    assert dk.launch_counts()[kernel] == before + 1, f"{kernel} did not run"
 
 
 def gemm(case: Case, out: Tensor, kernel: str, *, bias: Tensor | None = None, sms: int | None = None) -> None:
@@ -172,27 +166,6 @@ def test_gemm_adds_bias_and_what_was_there(bias_dtype, dtype: torch.dtype, offse
     only_wrote(memory, out)
 
 
-@contextlib.contextmanager
-def schedule(**options: str) -> Iterator[None]:
-    """Launches inside the block run under these options of the simulator."""
-    library = ctypes.CDLL(str(_simulator.library()))
-    defaults = {"timing": "early", "order": "forward", "seed": "0", "fp8_truncate": "0", "banks": "0"}
-    try:
-        for name, value in options.items():
-            assert library.dsv3SimSetOption(name.encode(), value.encode()) == 0, f"no option {name}={value}"
-        yield
-    finally:
-        for name in options:
-            library.dsv3SimSetOption(name.encode(), defaults[name].encode())
-
-
-SCHEDULES = {
-    "late": {"timing": "late", "order": "reverse"},  # copies and products at the last moment
-    "random1": {"timing": "random", "order": "random", "seed": "1"},
-    "random2": {"timing": "random", "order": "random", "seed": "2"},
-}
-
-
 @pytest.mark.parametrize("options", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize(
     ("kernel", "m", "n", "k"), [(ROW, 130, 136, 1040), (SQUARE, 64, 264, 1040), (TALL, 512, 128, 640)]
@@ -205,13 +178,6 @@ def test_gemm_under_any_schedule(kernel: str, m: int, n: int, k: int, options: d
         gemm(case, again, kernel, sms=1)
     check(out, case.wanted, case.size)
     assert same_bits(out, again)
-
-
-def counters() -> dict[str, int]:
-    """What the last launch moved and computed."""
-    text = ctypes.create_string_buffer(4096)
-    ctypes.CDLL(str(_simulator.library())).dsv3SimCounters(text, ctypes.c_size_t(len(text)))
-    return json.loads(text.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -1,0 +1,6 @@
+// Launchers of the mla family: raw pointers and sizes, elements unless said, strides included; the target last.
+#pragma once
+
+#include <cstdint>
+
+#include "host/driver.h"

@@ -1,0 +1,1 @@
+"""The moe family's CUDA kernels: tensors become addresses, sizes and strides. Arguments were checked by the op."""
