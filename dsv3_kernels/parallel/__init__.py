@@ -10,9 +10,11 @@ _NAMES = {
     "EPCapacityError": "expert_parallel",
     "EPTimeoutError": "transport",
     "ExpertParallel": "expert_parallel",
+    "Trace": "overlap",
+    "two_microbatch": "overlap",
 }
 
-__all__ = ["EPCapacityError", "EPTimeoutError", "ExpertParallel", "eplb", "simulate"]
+__all__ = ["EPCapacityError", "EPTimeoutError", "ExpertParallel", "Trace", "eplb", "simulate", "two_microbatch"]
 
 
 def __getattr__(name: str) -> Any:
