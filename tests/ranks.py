@@ -43,7 +43,7 @@ def run(
     function: Callable, num_ranks: int, *arguments: Any, seconds: float = 180, lost: tuple[int, ...] = ()
 ) -> list[Any]:
     """``function(rank, *arguments)`` on every rank; the results in order of rank (None for ``lost`` ranks, which may
-    die).
+    die, or hang: nobody waits for them).
 
     Processes come from a fork server that has torch loaded. ``function`` must be importable. An exception on a rank, a
     rank that dies, or ranks that are not done after ``seconds`` fail the test, and no process stays behind.
@@ -73,7 +73,7 @@ def run(
         waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
         end = time.monotonic() + seconds
         try:
-            while waiting and (left := end - time.monotonic()) > 0:
+            while set(waiting.values()) - set(lost) and (left := end - time.monotonic()) > 0:
                 for pipe in wait(list(waiting), timeout=left):
                     rank = waiting.pop(pipe)  # type: ignore[call-overload]
                     try:
@@ -82,8 +82,10 @@ def run(
                         good, results[rank] = rank in lost, None
                     if not good:
                         failures.append(f"rank {rank}: {results[rank] or 'died'}")
-            failures += [f"rank {rank}: not done after {seconds} s" for rank in waiting.values()]
+            failures += [f"rank {rank}: not done after {seconds} s" for rank in waiting.values() if rank not in lost]
         finally:
+            for rank in set(waiting.values()) & set(lost):
+                processes[rank].kill()
             for pipe in pipes:
                 with contextlib.suppress(OSError):
                     pipe.send_bytes(b"")

@@ -47,7 +47,7 @@ class Trace:
         return time.perf_counter() - self._begin
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes Chrome's trace format (open it at chrome://tracing or ui.perfetto.dev), a row per microbatch and kind."""
+        """Writes Chrome's trace format (open it at ui.perfetto.dev), a row per microbatch and kind."""
         rank = _rank()
         events: list[dict[str, Any]] = [
             {"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}"}}
