@@ -420,7 +420,7 @@ static void decodeFunction(KernelBuilder& kb, const Func& f) {
     for (size_t j = 0; j < d.used.size(); ++j)
       if (!d.used[j]) d.fail("modifier ." + p.op[j] + " is not supported here");
     k.code.push_back(d.out);
-    k.source.push_back({p.ptxLine, p.file, p.line, p.text()});
+    k.source.push_back({p.ptxLine, p.loc, p.text()});
     k.leader.push_back(leader[i] || (i && (f.code[i - 1].op[0] == "bra" || f.code[i - 1].op[0] == "ret" ||
                                            f.code[i - 1].op[0] == "exit")));
   }
@@ -433,7 +433,7 @@ static void decodeFunction(KernelBuilder& kb, const Func& f) {
   Dec d(kb, f, kRet);
   opTable().at("ret")(d);
   k.code.push_back(d.out);
-  k.source.push_back({f.code.empty() ? 0 : f.code.back().ptxLine, 0, 0, "ret"});
+  k.source.push_back({f.code.empty() ? 0 : f.code.back().ptxLine, 0, "ret"});
   k.leader.push_back(false);
 }
 
@@ -498,7 +498,6 @@ std::unique_ptr<Kernel> decodeKernel(Module& m, Func& f) {
   }
   k.entry = kb.start[&f];
   k.localBytes = (k.localBytes + 15) / 16 * 16;
-  k.hits.assign(k.code.size(), 0);
   return kernel;
 }
 

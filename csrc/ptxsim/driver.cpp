@@ -165,7 +165,7 @@ struct LaunchConfig {  // CUlaunchConfig
 static_assert(sizeof(LaunchAttribute) == 72 && sizeof(LaunchConfig) == 56, "the driver's layout");
 
 Counters gCounters;
-std::string gKernelName;
+std::string gKernelName, gInstructions;
 
 int launch(const LaunchConfig& cfg, KernelHandle& handle, void** params, void** extra) {
   Kernel& k = handle.get();
@@ -251,6 +251,7 @@ int launch(const LaunchConfig& cfg, KernelHandle& handle, void** params, void** 
   _mm_setcsr(0x1f80);
   std::unique_ptr<RaceState, void (*)(RaceState*)> race(l.opt.detect ? raceCreate(l) : nullptr, raceDestroy);
   l.race = race.get();
+  profileStart(k);
   int code = Success;
   try {
     l.run();
@@ -262,6 +263,8 @@ int launch(const LaunchConfig& cfg, KernelHandle& handle, void** params, void** 
   release(regions);
   gCounters = l.n;
   gKernelName = k.name;
+  gInstructions = instructionCounts(k);
+  profileEnd(k);
   return code;
 }
 
@@ -666,36 +669,41 @@ SIM_API int dsv3SimCheck(const char* ptx) {
     return Success;
   });
 }
-// Counters of the last launch as JSON; returns the length.
-SIM_API size_t dsv3SimCounters(char* out, size_t size) {
-  std::lock_guard<std::recursive_mutex> lock(gMutex);
-  const Counters& c = gCounters;
-  auto u = [](uint64_t v) { return (unsigned long long)v; };
-  return (size_t)snprintf(out, size,
-                          "{\"kernel\": \"%s\", \"warp_instructions\": %llu, \"thread_instructions\": %llu, "
-                          "\"global_read\": %llu, \"global_write\": %llu, \"atomic\": %llu, "
-                          "\"shared_read\": %llu, \"shared_write\": %llu, \"shared_wavefronts\": %llu, "
-                          "\"shared_ideal\": %llu, \"tma_read\": %llu, \"tma_write\": %llu, "
-                          "\"wgmma\": %llu, \"wgmma_cycles\": %llu, \"mma\": %llu, \"branches\": %llu, \"divergent\": "
-                          "%llu, \"barriers\": %llu}",
-                          gKernelName.c_str(), u(c.warpInst), u(c.threadInst), u(c.globalRead), u(c.globalWrite),
-                          u(c.atomics), u(c.sharedRead), u(c.sharedWrite), u(c.sharedWavefronts), u(c.sharedIdeal),
-                          u(c.tmaRead), u(c.tmaWrite), u(c.wgmma), u(c.wgmmaCycles), u(c.mma), u(c.branches),
-                          u(c.divergent), u(c.barriers));
-}
-// Basic blocks of a kernel, executed since it was loaded, as lines "ptx_line source_line count".
-SIM_API size_t dsv3SimBlocks(void* kernel, char* out, size_t size) {
-  std::lock_guard<std::recursive_mutex> lock(gMutex);
-  Kernel& k = ((KernelHandle*)kernel)->get();
-  std::string s;
-  for (size_t i = 0; i < k.code.size(); ++i)
-    if (k.leader[i])
-      s += std::to_string(k.source[i].ptxLine) + " " + std::to_string(k.source[i].line) + " " +
-           std::to_string(k.hits[i]) + "\n";
+static size_t give(const std::string& s, char* out, size_t size) {
   if (size) {
-    size_t n = std::min(size - 1, s.size());
+    const size_t n = std::min(size - 1, s.size());
     memcpy(out, s.data(), n);
     out[n] = 0;
   }
   return s.size();
+}
+// What the last launch did, as JSON; returns the length.
+SIM_API size_t dsv3SimCounters(char* out, size_t size) {
+  std::lock_guard<std::recursive_mutex> lock(gMutex);
+  const Counters& c = gCounters;
+  const std::pair<const char*, uint64_t> values[] = {{"warp_instructions", c.warpInst},
+                                                     {"thread_instructions", c.threadInst},
+                                                     {"global_read", c.globalRead},
+                                                     {"global_write", c.globalWrite},
+                                                     {"atomic", c.atomics},
+                                                     {"shared_read", c.sharedRead},
+                                                     {"shared_write", c.sharedWrite},
+                                                     {"shared_wavefronts", c.sharedWavefronts},
+                                                     {"shared_ideal", c.sharedIdeal},
+                                                     {"tma_read", c.tmaRead},
+                                                     {"tma_write", c.tmaWrite},
+                                                     {"wgmma", c.wgmma},
+                                                     {"wgmma_cycles", c.wgmmaCycles},
+                                                     {"mma", c.mma},
+                                                     {"branches", c.branches},
+                                                     {"divergent", c.divergent},
+                                                     {"barriers", c.barriers}};
+  std::string s = "{\"kernel\": \"" + gKernelName + "\"";
+  for (auto& v : values) s += std::string(", \"") + v.first + "\": " + std::to_string(v.second);
+  return give(s + ", \"instructions\": {" + gInstructions + "}}", out, size);
+}
+// Executions of the basic blocks of every kernel of that name, over all launches: see coverageOf. Returns the length.
+SIM_API size_t dsv3SimCoverage(const char* kernel, char* out, size_t size) {
+  std::lock_guard<std::recursive_mutex> lock(gMutex);
+  return give(coverageOf(kernel), out, size);
 }

@@ -13,19 +13,22 @@ Options& options() {
 
 // ---- errors
 
+std::string Kernel::place(size_t pc) const {
+  std::string out;
+  for (int loc = source[pc].loc; loc; loc = module->locs[(size_t)loc].caller) {
+    const std::string at = module->position(loc);
+    out += (out.empty() ? "" : " inlined at ") + at.substr(at.rfind('/') + 1);
+  }
+  return out + (out.empty() ? "" : ", ") + "PTX line " + std::to_string(source[pc].ptxLine) + " (" + source[pc].text +
+         ")";
+}
+
 std::string where(const Warp& w, const Inst& in, int lane) {
   const Kernel& k = *w.kernel;
-  size_t pc = (size_t)(&in - k.code.data());
-  const SourceLine& s = k.source[pc];
-  char text[256];
-  std::string out = "kernel " + k.name + ": ";
-  if (s.line && k.module->files.count(s.file)) {
-    const std::string& f = k.module->files.at(s.file);
-    out += f.substr(f.rfind('/') + 1) + ":" + std::to_string(s.line) + ", ";
-  }
-  snprintf(text, sizeof text, "PTX line %d (%s), CTA (%u,%u,%u), warp %u", s.ptxLine, s.text.c_str(), w.cta->id[0],
-           w.cta->id[1], w.cta->id[2], w.index);
-  out += text;
+  const unsigned* id = w.cta->id;
+  char text[96];
+  snprintf(text, sizeof text, ", CTA (%u,%u,%u), warp %u", id[0], id[1], id[2], w.index);
+  std::string out = "kernel " + k.name + ": " + k.place((size_t)(&in - k.code.data())) + text;
   if (lane >= 0)
     out += ", lane " + std::to_string(lane) + " (thread " + std::to_string(w.index * kLanes + (unsigned)lane) + ")";
   return out;
@@ -160,6 +163,7 @@ bool Warp::run(unsigned quantum) {
   if (!ready) return false;
   const Inst* code = kernel->code.data();
   uint64_t* hits = const_cast<uint64_t*>(kernel->hits.data());
+  uint64_t* taken = const_cast<uint64_t*>(kernel->taken.data());
   uint64_t threadInst = 0, before = executed;
   uint32_t mask = frags[cur].mask;
   pc = frags[cur].pc;
@@ -171,6 +175,7 @@ bool Warp::run(unsigned quantum) {
       if (mask & ~valid[in.guardId]) needValid(in, Ref{in.guard, in.guardId}, mask, "predicate");
       uint32_t g = *reinterpret_cast<const uint32_t*>(base[0] + in.guard);
       m &= in.guardNegate ? ~g : g;
+      taken[pc] += m != 0;
     }
     ++executed;
     if (m) {
@@ -184,6 +189,8 @@ bool Warp::run(unsigned quantum) {
         if (__builtin_expect(numInflight != 0, 0) && !in.isWgmma) checkInflight(in);
         in.fn(*this, in, m);
       }
+    } else {
+      ++hits[pc];
     }
     pc = next;
     if (__builtin_expect(reschedule || pc == stopPc, 0)) {

@@ -1,6 +1,8 @@
+#include <array>
 #include <cctype>
 #include <cstdlib>
 #include <cstring>
+#include <string_view>
 
 #include "ptx.h"
 
@@ -79,7 +81,8 @@ class Parser {
   std::unique_ptr<Module> module_;
   Func* fn_ = nullptr;
   int scope_ = 0;
-  int locFile_ = 0, locLine_ = 0;
+  int loc_ = 0;
+  std::map<std::array<int, 3>, int> located_;  // the last .loc of each position
 
   [[noreturn]] void fail(const std::string& what) const {
     throw Error("PTX line " + std::to_string(tok_.line) + ": " + what);
@@ -368,6 +371,8 @@ class Parser {
     f->scopes.emplace_back();
     Func* saved = fn_;
     fn_ = f.get();
+    located_.clear();
+    loc_ = 0;
     scope_ = 0;
     if (is("(")) paramList(f->returns);
     f->name = ident();
@@ -444,22 +449,35 @@ class Parser {
     }
   }
 
+  int addLoc(const Loc& l) {
+    int& at = located_[{l.file, l.line, l.column}];
+    if (!at || module_->locs[(size_t)at].caller != l.caller) {
+      module_->locs.push_back(l);
+      at = (int)module_->locs.size() - 1;
+    }
+    return at;
+  }
   void directive() {
     if (accept(".loc")) {
-      locFile_ = (int)integer();
-      locLine_ = (int)integer();
-      integer();
+      auto position = [&] {
+        Loc l;
+        l.file = (int)integer();
+        l.line = (int)integer();
+        l.column = (int)integer();
+        return l;
+      };
+      Loc here = position();
       while (accept(",")) {  // function_name label+off, inlined_at f l c
-        std::string k = ident();
-        if (k == "function_name") {
+        if (ident() == "function_name") {
           ident();
           if (accept("+")) integer();
         } else {
-          integer();
-          integer();
-          integer();
+          const Loc at = position();
+          auto it = located_.find({at.file, at.line, at.column});
+          here.caller = it != located_.end() ? it->second : addLoc(at);
         }
       }
+      loc_ = addLoc(here);
       return;
     }
     if (accept(".reg")) {
@@ -620,8 +638,7 @@ class Parser {
     PInst in;
     in.ptxLine = tok_.line;
     in.scope = scope_;
-    in.file = locFile_;
-    in.line = locLine_;
+    in.loc = loc_;
     if (accept("@")) {
       in.guardNegate = accept("!");
       std::string name = ident();
@@ -682,6 +699,12 @@ std::string PInst::text() const {
   return s;
 }
 
+std::string Module::position(int loc) const {
+  const Loc& l = locs[(size_t)loc];
+  auto it = files.find(l.file);
+  return l.line && it != files.end() ? it->second + ":" + std::to_string(l.line) : "";
+}
+
 int Func::findLabel(int scope, const std::string& label) const {
   for (int s = scope; s >= 0; s = scopes[(size_t)s].parent)
     if (auto it = scopes[(size_t)s].labels.find(label); it != scopes[(size_t)s].labels.end()) return it->second;
@@ -694,7 +717,9 @@ const std::vector<std::string>* Func::findTargets(int scope, const std::string& 
 }
 
 std::unique_ptr<Module> parse(const char* text, size_t size) {
-  return Parser(text, size).run();
+  std::unique_ptr<Module> m = Parser(text, size).run();
+  m->hash = std::hash<std::string_view>()({text, size});
+  return m;
 }
 
 }  // namespace ptxsim

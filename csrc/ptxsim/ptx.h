@@ -108,7 +108,7 @@ struct PInst {
   std::vector<Operand> args;
   int scope = 0;
   int ptxLine = 0;
-  int file = 0, line = 0;  // source, from .loc
+  int loc = 0;  // index into Module::locs
   std::string text() const;
 };
 
@@ -137,13 +137,20 @@ struct Func {
   const std::vector<std::string>* findTargets(int scope, const std::string& name) const;
 };
 
+struct Loc {  // a .loc; `caller` is the position that the function it lies in was inlined at, 0 for none
+  int file = 0, line = 0, column = 0, caller = 0;
+};
+
 struct Module {
   std::string target;
+  std::vector<Loc> locs = {Loc()};  // 0: no position
   std::vector<std::unique_ptr<Var>> vars;
   std::unordered_map<std::string, Var*> varByName;
   std::vector<std::unique_ptr<Func>> funcs;
   std::unordered_map<std::string, Func*> funcByName;
   std::map<int, std::string> files;
+  size_t hash = 0;                      // of the text
+  std::string position(int loc) const;  // "file:line", empty if there is none
 };
 
 std::unique_ptr<Module> parse(const char* text, size_t size);  // throws Error with the PTX line

@@ -163,14 +163,11 @@ const char* ordered(RaceState& s, const Side& me, const Entry& e) {
 [[noreturn]] void report(RaceState& s, Warp& w, const Inst& in, const Side& me, const Entry& e, bool write,
                          const std::string& place, const char* why) {
   const Kernel& k = *w.kernel;
-  const SourceLine& line = k.source[e.pc];
   const uint32_t n = s.launch->warpsPerCta;
   std::string other;
   uint32_t warp = e.flags & kOpFlag ? s.ops[e.agent]->issuer : e.agent;
   if (e.flags & kOpFlag) other = "the asynchronous operation issued by ";
-  other += "warp " + std::to_string(warp % n) + " of CTA " + std::to_string(warp / n) + " at " +
-           (line.line ? "source line " + std::to_string(line.line) + ", " : "") + "PTX line " +
-           std::to_string(line.ptxLine) + " (" + line.text + ")";
+  other += "warp " + std::to_string(warp % n) + " of CTA " + std::to_string(warp / n) + " at " + k.place(e.pc);
   throw Error("race on " + place + ": this " + (me.async ? "asynchronous " : "") + verb(write) + " and the " +
               verb(e.flags & kWriteFlag) + " by " + other + ": " + why + "\n  at " + where(w, in, -1));
 }

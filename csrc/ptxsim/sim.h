@@ -118,7 +118,7 @@ struct SregInit {
 };
 
 struct SourceLine {
-  int ptxLine = 0, file = 0, line = 0;
+  int ptxLine = 0, loc = 0;
   std::string text;
 };
 
@@ -146,7 +146,12 @@ struct Kernel {
   // attributes
   int maxDynamicShared = 48 * 1024;
   bool nonPortableCluster = false;
-  std::vector<uint64_t> hits;  // executions of each instruction, over all launches
+  // What launches did: see profile.cpp
+  std::vector<uint64_t> hits;    // by warps, of each instruction, in the last launch
+  std::vector<uint64_t> taken;   // of a predicated one: those with a lane to run for
+  std::vector<uint8_t> classOf;  // of each instruction
+  std::shared_ptr<struct Coverage> coverage;
+  std::string place(size_t pc) const;  // source position and PTX line, for reports
 };
 
 // A set of lanes at one program counter.
@@ -363,6 +368,11 @@ struct Launch {
 constexpr uint32_t kSharedReserved = 1024;
 
 std::unique_ptr<Kernel> decodeKernel(Module& m, Func& f);
+
+void profileStart(Kernel& k);  // before a launch
+void profileEnd(Kernel& k);    // after it, failed or not
+std::string instructionCounts(const Kernel& k);
+std::string coverageOf(const std::string& kernel);
 
 std::string where(const Warp& w, const Inst& in, int lane);
 void checkExit(Cta& cta);  // what a CTA must not leave behind

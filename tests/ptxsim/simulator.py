@@ -82,7 +82,6 @@ class Simulator:
         self.lib = ctypes.CDLL(str(path))
         self.lib.dsv3SimLastError.restype = ctypes.c_char_p
         self.lib.dsv3SimCounters.restype = ctypes.c_size_t
-        self.lib.dsv3SimBlocks.restype = ctypes.c_size_t
         self.call("cuInit", 0)
 
     def call(self, name: str, *args) -> None:
@@ -164,13 +163,6 @@ class Kernel:
             config.attributes = ctypes.pointer(attribute)
             config.num_attributes = 1
         self.sim.call("cuLaunchKernelEx", ctypes.byref(config), self.function, params, None)
-
-    def blocks(self) -> list[tuple[int, int, int]]:
-        """(PTX line, source line, executions) of every basic block."""
-        size = self.sim.lib.dsv3SimBlocks(self.kernel, None, ctypes.c_size_t(0)) + 1
-        text = ctypes.create_string_buffer(size)
-        self.sim.lib.dsv3SimBlocks(self.kernel, text, ctypes.c_size_t(size))
-        return [tuple(map(int, line.split())) for line in text.value.decode().splitlines()]
 
 
 def _dims(d) -> tuple[int, int, int]:

@@ -1,0 +1,258 @@
+// What launches did: instructions by class, and executions of each basic block, added up over launches.
+#include <algorithm>
+
+#include "sim.h"
+
+namespace ptxsim {
+namespace {
+
+// ---- instruction classes
+
+const char* const kClasses[] = {"move",    "integer",  "float",   "special", "convert", "global", "shared",
+                                "local",   "param",    "generic", "async",   "wgmma",   "mma",    "warp",
+                                "barrier", "mbarrier", "fence",   "control", "other"};
+constexpr size_t kNumClasses = sizeof kClasses / sizeof *kClasses;
+
+uint8_t classNumber(const char* name) {
+  for (size_t i = 0; i < kNumClasses; ++i)
+    if (!strcmp(kClasses[i], name)) return (uint8_t)i;
+  throw Error(std::string("no instruction class '") + name + "'");
+}
+
+bool hasPart(const std::string& op, const char* part) {
+  return ("." + op + ".").find("." + std::string(part) + ".") != std::string::npos;
+}
+bool oneOf(const std::string& s, std::initializer_list<const char*> list) {
+  return std::any_of(list.begin(), list.end(), [&](const char* x) { return s == x; });
+}
+
+const char* memoryClass(const std::string& op) {
+  for (const char* space : {"global", "shared", "local", "param"})
+    if (hasPart(op, space)) return space;
+  if (op.find("shared::") != std::string::npos) return "shared";
+  if (op.find(".param::") != std::string::npos || hasPart(op, "const")) return "param";
+  return "generic";
+}
+
+const char* className(const std::string& op) {
+  const std::string name = op.substr(0, op.find('.'));
+  if (oneOf(name, {"st", "red"}) && hasPart(op, "async")) return "async";
+  if (oneOf(name, {"ld", "ldu", "st", "atom", "red", "prefetch", "prefetchu", "applypriority"})) return memoryClass(op);
+  if (oneOf(name, {"ldmatrix", "stmatrix"})) return "shared";
+  if (oneOf(name, {"cp", "tensormap"})) return "async";
+  if (oneOf(name, {"wgmma", "mma", "mbarrier"})) return name == "mma" ? "mma" : name == "wgmma" ? "wgmma" : "mbarrier";
+  if (oneOf(name, {"bar", "barrier"})) return "barrier";
+  if (oneOf(name, {"fence", "membar"})) return "fence";
+  if (oneOf(name, {"shfl", "vote", "match", "redux", "elect", "activemask", "movmatrix"})) return "warp";
+  if (oneOf(name, {"bra", "brx", "call", "ret", "exit", "trap", "brkpt"})) return "control";
+  if (oneOf(name, {"nanosleep", "griddepcontrol", "setmaxnreg", "pmevent", "createpolicy"})) return "other";
+  if (oneOf(name, {"ex2", "lg2", "rcp", "rsqrt", "sqrt", "sin", "cos", "tanh"})) return "special";
+  if (name == "cvt") return "convert";
+  if (oneOf(name, {"mov", "cvta", "isspacep", "mapa", "getctarank"})) return "move";
+  const std::string type = op.substr(op.rfind('.') + 1);
+  const bool real = type[0] == 'f' || type[0] == 'b' ? typeFromName(type) >= Type::F16 : false;
+  return real ? "float" : "integer";
+}
+
+// ---- basic blocks
+
+struct Block {
+  uint32_t first, last;  // instructions
+  std::vector<uint32_t> to;
+  const char* kind = "code";
+};
+
+bool guarded(const Inst& in) {
+  return in.guard != kNoGuard;
+}
+
+std::vector<Block> blocksOf(const Kernel& k) {
+  const uint32_t n = (uint32_t)k.code.size();
+  std::vector<Block> blocks;
+  std::vector<uint32_t> blockAt(n);
+  for (uint32_t i = 0; i < n; ++i) {
+    if (k.leader[i] || !i) blocks.push_back({i, i, {}});
+    blocks.back().last = i;
+    blockAt[i] = (uint32_t)blocks.size() - 1;
+  }
+  for (auto& b : blocks) {
+    const Inst& in = k.code[b.last];
+    const std::string& op = k.source[b.last].text;
+    const std::string name = op.substr(0, op.find('.'));
+    if (name == "bra") b.to.push_back(blockAt[(size_t)in.imm]);
+    if (name == "brx")
+      for (int t : in.ext->targets) b.to.push_back(blockAt[(size_t)t]);
+    if ((guarded(in) || !oneOf(name, {"bra", "brx", "ret", "exit", "trap"})) && b.last + 1 < n)
+      b.to.push_back(blockAt[b.last + 1]);
+  }
+  return blocks;
+}
+
+// A block that can only end in a trap or a failed assertion.
+void markTraps(const Kernel& k, std::vector<Block>& blocks) {
+  auto traps = [&](const Block& b) {
+    for (uint32_t i = b.first; i <= b.last; ++i) {
+      if (guarded(k.code[i])) continue;
+      const std::string& op = k.source[i].text;
+      if (op == "trap" || (op.compare(0, 4, "call") == 0 && k.code[i].ext->text == "__assertfail")) return true;
+    }
+    return !b.to.empty() && std::all_of(b.to.begin(), b.to.end(), [&](uint32_t t) { return blocks[t].kind[0] == 't'; });
+  };
+  for (bool changed = true; changed;) {
+    changed = false;
+    for (size_t i = blocks.size(); i--;)
+      if (blocks[i].kind[0] != 't' && traps(blocks[i])) blocks[i].kind = "trap", changed = true;
+  }
+}
+
+// A loop that looks at memory or an mbarrier and changes nothing: its blocks run only when the first look fails.
+bool spins(const Kernel& k, const std::vector<Block>& blocks, const std::vector<uint32_t>& loop) {
+  bool polls = false;
+  for (uint32_t b : loop)
+    for (uint32_t i = blocks[b].first; i <= blocks[b].last; ++i) {
+      const std::string& op = k.source[i].text;
+      const std::string name = op.substr(0, op.find('.'));
+      const bool look = op.compare(0, 16, "mbarrier.try_wai") == 0 || op.compare(0, 16, "mbarrier.test_wa") == 0 ||
+                        (name == "atom" && hasPart(op, "cas")) ||
+                        (name == "ld" && (hasPart(op, "acquire") || hasPart(op, "relaxed") || hasPart(op, "volatile")));
+      polls |= look;
+      if (!look && oneOf(name, {"st", "red", "atom", "cp", "wgmma", "mma", "bar", "barrier", "mbarrier", "call",
+                                "stmatrix", "ldmatrix", "brx"}))
+        return false;
+    }
+  return polls;
+}
+
+void markSpins(const Kernel& k, std::vector<Block>& blocks) {
+  const uint32_t n = (uint32_t)blocks.size();
+  std::vector<std::vector<uint32_t>> from(n);
+  for (uint32_t i = 0; i < n; ++i)
+    for (uint32_t t : blocks[i].to) from[t].push_back(i);
+  // Back edges of a depth-first walk, and what each encloses.
+  std::vector<uint8_t> state(n, 0);
+  std::vector<std::pair<uint32_t, uint32_t>> back;
+  for (uint32_t root = 0; root < n; ++root) {
+    if (state[root]) continue;
+    std::vector<std::pair<uint32_t, size_t>> path = {{root, 0}};
+    state[root] = 1;
+    while (!path.empty()) {
+      const uint32_t b = path.back().first;
+      if (path.back().second == blocks[b].to.size()) {
+        state[b] = 2;
+        path.pop_back();
+        continue;
+      }
+      const uint32_t t = blocks[b].to[path.back().second++];
+      if (state[t] == 1) back.push_back({b, t});
+      if (!state[t]) state[t] = 1, path.push_back({t, 0});
+    }
+  }
+  for (auto& edge : back) {
+    std::vector<uint32_t> loop = {edge.second};
+    if (edge.first != edge.second) loop.push_back(edge.first);
+    for (size_t i = 1; i < loop.size(); ++i)
+      for (uint32_t f : from[loop[i]])
+        if (std::find(loop.begin(), loop.end(), f) == loop.end()) loop.push_back(f);
+    if (!spins(k, blocks, loop)) continue;
+    for (uint32_t b : loop)
+      if (blocks[b].kind[0] != 't') blocks[b].kind = "spin";
+  }
+}
+
+}  // namespace
+
+// Coverage of one kernel of one module text. It outlives the module.
+struct Coverage {
+  size_t module = 0;
+  std::vector<std::string> rows;  // of each block and each predicated instruction
+  std::vector<uint32_t> at;       // its instruction
+  std::vector<uint64_t> count;
+};
+
+namespace {
+
+std::map<std::string, std::vector<std::shared_ptr<Coverage>>> gCoverage;
+
+// Where a block is: at its first instruction that has a position, or where what lies before it is.
+std::string positions(const Kernel& k, const Block& b) {
+  const std::vector<Loc>& locs = k.module->locs;
+  auto named = [&](uint32_t pc) { return locs[(size_t)k.source[pc].loc].line != 0; };
+  uint32_t pc = b.first;
+  while (pc < b.last && !named(pc)) ++pc;
+  while (pc && !named(pc)) --pc;
+  std::string s;
+  for (int loc = k.source[pc].loc; loc; loc = locs[(size_t)loc].caller)
+    s += "\t" + k.module->position(loc) + ":" + std::to_string(locs[(size_t)loc].column);
+  return s;
+}
+
+std::shared_ptr<Coverage> makeCoverage(const Kernel& k) {
+  auto& known = gCoverage[k.name];
+  for (auto& c : known)
+    if (c->module == k.module->hash) return c;
+  auto c = std::make_shared<Coverage>();
+  c->module = k.module->hash;
+  std::vector<Block> blocks = blocksOf(k);
+  markTraps(k, blocks);
+  markSpins(k, blocks);
+  auto add = [&](const Block& b, const char* kind) {
+    c->at.push_back(b.first);
+    c->rows.push_back(std::string(kind) + "\t" + std::to_string(k.source[b.first].ptxLine) + positions(k, b));
+  };
+  for (auto& b : blocks) {
+    if (b.first == b.last && !k.source[b.first].loc && k.source[b.first].text == "ret") continue;  // added by decoding
+    add(b, b.kind);
+    for (uint32_t i = b.first; i <= b.last; ++i)
+      if (guarded(k.code[i]) && k.source[i].text.compare(0, 2, "br") != 0)
+        add({i, i, {}}, k.source[i].text == "trap" ? "trap" : "predicated");
+  }
+  c->count.assign(c->at.size(), 0);
+  known.push_back(c);
+  return c;
+}
+
+}  // namespace
+
+void profileStart(Kernel& k) {
+  if (!k.coverage) {
+    k.coverage = makeCoverage(k);
+    for (auto& s : k.source) k.classOf.push_back(classNumber(className(s.text)));
+  }
+  k.hits.assign(k.code.size(), 0);
+  k.taken.assign(k.code.size(), 0);
+}
+
+void profileEnd(Kernel& k) {
+  Coverage& c = *k.coverage;
+  for (size_t i = 0; i < c.at.size(); ++i) {
+    const char kind = c.rows[i][0];
+    const uint32_t pc = c.at[i];
+    c.count[i] += kind == 'p' || (kind == 't' && guarded(k.code[pc])) ? k.taken[pc] : k.hits[pc];
+  }
+}
+
+// Warp instructions of the last launch: "class": count, ...
+std::string instructionCounts(const Kernel& k) {
+  uint64_t sum[kNumClasses] = {};
+  for (size_t i = 0; i < k.code.size(); ++i) sum[k.classOf[i]] += k.hits[i];
+  std::string s;
+  for (size_t i = 0; i < kNumClasses; ++i)
+    s += std::string(i ? ", \"" : "\"") + kClasses[i] + "\": " + std::to_string(sum[i]);
+  return s;
+}
+
+// One line for each block or predicated instruction of each version of a kernel, fields separated by tabs: version,
+// executions, kind, PTX line, positions ("file:line:column") from the innermost function outwards.
+std::string coverageOf(const std::string& kernel) {
+  std::string s;
+  auto it = gCoverage.find(kernel);
+  if (it == gCoverage.end()) return s;
+  for (size_t v = 0; v < it->second.size(); ++v) {
+    const Coverage& c = *it->second[v];
+    for (size_t i = 0; i < c.at.size(); ++i)
+      s += std::to_string(v) + "\t" + std::to_string(c.count[i]) + "\t" + c.rows[i] + "\n";
+  }
+  return s;
+}
+
+}  // namespace ptxsim
