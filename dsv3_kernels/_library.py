@@ -49,7 +49,7 @@ OPS: dict[str, Op] = {
     "mla_prefill": Op("mla", grad="mla_prefill_backward"),
     "mla_prefill_backward": Op("mla", module="mla_prefill", internal=True),
     "mla_decode": Op("mla", out=True),
-    "mla_decode_plan": Op("mla"),
+    "mla_decode_plan": Op("mla", cuda=True),
     "mla_cache_append": Op("mla"),
     "mla_cache_gather": Op("mla"),
     "merge_attention": Op("mla"),

@@ -34,6 +34,7 @@ inline constexpr Kernel kKernels[] = {
     {"fp8_masked_gemm_128x128_row", "fp8_masked_gemm", 384, 219232, 1, "128 x 128 of a group, persistent"},
     {"fp8_grouped_wgrad_128x128", "fp8_grouped_wgrad", 384, 219232, 1, "128 x 128 of a gradient, persistent"},
     {"fp8_grouped_wgrad_256x128", "fp8_grouped_wgrad", 384, 219200, 1, "256 x 128 of a gradient, persistent"},
+    {"mla_decode_plan", "mla_decode_plan", 256, 0, 1, "a whole batch"},
 };
 
 inline constexpr size_t kNumKernels = sizeof(kKernels) / sizeof(kKernels[0]);

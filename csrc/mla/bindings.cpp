@@ -4,6 +4,10 @@
 
 namespace dsv3 {
 
-void bind_mla(py::module_&) {}
+void bind_mla_decode(py::module_& m);  // decode_bindings.cpp
+
+void bind_mla(py::module_& m) {
+  bind_mla_decode(m);
+}
 
 }  // namespace dsv3

@@ -54,6 +54,18 @@ def test_every_key_once(backend, device, lengths, parts, policy):
     check(make(lengths, device, policy=policy, num_sms=parts), lengths, parts, policy)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("parts", [1, 5, 40])
+def test_the_plan_is_the_same_everywhere(backend, device, parts, policy):
+    """To the bit: over more requests than a CTA has threads, lengths that no cache holds, and negative ones."""
+    many = torch.randint(-50, 700, (300,)).clamp(min=-1).tolist()
+    for lengths in (many, [0] * 257 + [129], [2**31 - 1, 0, 2**31 - 1], [64] * parts, [300]):
+        got = make(lengths, device, policy=policy, num_sms=parts)
+        with dk.backend("eager"):
+            wanted = make(lengths, policy=policy, num_sms=parts)
+        assert same_bits([t.cpu() for t in got], wanted)
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.lists(st.integers(0, 3000), max_size=20), st.integers(1, 40), st.sampled_from(POLICIES))
 def test_every_key_once_for_any_lengths(lengths, parts, policy):
