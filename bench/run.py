@@ -195,10 +195,10 @@ class Run:
         return figures | {"roof": least / seconds}
 
     def host(self, console: Console) -> int:
-        """Times of the host alone: import, launch, a whole op, the build."""
-        from . import overhead
+        """Times of the host alone: import, launch, a whole op, the build; and of many ranks on the CPU."""
+        from . import overhead, parallel
 
-        for name, probe in overhead.probes(self.quick).items():
+        for name, probe in (overhead.probes(self.quick) | parallel.probes(self.quick)).items():
             if name in self.done:
                 continue
             try:
