@@ -70,6 +70,7 @@ class _Dispatching:
     weights: list[Tensor]
     plans: list[_Plan]
     capacity: int | None
+    link: _Link
 
 
 @dataclass
@@ -78,6 +79,17 @@ class _Combining:
     rows: list[Tensor]
     weights: list[Tensor]
     handle: Handle
+    link: _Link
+
+
+@dataclass
+class _Link:
+    """Joins the two halves for autograd. Backward runs in halves too: that of `recv` starts the exchange of gradients,
+    that of `send` waits for it, and what lies between them in the graph, or is run between them, hides it."""
+
+    token: Tensor | None = None
+    """Leads autograd from the second half to the first; None where no gradients are recorded."""
+    exchange: Exchange | None = None
 
 
 def _pack(tensors: Sequence[Tensor]) -> Tensor:
@@ -237,7 +249,10 @@ class ExpertParallel:
             layout = [(t.dtype, t.shape[1]) for t in parts]
             layout[1] = (torch.int32, chosen[0].shape[1])
             exchange = self._forward(payload, plans, "dispatch/payload")
-        return _Dispatching(exchange, layout, xs, gates, plans, capacity)
+        link = _Link()
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*xs, *gates)):
+            link.token = _DispatchSend.apply(self, plans, link, *xs, *gates)
+        return _Dispatching(exchange, layout, xs, gates, plans, capacity, link)
 
     def dispatch_recv(self, pending: _Dispatching) -> tuple[Any, Any, Any, Any, Handle]:
         """The second half of :meth:`dispatch`."""
@@ -254,8 +269,9 @@ class ExpertParallel:
                 offsets.append(offset)
                 counts.append(count)
         n = len(plans)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (*pending.x, *pending.weights)):
-            both = _Dispatch.apply(self, plans, *pending.x, *pending.weights, *x, *weights)
+        if pending.link.token is not None:
+            dtypes = pending.x[0].dtype, pending.weights[0].dtype
+            both = _DispatchRecv.apply(self, plans, pending.link, dtypes, pending.link.token, *x, *weights)
             x, weights = list(both[:n]), list(both[n:])
         handle = Handle(plans, weights, counts, pending.x[0].dtype)
         row_scale = None if scales[0] is None else self._given(scales)
@@ -355,18 +371,19 @@ class ExpertParallel:
         weights = handle.row_weights if weighted else []
         with torch.no_grad():
             exchange = self._send_back(listed, weights or [None] * len(listed), handle.plans, "combine/payload")
-        return _Combining(exchange, listed, weights, handle)
+        link = _Link()
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*listed, *weights)):
+            link.token = _CombineSend.apply(self, handle.plans, link, bool(weights), *listed, *weights)
+        return _Combining(exchange, listed, weights, handle, link)
 
     def combine_recv(self, pending: _Combining, *, out: Any = None) -> Any:
         """The second half of :meth:`combine`."""
-        tensors = (*pending.rows, *pending.weights)
         with torch.no_grad():
             results = self._sum_back(pending.exchange, pending.handle.plans, pending.rows[0].dtype)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        if pending.link.token is not None:
             if out is not None:
                 raise ValueError("combine: out: got a tensor, wanted None where gradients are recorded")
-            weighted = bool(pending.weights)
-            results = list(_Combine.apply(self, pending.handle.plans, weighted, *tensors, *results))
+            results = list(_CombineRecv.apply(self, pending.handle.plans, pending.link, pending.link.token, *results))
         if out is None:
             return self._given(results)
         for target, result in zip(self._listed(out, "out", op="combine"), results, strict=True):
@@ -393,12 +410,14 @@ class ExpertParallel:
         """Wire rows back to the tokens' ranks."""
         return self._start(payload, [p.recv_counts for p in plans], [p.send_counts for p in plans], phase)
 
-    def _again(self, x: list[Tensor], plans: list[_Plan], phase: str) -> list[Tensor]:
-        """Dispatches [T, hidden] tensors a second time."""
+    def _send_again(self, x: list[Tensor], plans: list[_Plan], phase: str) -> Exchange:
+        """Starts to dispatch [T, hidden] tensors a second time."""
         payload = [torch.cat([t, t.new_zeros(1, t.shape[1])])[p.wire_token] for t, p in zip(x, plans, strict=True)]
-        got = self._forward([_pack([t]) for t in payload], plans, phase).wait()
-        layout = [(x[0].dtype, self.hidden)]
-        return [self._rows(_unpack(g, layout)[0], p) for g, p in zip(got, plans, strict=True)]
+        return self._forward([_pack([t]) for t in payload], plans, phase)
+
+    def _recv_again(self, exchange: Exchange, dtype: torch.dtype, plans: list[_Plan]) -> list[Tensor]:
+        layout = [(dtype, self.hidden)]
+        return [self._rows(_unpack(g, layout)[0], p) for g, p in zip(exchange.wait(), plans, strict=True)]
 
     def _send_back(
         self, rows: list[Tensor], weights: Sequence[Tensor | None], plans: list[_Plan], phase: str
@@ -467,65 +486,91 @@ class ExpertParallel:
         self._raise_overflow(wait=True)
 
 
-class _Dispatch(torch.autograd.Function):
-    """Gives what was received (the last 2 n inputs) a gradient: back to the tokens, unweighted, and to their
-    weights."""
+class _DispatchSend(torch.autograd.Function):
+    """Takes the gradients of [n x, n weights] from the exchange that the other half's backward has started."""
 
     @staticmethod
-    def forward(ctx: Any, ep: ExpertParallel, plans: list[_Plan], *tensors: Tensor) -> tuple[Tensor, ...]:
-        n = len(plans)
-        ctx.ep, ctx.plans = ep, plans
-        ctx.dtypes = [t.dtype for t in tensors[: 2 * n]]
-        received = tuple(t.view_as(t) for t in tensors[2 * n :])
-        ctx.mark_non_differentiable(*(t for t in received[:n] if t.dtype in _FLOAT8))
+    def forward(ctx: Any, ep: ExpertParallel, plans: list[_Plan], link: _Link, *tensors: Tensor) -> Tensor:
+        ctx.ep, ctx.plans, ctx.link = ep, plans, link
+        ctx.dtypes = tensors[0].dtype, tensors[-1].dtype
+        return tensors[-1].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        ep, plans = ctx.ep, ctx.plans
+        wire, hidden, layout = _gradient_layout(ep, plans, *ctx.dtypes)
+        exchange, ctx.link.exchange = ctx.link.exchange, None
+        x_grads: list[Tensor | None] = []
+        w_grads: list[Tensor | None] = []
+        for plan, packed in zip(plans, exchange.wait(), strict=True):
+            total, by_choice = _unpack(packed, layout)
+            x_grads.append(_sum_rows(total, plan.slots).to(wire) if hidden else None)
+            padded = torch.cat([by_choice, by_choice.new_zeros(1, by_choice.shape[1])])
+            at = plan.choice_slot
+            w_grads.append(padded[at, torch.arange(at.shape[1], device=at.device)])
+        return None, None, None, *x_grads, *w_grads
+
+
+class _DispatchRecv(torch.autograd.Function):
+    """Gives what was received (n rows, n weights) a gradient: it starts on its way back to the tokens, unweighted, and
+    to their weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ep: ExpertParallel,
+        plans: list[_Plan],
+        link: _Link,
+        dtypes: tuple[torch.dtype, torch.dtype],
+        token: Tensor,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.ep, ctx.plans, ctx.link, ctx.dtypes = ep, plans, link, dtypes
+        received = tuple(t.view_as(t) for t in tensors)
+        ctx.mark_non_differentiable(*(t for t in received[: len(plans)] if t.dtype in _FLOAT8))
         return received
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        ep, plans = ctx.ep, ctx.plans
-        n = len(plans)
-        x_dtype, w_dtype = ctx.dtypes[0], ctx.dtypes[n]
-        wire_dtype = torch.float32 if x_dtype in _FLOAT8 else x_dtype
+        ep, plans, n = ctx.ep, ctx.plans, len(ctx.plans)
+        wire, hidden, _ = _gradient_layout(ep, plans, *ctx.dtypes)
         payload = []
         for plan, rows, weight in zip(plans, grads[:n], grads[n:], strict=True):
-            if x_dtype in _FLOAT8:
-                total = weight.new_zeros(len(plan.row), 0)
-            else:
-                total = _sum_rows(rows, plan.row).to(wire_dtype)
+            total = _sum_rows(rows, plan.row).to(wire) if hidden else weight.new_zeros(len(plan.row), 0)
             by_choice = torch.cat([weight, weight.new_zeros(1)])[plan.row]  # -1 finds the zero
-            payload.append(_pack([total, by_choice.to(w_dtype)]))
-        hidden = 0 if x_dtype in _FLOAT8 else ep.hidden
-        layout = [(wire_dtype, hidden), (w_dtype, plans[0].row.shape[1])]
-        x_grads: list[Tensor | None] = []
-        w_grads: list[Tensor | None] = []
-        for plan, packed in zip(plans, ep._back(payload, plans, "dispatch backward").wait(), strict=True):
-            total, by_choice = _unpack(packed, layout)
-            x_grads.append(_sum_rows(total, plan.slots).to(wire_dtype) if hidden else None)
-            padded = torch.cat([by_choice, by_choice.new_zeros(1, by_choice.shape[1])])
-            at = plan.choice_slot
-            w_grads.append(padded[at, torch.arange(at.shape[1], device=at.device)])
-        return None, None, *x_grads, *w_grads, *([None] * (2 * n))
+            payload.append(_pack([total, by_choice.to(ctx.dtypes[1])]))
+        ctx.link.exchange = ep._back(payload, plans, "dispatch backward")
+        return None, None, None, None, grads[n].new_zeros(()), *([None] * (2 * n))
 
 
-class _Combine(torch.autograd.Function):
-    """Gives results (the last n inputs) a gradient: the tokens' gradients dispatched again, times the weights."""
+def _gradient_layout(
+    ep: ExpertParallel, plans: list[_Plan], x_dtype: torch.dtype, weight_dtype: torch.dtype
+) -> tuple[torch.dtype, int, list[tuple[torch.dtype, int]]]:
+    """What dispatch's backward sends per token: a gradient of x (none of float8 codes) and one of each weight."""
+    wire, hidden = (torch.float32, 0) if x_dtype in _FLOAT8 else (x_dtype, ep.hidden)
+    return wire, hidden, [(wire, hidden), (weight_dtype, plans[0].row.shape[1])]
+
+
+class _CombineSend(torch.autograd.Function):
+    """Takes the gradients of [n rows, n weights or none] from the exchange that the other half's backward has started:
+    the tokens' gradients dispatched again, times the weights."""
 
     @staticmethod
     def forward(
-        ctx: Any, ep: ExpertParallel, plans: list[_Plan], weighted: bool, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        n = len(plans)
-        ctx.ep, ctx.plans, ctx.weighted = ep, plans, weighted
-        ctx.save_for_backward(*tensors[: n * (1 + weighted)])
-        return tuple(t.view_as(t) for t in tensors[n * (1 + weighted) :])
+        ctx: Any, ep: ExpertParallel, plans: list[_Plan], link: _Link, weighted: bool, *tensors: Tensor
+    ) -> Tensor:
+        ctx.ep, ctx.plans, ctx.link, ctx.weighted = ep, plans, link, weighted
+        ctx.dtype = tensors[0].dtype
+        ctx.save_for_backward(*(tensors if weighted else ()))
+        return tensors[0].new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        n = len(ctx.plans)
-        saved = ctx.saved_tensors
-        again = ctx.ep._again(list(grads), ctx.plans, "combine backward")
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        n, saved = len(ctx.plans), ctx.saved_tensors
+        exchange, ctx.link.exchange = ctx.link.exchange, None
+        again = ctx.ep._recv_again(exchange, ctx.dtype, ctx.plans)
         if not ctx.weighted:
-            return None, None, None, *again, *([None] * n)
+            return None, None, None, None, *again
         row_grads, weight_grads = [], []
         for plan, rows, weight, grad in zip(ctx.plans, saved[:n], saved[n:], again, strict=True):
             wide = grad.to(_wide(grad.dtype))
@@ -533,7 +578,23 @@ class _Combine(torch.autograd.Function):
             if plan.valid is not None:
                 rows = torch.where(plan.valid, rows, 0)
             weight_grads.append((wide * rows).sum(-1).to(weight.dtype))
-        return None, None, None, *row_grads, *weight_grads, *([None] * n)
+        return None, None, None, None, *row_grads, *weight_grads
+
+
+class _CombineRecv(torch.autograd.Function):
+    """Gives the n results a gradient: it starts on its way to the experts' ranks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, ep: ExpertParallel, plans: list[_Plan], link: _Link, token: Tensor, *results: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.ep, ctx.plans, ctx.link = ep, plans, link
+        return tuple(t.view_as(t) for t in results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.link.exchange = ctx.ep._send_again(list(grads), ctx.plans, "combine backward")
+        return None, None, None, grads[0].new_zeros(()), *([None] * len(grads))
 
 
 __all__ = ["EPCapacityError", "EPTimeoutError", "ExpertParallel", "Handle"]
