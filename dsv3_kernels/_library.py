@@ -28,7 +28,7 @@ class Op:
 
 OPS: dict[str, Op] = {
     # quant
-    "quantize_1x128": Op("quant", cuda=True, out=True),
+    "quantize_1x128": Op("quant", cuda=True, triton=True, out=True),
     "quantize_128x128": Op("quant", cuda=True, out=True),
     "quantize_1x128_both": Op("quant", out=True),
     "dequantize": Op("quant"),

@@ -11,12 +11,13 @@ import functools
 import importlib
 import importlib.util
 import threading
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from . import env
+from . import _triton, env
 from ._library import NAMESPACE, OPS
 
 NAMES = ("eager", "triton", "cuda", "sim", "sim:cuda", "sim:triton")
@@ -96,7 +97,8 @@ def explain(op: str, *args: Any) -> Explanation:
     """
     _known("explain", op)
     name, reason, passed_over = _choose(op, args, _device_of(args))
-    kernels = _kernels_of(op) if name.endswith("cuda") else ()
+    kind = name.removeprefix("sim:")
+    kernels = _kernels_of(op) if kind == "cuda" else _triton_kernels_of(op) if kind == "triton" else ()
     return Explanation(op, name, reason, kernels, passed_over)
 
 
@@ -130,10 +132,12 @@ def preload(device: Any) -> list[str]:
     return sorted(_host_kernels())
 
 
-def launch_counts() -> dict[str, int]:
-    """Launches so far in this process, by kernel name."""
+def launch_counts() -> Counter[str]:
+    """Launches so far in this process, by kernel name; the names of Triton kernels begin with `triton_`."""
     host = _host()
-    return dict(host.launch_counts()) if isinstance(host, ModuleType) else {}
+    counts = Counter(host.launch_counts() if isinstance(host, ModuleType) else ())
+    counts.update(_triton.launches)
+    return counts
 
 
 # The choice. Everything below is read inside the opaque op, so that torch.compile neither breaks on it nor bakes it in.
@@ -164,7 +168,10 @@ def launch(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> No
     if name == "triton":
         import torch
 
-        with torch.cuda.device(_device_of(args)):
+        device = _device_of(args)
+        if device.index == torch._C._cuda_getDevice():  # a `with` costs microseconds
+            return function(*args)
+        with torch.cuda.device(device):
             return function(*args)
     if name.startswith("sim"):
         from . import _simulator
@@ -238,9 +245,13 @@ def _triton_device(op: str, device: Any) -> str | None:
     why = _gpu_missing(device)
     if why is not None:
         return why
-    wanted = (8, 9) if OPS[op].family in ("quant", "gemm") else (8, 0)
+    fp8 = "fp8" in op or "quantize" in op  # what is FP8 says so in its name
+    wanted = (8, 9) if fp8 else (8, 0)
     capability = _capability(device)
-    return None if capability >= wanted else f"needs compute capability {wanted[0]}.{wanted[1]}, got {capability}"
+    if capability >= wanted:
+        return None
+    what = f"{wanted[0]}.{wanted[1]}{' (FP8)' if fp8 else ''}"
+    return f"needs compute capability {what}, got {capability[0]}.{capability[1]}"
 
 
 def _cannot(op: str, name: str, args: tuple[Any, ...]) -> str | None:
@@ -288,9 +299,19 @@ def _host_kernels() -> tuple[str, ...]:
 
 
 def _kernels_of(op: str) -> tuple[str, ...]:
+    return _owned(op, _host_kernels())
+
+
+def _triton_kernels_of(op: str) -> tuple[str, ...]:
+    prefix = "triton_"
+    names = [name.removeprefix(prefix) for name in vars(_module(op, "triton")) if name.startswith(prefix)]
+    return tuple(prefix + name for name in _owned(op, names))
+
+
+def _owned(op: str, kernels: Iterable[str]) -> tuple[str, ...]:
     """A kernel is of the longest op name that begins its own; an op without any launches those of its module's op."""
     owners: dict[str, list[str]] = {}
-    for kernel in _host_kernels():
+    for kernel in kernels:
         if owner := max((name for name in OPS if f"{kernel}_".startswith(f"{name}_")), key=len, default=""):
             owners.setdefault(owner, []).append(kernel)
     return tuple(owners.get(op) or owners.get(OPS[op].module) or ())

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import dsv3_kernels as dk
+from dsv3_kernels import backends
 from dsv3_kernels._library import COMPOSITIONS, FAMILIES, OPS, module_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +46,10 @@ def test_an_op_is_whole(op):
         assert callable(getattr(importlib.import_module(f"dsv3_kernels.{row.family}._cuda"), op))
         assert op in (ROOT / "bench" / f"bench_{row.family}.py").read_text(), f"{op} has no benchmark"
     if row.triton:
-        assert (ROOT / "dsv3_kernels" / row.family / f"_triton_{file}.py").exists()
+        module = importlib.import_module(f"dsv3_kernels.{row.family}._triton_{file}")
+        assert callable(getattr(module, op)) and backends._triton_kernels_of(op), f"{op} has no triton_{op} kernel"
+        assert op in (ROOT / "tests" / "triton_calls" / f"{row.family}.py").read_text(), f"{op} is not compiled"
+        assert op in (ROOT / "bench" / f"bench_{row.family}.py").read_text(), f"{op} has no benchmark"
 
 
 @pytest.mark.parametrize("op", PUBLIC)
