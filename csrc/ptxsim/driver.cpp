@@ -74,11 +74,16 @@ struct Region {  // a union of declarations that overlap
 };
 std::vector<Region>* gRegions = nullptr;
 
+// An address that ends one region and begins the next belongs to the latter.
 uint64_t translate(uint64_t a, uint64_t bytes) {
   if (!gRegions) return 0;
-  for (auto& r : *gRegions)
-    if (a >= r.begin && a + bytes <= r.end) return a - r.begin + r.copy;
-  return 0;
+  uint64_t end = 0;
+  for (auto& r : *gRegions) {
+    if (a < r.begin || a + bytes > r.end) continue;
+    if (a < r.end) return a - r.begin + r.copy;
+    end = a - r.begin + r.copy;
+  }
+  return end;
 }
 
 std::vector<Region> copyIn(std::vector<Declared> list) {

@@ -436,3 +436,15 @@ def test_wgmma_fp8_truncation_is_an_option(sim):
     sim.option(fp8_truncate=1)
     with pytest.raises(AssertionError):
         wgmma(sim, "e4m3", 64)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_buffers_that_touch(sim, first):
+    """An address that ends one buffer and begins the next belongs to the latter."""
+    x = np.arange(16, dtype=np.int32)
+    parts, out = (x[:8], x[8:]), np.zeros(1, np.int32)
+    body = """.visible .entry k(.param .u64 p, .param .u64 q, .param .u64 d) {
+        .reg .b64 %a; .reg .b32 %v; ld.param.u64 %a, [p]; ld.global.u32 %v, [%a];
+        ld.param.u64 %a, [d]; st.global.u32 [%a], %v; ret; }"""
+    sim.run(body, parts[first], parts[1 - first], out, block=1)
+    assert out[0] == 8 * first
