@@ -9,6 +9,7 @@ from torch import Tensor
 
 import dsv3_kernels as dk
 
+from . import bench_mla_prefill  # mla_prefill, mla_cache_append, mla_cache_gather, merge_attention, rope
 from .cases import Case
 
 
@@ -41,6 +42,7 @@ def mla_decode_plan(requests: int, keys: int, heads: int, *, quick: bool = False
 
 
 CASES = [
+    *bench_mla_prefill.CASES,
     mla_decode_plan(2, 1024, 16, cpu=True),
     mla_decode_plan(128, 4096, 128, quick=True),
     mla_decode_plan(4096, 1024, 16),

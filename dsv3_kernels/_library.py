@@ -45,14 +45,14 @@ OPS: dict[str, Op] = {
     "fp8_grouped_wgrad_accumulate": Op("gemm", module="fp8_grouped_wgrad", cuda=True, internal=True),
     "fp8_grouped_gemm_swiglu_quantize": Op("gemm"),
     # mla
-    "rope": Op("mla", grad="rope"),
+    "rope": Op("mla", cuda=True, grad="rope"),
     "mla_prefill": Op("mla", grad="mla_prefill_backward"),
     "mla_prefill_backward": Op("mla", module="mla_prefill", internal=True),
     "mla_decode": Op("mla", out=True),
     "mla_decode_plan": Op("mla", cuda=True),
-    "mla_cache_append": Op("mla"),
-    "mla_cache_gather": Op("mla"),
-    "merge_attention": Op("mla"),
+    "mla_cache_append": Op("mla", cuda=True),
+    "mla_cache_gather": Op("mla", cuda=True),
+    "merge_attention": Op("mla", cuda=True),
     # moe
     "moe_gate": Op("moe", grad="moe_gate_backward"),
     "moe_gate_backward": Op("moe", module="moe_gate", internal=True),

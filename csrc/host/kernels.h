@@ -35,6 +35,18 @@ inline constexpr Kernel kKernels[] = {
     {"fp8_grouped_wgrad_128x128", "fp8_grouped_wgrad", 384, 219232, 1, "128 x 128 of a gradient, persistent"},
     {"fp8_grouped_wgrad_256x128", "fp8_grouped_wgrad", 384, 219200, 1, "256 x 128 of a gradient, persistent"},
     {"mla_decode_plan", "mla_decode_plan", 256, 0, 1, "a whole batch"},
+    {"rope_f32", "rope", 256, 0, 1, "32 rows"},
+    {"rope_bf16", "rope", 256, 0, 1, "32 rows"},
+    {"rope_f16", "rope", 256, 0, 1, "32 rows"},
+    {"mla_cache_append_copy", "mla_cache_append", 256, 0, 1, "8 tokens"},
+    {"mla_cache_append_fp8_f32", "mla_cache_append", 256, 0, 1, "8 tokens"},
+    {"mla_cache_append_fp8_bf16", "mla_cache_append", 256, 0, 1, "8 tokens"},
+    {"mla_cache_append_fp8_f16", "mla_cache_append", 256, 0, 1, "8 tokens"},
+    {"mla_cache_gather_copy", "mla_cache_gather", 256, 0, 1, "8 tokens"},
+    {"mla_cache_gather_fp8", "mla_cache_gather", 256, 0, 1, "8 tokens"},
+    {"merge_attention_f32", "merge_attention", 256, 0, 1, "8 rows"},
+    {"merge_attention_bf16", "merge_attention", 256, 0, 1, "8 rows"},
+    {"merge_attention_f16", "merge_attention", 256, 0, 1, "8 rows"},
 };
 
 inline constexpr size_t kNumKernels = sizeof(kKernels) / sizeof(kKernels[0]);

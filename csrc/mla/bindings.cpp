@@ -1,13 +1,76 @@
+// A tensor comes as (address, *sizes, *strides).
 #include "host/bindings.h"
 
 #include "mla/launchers.h"
 
 namespace dsv3 {
+namespace {
+
+MlaRows rows(const py::tuple& parts, int type) {
+  const TensorArgument t = tensor(parts);
+  return {t.data, t.sizes[1], t.sizes[2], t.sizes[3], t.strides[1], t.strides[2], static_cast<RowType>(type)};
+}
+
+// A log-sum-exp: what rows has, without columns.
+MlaRows lse_rows(const py::tuple& parts) {
+  const TensorArgument t = tensor(parts);
+  return {t.data, t.sizes[2], t.sizes[3], 1, t.strides[2], t.strides[3], RowType::kFloat32};
+}
+
+MlaTable table(const py::tuple& parts) {
+  const TensorArgument t = tensor(parts);
+  return {t.data, t.sizes[2], t.sizes[3], t.strides[2]};
+}
+
+MlaCache cache(const py::tuple& parts, int64_t element_bytes) {
+  const TensorArgument t = tensor(parts);
+  return {t.data, t.sizes[1], t.sizes[2], t.sizes[3] * element_bytes, t.strides[1] * element_bytes};
+}
+
+MlaBytes bytes(const py::tuple& parts, int64_t element_bytes) {
+  const TensorArgument t = tensor(parts);
+  return {t.data, t.sizes[2], t.sizes[3] * element_bytes, t.strides[2] * element_bytes};
+}
+
+}  // namespace
 
 void bind_mla_decode(py::module_& m);  // decode_bindings.cpp
 
 void bind_mla(py::module_& m) {
   bind_mla_decode(m);
+  m.def("rope",
+        [](const py::tuple& x, int type, uintptr_t positions, bool positions_are_int64, const py::tuple& cos_sin,
+           uintptr_t out, bool interleaved, bool transposed, int device, uintptr_t stream) {
+          const MlaRows input = rows(x, type);
+          const MlaTable angles = table(cos_sin);
+          const py::gil_scoped_release unlocked;
+          rope(input, pointer(positions), positions_are_int64, angles, pointer(out), interleaved, transposed,
+               {device, stream});
+        });
+  m.def("mla_cache_append", [](const py::tuple& kv_cache, uintptr_t slots, const py::tuple& latent,
+                               const py::tuple& k_rope, bool fp8, int type, int64_t element_bytes, bool pow2_scale,
+                               int device, uintptr_t stream) {
+    const MlaCache to = cache(kv_cache, fp8 ? 1 : element_bytes);
+    const MlaBytes latents = bytes(latent, element_bytes), ropes = bytes(k_rope, element_bytes);
+    const py::gil_scoped_release unlocked;
+    mla_cache_append(to, pointer(slots), latents, ropes, fp8, static_cast<RowType>(type), pow2_scale, {device, stream});
+  });
+  m.def("mla_cache_gather",
+        [](const py::tuple& kv_cache, const py::tuple& block_table, uintptr_t cu_seqlens, const py::tuple& latent,
+           const py::tuple& k_rope, bool fp8, int64_t element_bytes, int device, uintptr_t stream) {
+          const MlaCache from = cache(kv_cache, fp8 ? 1 : element_bytes);
+          const MlaTable pages = table(block_table);
+          const MlaBytes latents = bytes(latent, element_bytes), ropes = bytes(k_rope, element_bytes);
+          const py::gil_scoped_release unlocked;
+          mla_cache_gather(from, pages, pointer(cu_seqlens), latents, ropes, fp8, {device, stream});
+        });
+  m.def("merge_attention",
+        [](const py::tuple& out_a, const py::tuple& lse_a, const py::tuple& out_b, const py::tuple& lse_b, int type,
+           uintptr_t out, uintptr_t lse, int device, uintptr_t stream) {
+          const MlaRows a = rows(out_a, type), a_lse = lse_rows(lse_a), b = rows(out_b, type), b_lse = lse_rows(lse_b);
+          const py::gil_scoped_release unlocked;
+          merge_attention(a, a_lse, b, b_lse, pointer(out), pointer(lse), {device, stream});
+        });
 }
 
 }  // namespace dsv3

@@ -1,6 +1,28 @@
-// Launchers of the mla family: raw pointers and sizes, elements unless said, strides included; the target last.
+// Launchers of the mla family: raw pointers and sizes, elements unless said,
+// strides included; the target last.
 #pragma once
 
 #include <cstdint>
 
 #include "host/driver.h"
+#include "mla/cache.h"
+#include "mla/rows.h"
+
+namespace dsv3 {
+
+// x [tokens, heads, width], positions [tokens], out contiguous.
+void rope(const MlaRows& x, const void* positions, bool positions_are_int64, const MlaTable& cos_sin, void* out,
+          bool interleaved, bool transposed, const Target& target);
+
+// `fp8`: the cache's format; `type` is that of latent and rope then.
+void mla_cache_append(const MlaCache& cache, const void* slots, const MlaBytes& latent, const MlaBytes& rope, bool fp8,
+                      RowType type, bool pow2_scale, const Target& target);
+
+void mla_cache_gather(const MlaCache& cache, const MlaTable& block_table, const void* cu_seqlens,
+                      const MlaBytes& latent, const MlaBytes& rope, bool fp8, const Target& target);
+
+// A log-sum-exp is rows of one column.
+void merge_attention(const MlaRows& out_a, const MlaRows& lse_a, const MlaRows& out_b, const MlaRows& lse_b, void* out,
+                     void* lse, const Target& target);
+
+}  // namespace dsv3

@@ -2,4 +2,115 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _host
+from .._arguments import layout, target
 from ._cuda_decode import mla_decode_plan as mla_decode_plan
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _float64(x: Tensor) -> str | None:
+    return "float64: only the eager backend computes it" if x.dtype == torch.float64 else None
+
+
+def rope_cannot(x: Tensor, *_: Any) -> str | None:
+    return _float64(x)
+
+
+def rope(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool, transposed: bool, out: Tensor) -> None:
+    if x.dim() != 3 or positions.dim() != 1:
+        # [tokens, heads, width]; a copy where no strides describe it so.
+        x = x.reshape(positions.numel(), math.prod(x.shape[positions.dim() : -1]), x.shape[-1])
+    if not positions.is_contiguous():
+        positions = positions.contiguous()
+    _host.rope(
+        layout(x),
+        _TYPES[x.dtype],
+        positions.data_ptr(),
+        positions.dtype is torch.int64,
+        layout(cos_sin),
+        out.data_ptr(),
+        interleaved,
+        transposed,
+        *target(x),
+    )
+
+
+def mla_cache_append_cannot(kv_cache: Tensor, *_: Any) -> str | None:
+    return _misplaced(kv_cache)
+
+
+def _misplaced(kv_cache: Tensor) -> str | None:
+    """The FP8 format's float32 and 16-byte parts lie at such addresses only if its pages do."""
+    if kv_cache.dtype is torch.uint8 and (kv_cache.data_ptr() % 16 or kv_cache.stride(0) % 16):
+        return "kv_cache: a page does not start at a multiple of 16 bytes"
+    return None
+
+
+def mla_cache_append(kv_cache: Tensor, slots: Tensor, latent: Tensor, k_rope: Tensor, pow2_scale: bool) -> None:
+    if not slots.is_contiguous():
+        slots = slots.contiguous()
+    _host.mla_cache_append(
+        layout(kv_cache),
+        slots.data_ptr(),
+        layout(latent),
+        layout(k_rope),
+        kv_cache.dtype is torch.uint8,
+        _TYPES.get(latent.dtype, 0),
+        latent.element_size(),
+        pow2_scale,
+        *target(kv_cache),
+    )
+
+
+def mla_cache_gather_cannot(kv_cache: Tensor, *_: Any) -> str | None:
+    return _misplaced(kv_cache)
+
+
+def mla_cache_gather(
+    kv_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    total: int,
+    width: int,
+    latent: Tensor,
+    k_rope: Tensor,
+) -> None:
+    _host.mla_cache_gather(
+        layout(kv_cache),
+        layout(block_table),
+        cu_seqlens.data_ptr(),
+        layout(latent),
+        layout(k_rope),
+        kv_cache.dtype is torch.uint8,
+        latent.element_size(),
+        *target(kv_cache),
+    )
+
+
+def merge_attention_cannot(out_a: Tensor, *_: Any) -> str | None:
+    return _float64(out_a)
+
+
+def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor) -> None:
+    if out_a.dim() > 3:
+        # Rows that no two strides describe are copied.
+        rows, columns = lse.numel(), out_a.shape[-1]
+        out_a, out_b = out_a.reshape(rows, columns), out_b.reshape(rows, columns)
+        lse_a, lse_b = lse_a.reshape(rows), lse_b.reshape(rows)
+    _host.merge_attention(
+        layout(out_a),
+        layout(lse_a),
+        layout(out_b),
+        layout(lse_b),
+        _TYPES[out_a.dtype],
+        out.data_ptr(),
+        lse.data_ptr(),
+        *target(out_a),
+    )

@@ -35,13 +35,26 @@ def check(device, *args):
     return out, lse
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(1, 1, 128), (7, 3, 128), (2, 4, 5, 512), (3, 6), (1,), (5, 0), (0, 2, 8)], ids=str)
-def test_against_float64(backend, device, dtype, shape):
+def random_parts(dtype, shape):
     real = torch.float64 if dtype == torch.float64 else torch.float32
     outs = [torch.randn(shape).to(dtype) for _ in range(2)]
     lses = [(torch.randn(shape[:-1]) * 5).to(real) for _ in range(2)]
-    check(device, outs[0], lses[0], outs[1], lses[1])
+    return outs[0], lses[0], outs[1], lses[1]
+
+
+SHAPES = [(1, 1, 128), (7, 3, 128), (2, 4, 5, 512), (3, 6), (1,), (5, 0)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_float64(backend, device, dtype, shape):
+    check(device, *random_parts(dtype, shape))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 2, 8)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64])
+def test_float64_and_no_rows(device, dtype, shape):
+    check(device, *random_parts(dtype, shape))
 
 
 def test_rows_without_keys(backend, device):
