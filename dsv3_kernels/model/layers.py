@@ -5,7 +5,8 @@ Tokens of all sequences lie packed in one dimension: x is [T, hidden]. Module pa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from .config import Config
 
 if TYPE_CHECKING:
     from ..parallel import ExpertParallel
+    from .fp8 import Recipe
     from .model import PagedLatentCache
 
 BLOCK = 128  # rows and columns that share one FP8 weight scale
@@ -47,7 +49,7 @@ class Step:
     lengths: list[int]  # new tokens per sequence, on the host
     cu_seqlens: Tensor  # [B + 1] int32 over the new tokens
     dtype: torch.dtype  # of the residual stream
-    fp8: bool = False  # float weights: GEMMs by fp8_linear (the training recipe)
+    fp8: Recipe | None = None  # float weights, products in FP8: training
     rows: Tensor | None = None  # [T] place of each token in the padded [B, S]; None when nothing is padded
     cache: PagedLatentCache | None = None
     slots: Tensor | None = None  # [T] int64: where the new tokens go in the cache
@@ -57,6 +59,22 @@ class Step:
     plan: Any = None  # mla_decode_plan, shared by the layers
     routing: list[Tensor] | None = None  # [T, K] per MoE layer: experts to replay
     chosen: list[Tensor] | None = None  # filled with the experts of each MoE layer
+    tape: list[Phase] | None = None  # filled with the pieces of each block, for a backward pass piece by piece
+
+    def again(self, function: Callable[..., Any], *inputs: Any, keep: str) -> Any:
+        """function(*inputs), computed a second time in backward where the recipe wants that: see `Recipe.again`."""
+        if self.fp8 is None or not torch.is_grad_enabled():
+            return function(*inputs)
+        return self.fp8.again(function, *inputs, keep=keep)
+
+
+@dataclass
+class Phase:
+    """A piece of a block between two exchanges: autograd goes from `outputs` to `inputs` and to the parameters."""
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    parameters: list[Tensor] = field(default_factory=list)
 
 
 class Norm(nn.Module):
@@ -132,20 +150,19 @@ class Linear(nn.Module):
             return x.q, x.scale
         return dk.quantize_1x128(x, pow2_scale=self.pow2_scale)
 
-    def forward(self, x: Tensor | Quantized, *, fp8: bool = False) -> Tensor:
+    def forward(self, x: Tensor | Quantized, *, fp8: Recipe | None = None, pow2: bool = False) -> Tensor:
+        """pow2: in training in FP8, scales of x are powers of two."""
         if self.quantize_activations:
             q, scale = self.quantize(x)
             dtype = x.x.dtype if isinstance(x, Quantized) else x.dtype
             return dk.fp8_gemm(q, scale, self.weight, self.scale, out_dtype=dtype, policy="fixed")
         x = x.x if isinstance(x, Quantized) else x
-        if fp8:
-            return dk.fp8_linear(x, self.weight, pow2_scale=self.pow2_scale)
+        if fp8 is not None:
+            return fp8.linear(x, self.weight, pow2=pow2)
         return F.linear(x, self.dense(x.dtype))
 
-    def grouped(self, rows: Tensor, offsets: Tensor, *, fp8: bool = False) -> Tensor:
+    def grouped(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """rows[offsets[e]:offsets[e+1]] @ W[e]^T for every expert; every row belongs to an expert."""
-        if fp8:
-            return dk.fp8_grouped_linear(rows, self.weight, offsets, pow2_scale=self.pow2_scale)
         if rows.is_cuda and rows.dtype == torch.bfloat16 and self.scale is None:
             return torch._grouped_mm(rows, self.dense(rows.dtype).mT, offs=offsets[1:])
         counts = offsets.diff().tolist()  # on the CPU nothing waits; on a GPU this path is for float32 comparisons
@@ -173,18 +190,24 @@ class MLP(nn.Module):
         self.down = Linear(width, ("down_proj", hidden), experts=experts, fp8=True, pad_columns=True)
 
     def forward(self, x: Tensor | Quantized, step: Step) -> Tensor:
-        gate_up = self.gate_up(x, fp8=step.fp8)
+        return self.finish(self.gate_up(x, fp8=step.fp8), step)
+
+    def finish(self, gate_up: Tensor, step: Step) -> Tensor:
         if self.down.quantize_activations:
             q, scale = dk.silu_mul_quantize_1x128(gate_up, pow2_scale=self.down.pow2_scale)
             return self.down(Quantized(gate_up, q, scale))
-        return self.down(_activate(gate_up), fp8=step.fp8)
+        if step.fp8 is not None:
+            return step.fp8.swiglu_linear(gate_up, self.down.weight)
+        return self.down(_activate(gate_up))
 
     def grouped(self, rows: Tensor, row_scale: Tensor | None, offsets: Tensor, step: Step) -> Tensor:
         """Expert e on its rows; FP8 rows come with their scales."""
-        if not self.gate_up.quantize_activations:
-            gate_up = self.gate_up.grouped(rows, offsets, fp8=step.fp8)
-            return self.down.grouped(_activate(gate_up), offsets, fp8=step.fp8)
         up, down = self.gate_up, self.down
+        if step.fp8 is not None:
+            gate_up = step.fp8.linear(rows, up.weight, offsets, pow2=True, keep_codes=True)
+            return step.fp8.swiglu_linear(gate_up, down.weight, offsets, pow2_grad=True)
+        if not up.quantize_activations:
+            return down.grouped(_activate(up.grouped(rows, offsets)), offsets)
         if down.pow2_scale:
             gate_up = dk.fp8_grouped_gemm(rows, row_scale, up.weight, up.scale, offsets, out_dtype=step.dtype)
             q, scale = dk.silu_mul_quantize_1x128(gate_up, pow2_scale=True)
@@ -211,12 +234,15 @@ class Gate(nn.Module):
             self.e_score_correction_bias = nn.Buffer(bias.to(moved.device))
         return self
 
-    def forward(self, x: Tensor, replay: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, hidden] -> (weights [T, K] float32, experts [T, K] int32, logits [T, E] float32)."""
+    def logits(self, x: Tensor) -> Tensor:
+        """x [T, hidden] -> float32 [T, E]"""
+        return F.linear(x.float(), self.weight.float())
+
+    def forward(self, logits: Tensor, replay: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """logits [T, E] -> (weights [T, K] float32, experts [T, K] int32)."""
         config = self.config
-        logits = F.linear(x.float(), self.weight.float())
         if replay is None:
-            weights, experts = dk.moe_gate(
+            return dk.moe_gate(
                 logits,
                 self.e_score_correction_bias,
                 num_groups=config.n_group,
@@ -225,11 +251,10 @@ class Gate(nn.Module):
                 scaling=config.routed_scaling_factor,
                 normalize=config.norm_topk_prob,
             )
-            return weights, experts, logits
         weights = logits.sigmoid().gather(1, replay.long())
         if config.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return weights * config.routed_scaling_factor, replay.int().contiguous(), logits
+        return weights * config.routed_scaling_factor, replay.int().contiguous()
 
 
 class MoE(nn.Module):
@@ -244,27 +269,53 @@ class MoE(nn.Module):
         self.gate = Gate(config)
         self.experts = MLP(config, width, experts=local)
         self.shared_experts = MLP(config, width * config.n_shared_experts) if config.n_shared_experts else None
-        self.load: tuple[Tensor, Tensor, Tensor] | None = None  # of the last training pass: logits, experts, counts
+        self.load: tuple[Tensor, Tensor] | None = None  # of the last training pass: logits, experts
+        self.counts: Tensor | None = None  # [E] int64: tokens of each expert since the last update of the bias
 
-    def forward(self, h: Tensor | Quantized, step: Step) -> Tensor:
+    def enter(self, h: Tensor | Quantized, step: Step) -> tuple[Tensor, Tensor | None]:
+        """(router logits, what the shared experts' SwiGLU reads)"""
         x = h.x if isinstance(h, Quantized) else h
-        replay = step.routing.pop(0) if step.routing is not None else None
-        weights, experts, logits = self.gate(x, replay)
+        shared = self.shared_experts
+        return self.gate.logits(x), None if shared is None else shared.gate_up(h, fp8=step.fp8)
+
+    def route(self, logits: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """(weights, experts), which it takes from the step or notes where it is asked to"""
+        weights, experts = self.gate(logits, step.routing.pop(0) if step.routing is not None else None)
         if step.chosen is not None:
             step.chosen.append(experts)
-        scale = None
+        if self.training:
+            counts = torch.bincount(experts.flatten(), minlength=self.num_experts)
+            self.load = logits, experts
+            self.counts = counts if self.counts is None else self.counts + counts
+        return weights, experts
+
+    def dispatch_send(self, h: Tensor | Quantized, weights: Tensor, experts: Tensor) -> Any:
+        x, scale = (h.x if isinstance(h, Quantized) else h), None
         if self.experts.gate_up.quantize_activations:
             x, scale = self.experts.gate_up.quantize(h)
         if self.parallel is None:
-            rows, row_scale, offsets, handle = dk.moe_permute(x, experts, self.num_experts, scale=scale)
-            out = dk.moe_unpermute(self.experts.grouped(rows, row_scale, offsets, step), handle, weights)
+            return dk.moe_permute(x, experts, self.num_experts, scale=scale)
+        return self.parallel.dispatch_send(x, experts, weights, scale=scale)
+
+    def compute(self, sent: Any, step: Step) -> tuple[Tensor, Any]:
+        """Experts on the rows that were sent: (their rows, handle)"""
+        if self.parallel is None:
+            rows, row_scale, offsets, handle = sent
         else:
-            rows, row_scale, _, offsets, handle = self.parallel.dispatch(x, experts, weights, scale=scale)
-            out = self.parallel.combine(self.experts.grouped(rows, row_scale, offsets, step), handle)
-        if self.training:
-            counts = torch.bincount(experts.flatten(), minlength=self.num_experts).int()
-            self.load = (logits, experts, counts)
-        return out + self.shared_experts(h, step) if self.shared_experts is not None else out
+            rows, row_scale, _, offsets, handle = self.parallel.dispatch_recv(sent)
+        return self.experts.grouped(rows, row_scale, offsets, step), handle
+
+    def combine_send(self, rows: Tensor, handle: Any) -> Any:
+        return (rows, handle) if self.parallel is None else self.parallel.combine_send(rows, handle)
+
+    def combine_recv(self, sent: Any, weights: Tensor) -> Tensor:
+        if self.parallel is None:
+            return dk.moe_unpermute(*sent, weights)
+        return self.parallel.combine_recv(sent)
+
+    def carrier(self, sent: Any) -> Tensor:
+        """The tensor through which autograd goes back from an exchange."""
+        return sent[0] if self.parallel is None else sent.link.token
 
 
 class Attention(nn.Module):
@@ -290,17 +341,20 @@ class Attention(nn.Module):
         self.o_proj = Linear(heads * config.v_head_dim, ("o_proj", hidden), fp8=True)
         self.absorbed: Tensor | None = None  # kv_b as floats [heads, nope + v, latent], kept where it is FP8
 
-    def forward(self, h: Tensor | Quantized, step: Step) -> Tensor:
+    def enter(self, h: Tensor | Quantized, step: Step) -> tuple[Tensor, Tensor]:
+        """(queries, in low rank where the model has it so; latents with rotary keys)"""
+        q_proj = self.q_proj if self.config.q_lora_rank is None else self.q_a_proj
+        return q_proj(h, fp8=step.fp8), self.kv_a_proj_with_mqa(h, fp8=step.fp8)
+
+    def attend(self, q: Tensor, kv: Tensor, step: Step) -> Tensor:
+        """What `enter` made -> [T, heads * v]"""
         config, fp8 = self.config, step.fp8
-        if config.q_lora_rank is None:
-            q = self.q_proj(h, fp8=fp8)
-        else:
-            low = self.q_a_layernorm(self.q_a_proj(h, fp8=fp8), quantize=self.q_b_proj.quantize_activations)
+        if config.q_lora_rank is not None:
+            low = self.q_a_layernorm(q, quantize=self.q_b_proj.quantize_activations)
             q = self.q_b_proj(low, fp8=fp8)
         q_nope, q_rope = q.view(len(q), -1, config.qk_head_dim).split(
             [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1
         )
-        kv = self.kv_a_proj_with_mqa(h, fp8=fp8)
         latent = self.kv_a_layernorm(kv[:, : config.kv_lora_rank])
         q_rope = dk.rope(q_rope, step.positions, step.cos_sin)
         k_rope = dk.rope(kv[:, config.kv_lora_rank :], step.positions, step.cos_sin)
@@ -310,7 +364,10 @@ class Attention(nn.Module):
             out = self._latent_space(q_nope, q_rope, step)
         else:
             out = self._head_space(torch.cat([q_nope, q_rope], dim=-1), latent, k_rope, step)
-        return self.o_proj(out.reshape(len(q), -1), fp8=fp8)
+        return out.reshape(len(q), -1)
+
+    def leave(self, out: Tensor, step: Step) -> Tensor:
+        return self.o_proj(out, fp8=step.fp8, pow2=True)
 
     def _latent_space(self, q_nope: Tensor, q_rope: Tensor, step: Step) -> Tensor:
         """W_UK goes into the query and W_UV behind the output: attention reads the cache as it lies."""
@@ -375,13 +432,71 @@ class DecoderLayer(nn.Module):
 
     def forward(self, update: Tensor, residual: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:
         """(update, residual) of the block before -> those of this one; residual None: update is all there is."""
+        phases = self.phases(update, residual, step)
+        try:
+            while True:
+                next(phases)
+        except StopIteration as done:
+            return done.value
+
+    def phases(
+        self, update: Tensor, residual: Tensor | None, step: Step
+    ) -> Generator[str, None, tuple[Tensor, Tensor]]:
+        """The block in pieces, as `dk.parallel.two_microbatch` takes them: it yields names of exchanges under way.
+
+        In training in FP8, backward computes again what lies between products: norms, queries, keys and values.
+        """
+        start = (update,) if residual is None else (update, residual)
+        attention, mlp = self.self_attn, self.mlp
+        q, kv, residual = step.again(self._enter_attention, *start, step, keep="products")
+        out = step.again(attention.attend, q, kv, step, keep="attention")
+        update = attention.leave(out, step)
+        h, residual, *entered = step.again(self._enter_mlp, update, residual, step, keep="products")
+        attended = [self.input_layernorm, attention, self.post_attention_layernorm]
+        if isinstance(mlp, MLP):
+            out = mlp.finish(entered[0], step)
+            note(step, start, (out, residual), *attended, mlp)
+            return out, residual
+        logits, gate_up = entered
+        weights, experts = mlp.route(logits, step)
+        sent = mlp.dispatch_send(h, weights, experts)
+        yield "dispatch"
+        rows, handle = mlp.compute(sent, step)
+        back = mlp.combine_send(rows, handle)
+        yield "combine"
+        out = mlp.combine_recv(back, weights)
+        crossing: tuple[Tensor, ...] = (weights,)
+        shared = mlp.shared_experts
+        if shared is not None:
+            out = out + shared.finish(gate_up, step)
+            crossing = (weights, gate_up)
+        if step.tape is not None:
+            there, returned = mlp.carrier(sent), mlp.carrier(back)
+            note(step, start, (there, residual, *crossing), *attended, mlp.gate, *([shared.gate_up] if shared else []))
+            note(step, (there,), (returned,), mlp.experts)
+            note(step, (returned, *crossing), (out,), *([shared.down] if shared else []))
+        return out, residual
+
+    def _enter_attention(self, update: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """(update, [residual], step) -> what attention enters with, and the residual"""
+        *residual, step = rest
         quantize = self.self_attn.o_proj.quantize_activations
-        if residual is None:
-            h, residual = self.input_layernorm(update, quantize=quantize), update
+        if residual:
+            h, total = self.input_layernorm(update, residual[0], quantize=quantize)
         else:
-            h, residual = self.input_layernorm(update, residual, quantize=quantize)
-        h, residual = self.post_attention_layernorm(self.self_attn(h, step), residual, quantize=quantize)
-        return self.mlp(h, step), residual
+            h, total = self.input_layernorm(update, quantize=quantize), update
+        return *self.self_attn.enter(h, step), total
+
+    def _enter_mlp(self, update: Tensor, residual: Tensor, step: Step) -> tuple[Any, ...]:
+        h, total = self.post_attention_layernorm(update, residual, quantize=self.self_attn.o_proj.quantize_activations)
+        if isinstance(self.mlp, MoE):
+            return h, total, *self.mlp.enter(h, step)
+        return h, total, self.mlp.gate_up(h, fp8=step.fp8)
+
+
+def note(step: Step, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], *modules: nn.Module) -> None:
+    if step.tape is not None:
+        step.tape.append(Phase(inputs, outputs, [p for m in modules for p in m.parameters() if p.requires_grad]))
 
 
 def cumulative(counts: list[int], device: torch.device) -> Tensor:

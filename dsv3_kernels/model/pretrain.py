@@ -134,7 +134,7 @@ def run(model: DeepSeekV3, text: bytes, *, steps: int = STEPS, stop: int | None 
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
         adam.zero_grad(set_to_none=True)
-        train.update_bias(model, BIAS_SPEED)
+        loads = train.update_bias(model, BIAS_SPEED)
         yield {
             "step": step,
             "main": parts["main"].item(),
@@ -142,15 +142,14 @@ def run(model: DeepSeekV3, text: bytes, *, steps: int = STEPS, stop: int | None 
             "lr": rate(step, steps),
             "grad_norm": norm.item(),
             "seconds": round(time.perf_counter() - began, 1),
-            "load": [_imbalance(moe.load) for moe in train.moe_layers(model)],
+            "load": [_imbalance(load) for load in loads],
         }
     model.eval()
 
 
-def _imbalance(load: Any) -> float:
+def _imbalance(counts: Tensor) -> float:
     """Tokens of the busiest expert over the mean."""
-    counts = load[2].float()
-    return round(float(counts.max() / counts.mean()), 2)
+    return round(float(counts.max() / counts.float().mean()), 2)
 
 
 def plot(log: Path, picture: Path) -> None:

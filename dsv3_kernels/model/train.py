@@ -11,6 +11,7 @@ from torch import Tensor
 import dsv3_kernels as dk
 
 from .. import _checks
+from .fp8 import Recipe
 from .layers import MoE
 from .model import split_routing
 from .mtp import chain
@@ -46,7 +47,7 @@ def loss(
     step = model.step(tokens)
     batch, width = tokens.shape
     _checks.value("loss", "tokens", width > 1, list(tokens.shape), "two tokens or more per sequence")
-    step.dtype, step.fp8 = RECIPES[recipe], recipe == "fp8"
+    step.dtype, step.fp8 = RECIPES[recipe], Recipe(model.config.pow2_scale) if recipe == "fp8" else None
     step.routing, own = split_routing(model, routing, tokens)
     normed, residual = model.hidden(step)
     parts = {"main": _cross_entropy(model, normed.view(batch, width, -1), tokens, 1)}
@@ -79,7 +80,7 @@ def _balance(model: DeepSeekV3, batch: int, width: int, alpha: float) -> Tensor:
     total: Any = 0.0
     for moe in moe_layers(model):
         assert moe.load is not None
-        logits, experts, _ = moe.load
+        logits, experts = moe.load
         rows = len(experts) // batch
         sequences = torch.arange(batch, device=experts.device).repeat_interleave(rows)
         total = total + dk.moe_balance_loss(logits.sigmoid(), experts, seq_ids=sequences, alpha=alpha)
@@ -87,14 +88,22 @@ def _balance(model: DeepSeekV3, batch: int, width: int, alpha: float) -> Tensor:
 
 
 @torch.no_grad()
-def update_bias(model: DeepSeekV3, speed: float) -> None:
-    """Auxiliary-loss-free balancing (section 2.1.2): after a step, move every router's bias by its last load."""
+def update_bias(model: DeepSeekV3, speed: float, group: Any = None) -> list[Tensor]:
+    """Auxiliary-loss-free balancing (section 2.1.2): move every router's bias by its load since the last update.
+
+    Returns the loads, [E] per MoE layer, the MTP layers' last; summed over `group` (default: the experts' group).
+    """
+    loads = []
     for moe in moe_layers(model):
-        if moe.load is not None:
-            counts = moe.load[2]
-            if model.group is not None:
-                torch.distributed.all_reduce(counts, group=model.group)
-            dk.moe_update_bias(moe.gate.e_score_correction_bias, counts, speed)
+        counts = moe.counts
+        if counts is None:
+            continue
+        moe.counts = None
+        if group is not None or model.group is not None:
+            torch.distributed.all_reduce(counts, group=group or model.group)
+        dk.moe_update_bias(moe.gate.e_score_correction_bias, counts, speed)
+        loads.append(counts)
+    return loads
 
 
 def gradients(model: DeepSeekV3) -> dict[str, Tensor]:
