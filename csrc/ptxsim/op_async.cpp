@@ -142,6 +142,7 @@ void initBarrier(Warp& w, const Inst& in, uint32_t m) {
     b.pending = count;
     memset(p.p, 0, 8);
     memset(p.valid, 1, 8);
+    raceMbarrierInit(w, b);
     raceAccessShared(w, in, *p.cta, p.offset, 8, Kind::Write);
   }
   w.launch->progress();
@@ -169,7 +170,10 @@ void arriveBarrier(Warp& w, const Inst& in, uint32_t m) {
                           in.x[1] || in.space == Space::Generic);
     if (in.space == Space::Generic && (a >> 24) != w.cta->rank)
       w.fail(in, i, "a generic mbarrier address must be in the own CTA");
-    Mbarrier& b = mbarrierAt(w, in, i, a);
+    Cta* owner;
+    Mbarrier& b = mbarrierAt(w, in, i, a, &owner);
+    raceMbarrierUse(w, in, i, b);
+    raceRemote(w, in, i, *owner, nullptr);
     uint32_t n = flags & (Expect | Complete | HasCount) ? lane32(w, in.b, (unsigned)i) : 1;
     if (flags & (Expect | Complete | HasCount)) w.needValid(in, in.b, 1u << i, "mbarrier operand");
     state[i] = (b.phase & 0xffffffff) | (uint64_t)b.pending << 32;
@@ -219,6 +223,7 @@ void waitBarrier(Warp& w, const Inst& in, uint32_t m) {
     if ((a >> 24) != w.cta->rank && (a >> 24) != 0)
       w.fail(in, i, "a thread can wait only for an mbarrier of its own CTA");
     Mbarrier& b = mbarrierAt(w, in, i, withRank(w, a, false));
+    raceMbarrierUse(w, in, i, b);
     bool passed;
     if (in.x[3]) {
       passed = (b.phase & 1) != (lane32(w, in.b, (unsigned)i) & 1);
@@ -421,6 +426,7 @@ void cpArrive(Warp& w, const Inst& in, uint32_t m) {
     op->address[i] =
         withRank(w, sharedOf(w, in, i, in.space, lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm)), false);
     Mbarrier& b = mbarrierAt(w, in, i, op->address[i]);
+    raceMbarrierUse(w, in, i, b);
     if (!in.x[0]) ++b.pending;
   }
   for (auto& earlier : w.cp.ops)
@@ -470,10 +476,12 @@ void stAsync(Warp& w, const Inst& in, uint32_t m) {
       uint64_t v = in.bytes == 4 ? lane32(w, refs[k], (unsigned)i) : lane64(w, refs[k], (unsigned)i);
       memcpy(op->data + (k - 1) * in.bytes, &v, in.bytes);
     }
-    locateShared(w, in, i, op->address, op->bytes, Kind::Write, op->bytes, false);
+    Cta& target = *locateShared(w, in, i, op->address, op->bytes, Kind::Write, op->bytes, false).cta;
     if ((op->address >> 24) != (op->barrier >> 24))
       w.fail(in, i, "the destination and its mbarrier are in different CTAs");
+    raceMbarrierUse(w, in, i, mbarrierAt(w, in, i, op->barrier));
     launchOp(w, in, 1u << i, op, nullptr);
+    raceRemote(w, in, i, target, op.get());
   }
 }
 void decodeAsyncStore(Dec& d, bool reduce) {

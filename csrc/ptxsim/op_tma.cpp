@@ -292,13 +292,17 @@ void bulk(Warp& w, const Inst& in, uint32_t m) {
         if (!op->ctaMask || op->ctaMask >> w.cta->cluster->ctas.size())
           w.fail(in, i, "multicast mask " + n(op->ctaMask) + " in a cluster of " + n(w.cta->cluster->ctas.size()));
         for (uint32_t r = 0; r < 16; ++r)
-          if ((op->ctaMask >> r) & 1) mbarrierAt(w, in, i, (op->barrier & 0xffffff) | r << 24);
+          if ((op->ctaMask >> r) & 1)
+            raceMbarrierUse(w, in, i, mbarrierAt(w, in, i, (op->barrier & 0xffffff) | r << 24));
       } else {
         if ((op->barrier >> 24) != (op->shared >> 24))
           w.fail(in, i, "the mbarrier of a bulk copy must be in the CTA of its destination");
-        mbarrierAt(w, in, i, op->barrier);
+        raceMbarrierUse(w, in, i, mbarrierAt(w, in, i, op->barrier));
       }
       launchOp(w, in, 1u << i, op, nullptr);
+      for (auto& cta : w.cta->cluster->ctas)
+        if (op->ctaMask ? op->ctaMask >> cta->rank & 1 : op->shared >> 24 == cta->rank)
+          raceRemote(w, in, i, *cta, op.get());
     } else {
       launchOp(w, in, 1u << i, op, &w.bulk);
     }

@@ -103,38 +103,62 @@ struct Wgmma : AsyncOp {
 
   // What one tensor copy brought must be read as a regular part of the tensor: a wrong stride or swizzle reads bytes
   // that are there, but not these. Between copies nothing is said: pages of a cache may lie anywhere.
-  void checkAffine(const Descriptor& d, bool mnMajor, Type t, unsigned first, unsigned count, const char* name) {
+  // The result says where it is not; `known`: all of it came from tensor copies.
+  std::string irregular(const Descriptor& d, bool mnMajor, Type t, unsigned first, unsigned count, bool* known) {
     Cta& cta = *warp->cta;
     const unsigned es = typeBytes(t), outer = mnMajor ? s->k : count;
     const unsigned inner = std::max(1u, (mnMajor ? count : s->k) * es / 16);
-    auto at = [&](unsigned r, unsigned c) {
-      return raceTagOf(cta, d.chunk(mnMajor, (mnMajor ? first * es : 0) + c * 16, mnMajor ? r : first + r));
+    auto at = [&](unsigned r, unsigned c) -> const Provenance* {
+      const uint32_t off = d.chunk(mnMajor, (mnMajor ? first * es : 0) + c * 16, mnMajor ? r : first + r);
+      return off + 16 <= cta.smemBytes ? raceTagOf(cta, off) : nullptr;
     };
     // A chunk is 16 bytes on from its left neighbour, and a row as far from the one above as the first two rows are.
     const Provenance *row0 = at(0, 0), *row1 = outer > 1 ? at(1, 0) : nullptr;
-    if (!row0 || !row1 || row0->op != row1->op) return;
+    *known = row0 && row1 && row0->op == row1->op;
+    if (!*known) return "";
     const uint64_t pitch = row1->address - row0->address;
     const Provenance* origin = nullptr;
     unsigned originRow = 0, originChunk = 0;
     for (unsigned r = 0; r < outer; ++r)
       for (unsigned c = 0; c < inner; ++c) {
         const Provenance* p = at(r, c);
-        if (!p) return;
+        *known &= p != nullptr;
+        if (!p) return "";
         if (!origin || p->op != origin->op) {
           origin = p, originRow = r, originChunk = c;
           continue;
         }
         const uint64_t want =
             origin->address + (uint64_t)((int64_t)r - originRow) * pitch + (uint64_t)(((int64_t)c - originChunk) * 16);
-        if (p->address == want) continue;
-        warp->fail(
-            *inst, -1,
-            "operand " + std::string(name) + " of a wgmma is no regular part of the tensor it was loaded from: " +
-                (mnMajor ? "k " : "row ") + std::to_string(first + r) + ", 16-byte chunk " + std::to_string(c) +
-                " was loaded from " + std::to_string((int64_t)(p->address - want)) +
-                " bytes past where its neighbours put it (descriptor: start " + std::to_string(d.start) + ", LBO " +
-                std::to_string(d.lbo) + ", SBO " + std::to_string(d.sbo) + ", mode " + std::to_string(d.mode) + ")");
+        if (p->address != want)
+          return (mnMajor ? "k " : "row ") + std::to_string(first + r) + ", 16-byte chunk " + std::to_string(c) +
+                 " was loaded from " + std::to_string((int64_t)(p->address - want)) +
+                 " bytes past where its neighbours put it";
       }
+    return "";
+  }
+  void checkOperand(const Descriptor& d, bool mnMajor, Type t, unsigned first, unsigned count, const char* name) {
+    bool known;
+    const std::string what = irregular(d, mnMajor, t, first, count, &known);
+    if (what.empty()) return;
+    std::string hint;
+    auto tryOut = [&](Descriptor other, const std::string& change) {
+      if (hint.empty() && irregular(other, mnMajor, t, first, count, &known).empty() && known)
+        hint = "; with " + change + " it would be";
+    };
+    Descriptor other = d;
+    std::swap(other.lbo, other.sbo);
+    tryOut(other, "LBO and SBO swapped");
+    other = d, other.sbo = 8 * d.span();
+    tryOut(other, "SBO " + std::to_string(other.sbo));
+    for (unsigned mode = 0; mode < 4; ++mode) {
+      other = d, other.mode = mode;
+      tryOut(other, "swizzle mode " + std::to_string(mode));
+    }
+    warp->fail(*inst, -1,
+               "operand " + std::string(name) + " of a wgmma is no regular part of the tensor it was loaded from: " +
+                   what + " (descriptor: start " + std::to_string(d.start) + ", LBO " + std::to_string(d.lbo) +
+                   ", SBO " + std::to_string(d.sbo) + ", swizzle mode " + std::to_string(d.mode) + hint + ")");
   }
 
   bool step() override {
@@ -145,6 +169,10 @@ struct Wgmma : AsyncOp {
     std::vector<bool> badRow(16, false), badCol(N, false);
     const auto& refs = in.ext->refs;
     const auto& sources = in.ext->refs2;
+    if (w.launch->race) {
+      if (!s->registersA) checkOperand(Descriptor(descA), s->transA, s->a, row0, 16, "A");
+      if (w.index % 4 == 0) checkOperand(Descriptor(descB), s->transB, s->b, 0, N, "B");
+    }
     if (s->registersA) {
       const unsigned es = typeBytes(s->a), E = 4 / es;
       for (unsigned r = 0; r < 4; ++r) {
@@ -162,10 +190,6 @@ struct Wgmma : AsyncOp {
       fetch(Descriptor(descA), s->transA, s->a, row0, 16, A.data(), 64, false, &badRow);
     }
     fetch(Descriptor(descB), s->transB, s->b, 0, N, B.data(), 256, true, &badCol);
-    if (w.launch->race) {
-      if (!s->registersA) checkAffine(Descriptor(descA), s->transA, s->a, row0, 16, "A");
-      if (w.index % 4 == 0) checkAffine(Descriptor(descB), s->transB, s->b, 0, N, "B");
-    }
     const float sign = (float)(s->scaleA * s->scaleB);
     if (sign != 1)
       for (unsigned i = 0; i < 16; ++i)

@@ -34,6 +34,9 @@ struct RaceCompletion {                                  // who found out, and w
 };
 struct RaceWarp {
   RaceClock clock, fenced, pending;  // pending: acquired by relaxed operations, until a fence
+  // What even a relaxed cluster barrier tells. seen: when each warp came to it; async: its last fence.mbarrier_init.
+  RaceClock met;
+  uint32_t initFence = 0;
   bool hasFenced = false, hasPending = false;
   uint32_t first = 0, self = 0;  // warps of the grid: first of the cluster, own
   uint32_t& own() { return clock.seen[self - first]; }
@@ -71,6 +74,8 @@ struct OpRecord {
 
 struct RaceShadow {
   std::vector<std::unique_ptr<Granule[]>> pages;
+  std::vector<Entry> remote;  // the last access of each agent of another CTA
+  RaceClock exit, met;        // what its warps knew when they exited
   Granule& at(uint64_t granule) {
     auto& p = pages[granule / kPage];
     if (!p) p.reset(new Granule[kPage]());
@@ -112,6 +117,8 @@ void raceStart(Launch& l, Cluster& c, uint64_t index) {
       w.race->clock.seen.assign(n, 0);
       w.race->clock.async.assign(n, 0);
       w.race->own() = 1;
+      w.race->met.seen.assign(n, 0);
+      w.race->met.async.assign(n, 0);
     }
   }
 }
@@ -306,6 +313,7 @@ static void accessLanes(Warp& w, const Inst& in, uint32_t m, Space space, const 
     const bool shared = space == Space::Shared || (space == Space::Generic && inShared(at));
     if (shared) {
       Place p = locateShared(w, in, i, (uint32_t)at, 1, Kind::Read, 1, space == Space::Shared && in.x[4] == 0);
+      raceRemote(w, in, i, *p.cta, nullptr);
       range(s, w, in, *p.cta->shadow, me, p.offset, n, kind, Memory{p.cta, nullptr});
     } else if (!inLocal(at)) {
       Buffer* b = Arena::get().find(at, 1);
@@ -364,6 +372,7 @@ void raceFence(Warp& w, const Inst& in, uint32_t) {
     ++r.own();
     return;
   }
+  if (in.x[0] == 3) r.initFence = r.own()++;
   if (in.x[0] == 0) {
     if (r.hasPending) r.clock.join(r.pending), r.hasPending = false, r.pending = RaceClock();
     r.fenced = r.clock;
@@ -385,14 +394,79 @@ void raceClusterArrive(Warp& w, bool strongRelease) {
   if (!w.launch->race) return;
   auto& c = w.cta->cluster->clock;
   if (!c) c = std::make_shared<RaceClock>();
+  RaceWarp& r = *w.race;
+  auto& met = w.cta->cluster->met;
+  if (!met) met = std::make_shared<RaceClock>(r.met);
+  met->seen[r.self - r.first] = r.own();
+  met->async[r.self - r.first] = r.initFence;
   release(w, *c, strongRelease);
+  if (!strongRelease) ++r.own();
 }
 void raceClusterDone(Cluster& c) {
   c.done = c.clock;
   c.clock.reset();
 }
 void raceClusterWait(Warp& w) {
-  if (w.launch->race && w.cta->cluster->done) acquire(w, *w.cta->cluster->done, true);
+  if (!w.launch->race) return;
+  Cluster& c = *w.cta->cluster;
+  if (c.done) acquire(w, *c.done, true);
+  if (c.met) w.race->met.join(*c.met);
+}
+
+// ---- mbarriers and shared memory of other CTAs: the other side must be there
+
+void raceMbarrierInit(Warp& w, Mbarrier& b) {
+  if (w.launch->race) b.initBy = w.race->self, b.initTime = w.race->own();
+}
+void raceMbarrierUse(Warp& w, const Inst& in, int lane, const Mbarrier& b) {
+  if (!w.launch->race || b.initBy == w.race->self) return;
+  const RaceWarp& r = *w.race;
+  if (knows(r.clock, r.first, b.initBy, b.initTime, false) || knows(r.met, r.first, b.initBy, b.initTime, true)) return;
+  const uint32_t n = w.launch->warpsPerCta;
+  const bool fence = knows(r.met, r.first, b.initBy, b.initTime, false);
+  w.fail(in, lane,
+         "race on an mbarrier of CTA " + std::to_string(b.initBy / n) + ": nothing orders this operation after its " +
+             "mbarrier.init by warp " + std::to_string(b.initBy % n) + " (" +
+             (fence                        ? "fence.mbarrier_init"
+              : b.initBy / n == r.self / n ? "a barrier of the CTA"
+                                           : "a cluster barrier") +
+             " is missing)");
+}
+void raceRemote(Warp& w, const Inst& in, int lane, Cta& target, const AsyncOp* op) {
+  if (!w.launch->race || &target == w.cta) return;
+  RaceWarp& r = *w.race;
+  const uint32_t n = w.launch->warpsPerCta, at = target.rank * n;
+  bool started = false;
+  for (uint32_t i = at; i < at + n; ++i) started |= r.clock.seen[i] || r.met.seen[i];
+  if (!started)
+    w.fail(in, lane,
+           "shared memory of CTA rank " + std::to_string(target.rank) +
+               " is accessed before that CTA is known to have started: a cluster barrier is missing");
+  const uint32_t pc = (uint32_t)(&in - w.kernel->code.data());
+  const Entry e = op ? Entry{op->id, 0, pc, 1, kOpFlag | kWriteFlag, 0} : Entry{r.self, r.own(), pc, 1, kWriteFlag, 0};
+  for (auto& x : target.shadow->remote)
+    if (!op && x.agent == e.agent && x.flags == e.flags) {
+      x = e;
+      return;
+    }
+  target.shadow->remote.push_back(e);
+}
+void raceExit(Warp& w) {
+  if (w.launch->race) w.cta->shadow->exit.join(w.race->clock), w.cta->shadow->met.join(w.race->met);
+}
+static void checkRemote(Cta& cta) {
+  RaceState& s = *cta.launch->race;
+  const RaceWarp& own = *cta.warps[0].race;
+  const Side me{&cta.shadow->exit, own.first, kAll, 0, 0, 0, false, false};
+  const uint32_t n = cta.launch->warpsPerCta;
+  for (const Entry& e : cta.shadow->remote) {
+    if (!*ordered(s, me, e)) continue;
+    const uint32_t warp = e.flags & kOpFlag ? s.ops[e.agent]->issuer : e.agent;
+    if (!(e.flags & kOpFlag) && knows(cta.shadow->met, own.first, warp, e.time, false)) continue;
+    throw Error("CTA " + std::to_string(cta.linear) + " may exit before warp " + std::to_string(warp % n) + " of CTA " +
+                std::to_string(warp / n) + " accesses its shared memory: a cluster barrier is missing\n" +
+                "  at kernel " + cta.launch->kernel->name + ": " + cta.launch->kernel->place(e.pc));
+  }
 }
 
 void raceRelease(Warp& w, const Inst&, Mbarrier& b, bool strongRelease, bool) {
@@ -471,6 +545,7 @@ const Provenance* raceTagOf(Cta& cta, uint32_t offset) {
 
 void checkExit(Cta& cta) {
   if (!cta.launch->opt.detect) return;
+  checkRemote(cta);
   for (auto& w : cta.warps) {
     for (auto& op : w.bulk.ops)
       if (!op->exitOk() && cta.launch->race && cta.launch->race->ops[op->id]->read.empty()) {

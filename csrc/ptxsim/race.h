@@ -26,8 +26,13 @@ void raceBarrier(Cta& cta, NamedBarrier& b);  // b is complete: its waiters go o
 void raceClusterArrive(Warp& w, bool release);
 void raceClusterDone(Cluster& c);
 void raceClusterWait(Warp& w);
+void raceExit(Warp& w);  // its last thread exits
 
 // ---- mbarriers and asynchronous operations
+void raceMbarrierInit(Warp& w, Mbarrier& b);
+void raceMbarrierUse(Warp& w, const Inst& in, int lane, const Mbarrier& b);  // its init must come before
+// Another CTA's shared memory: it must have started, and stay until the access is over. `op`: what makes the access.
+void raceRemote(Warp& w, const Inst& in, int lane, Cta& target, const AsyncOp* op);
 void raceAccessShared(Warp& w, const Inst& in, Cta& cta, uint32_t offset, uint32_t bytes, Kind kind);
 void raceRelease(Warp& w, const Inst& in, Mbarrier& b, bool release, bool remote);
 void raceAcquire(Warp& w, Mbarrier& b, bool acquire);

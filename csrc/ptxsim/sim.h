@@ -253,6 +253,7 @@ struct Mbarrier {
   int64_t pending = 0, tx = 0;
   uint64_t phase = 0;
   uint64_t txSeen = 0;                               // bytes that arrived in this phase, for reports
+  uint32_t initBy = 0, initTime = 0;                 // race detector: warp of the grid
   std::shared_ptr<RaceClock> clock, done;            // race detector: of the open phase, of the last completed one
   std::shared_ptr<RaceCompletion> open, completion;  // asynchronous operations of the open phase, of the last one
 };
@@ -283,8 +284,8 @@ struct Cta {
 struct Cluster {
   std::vector<std::unique_ptr<Cta>> ctas;
   unsigned id[3] = {0, 0, 0};
-  unsigned arrived = 0;                    // threads at barrier.cluster
-  std::shared_ptr<RaceClock> clock, done;  // race detector
+  unsigned arrived = 0;                         // threads at barrier.cluster
+  std::shared_ptr<RaceClock> clock, done, met;  // race detector
   uint64_t barrierPhase = 0;
   unsigned liveThreads = 0;
   std::list<std::shared_ptr<AsyncOp>> pending;  // issued, not yet performed

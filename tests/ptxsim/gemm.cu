@@ -24,6 +24,7 @@ enum Bug {
   kExitBeforeStore,  // the last tile's store is never waited for
   kBarrierCount,     // named barrier with another count
   kNoBarrier,        // no barrier between the warps that write the tile and the one that stores it
+  kSwapped,          // LBO and SBO of the descriptors change places
   kNoReleaseWait,    // the next tile overwrites the staging buffer while the store reads it
 };
 
@@ -48,8 +49,8 @@ __device__ void load(uint32_t to, const Map* map, uint32_t bar, int x, int y) {
       "l"(map), "r"(bar), "r"(x), "r"(y)
       : "memory");
 }
-__device__ uint64_t descriptor(uint32_t a, uint32_t sbo) {
-  return (uint64_t)((a & 0x3ffff) >> 4) | (uint64_t)1 << 16 | (uint64_t)(sbo >> 4) << 32 | (uint64_t)1 << 62;
+__device__ uint64_t descriptor(uint32_t a, uint32_t lbo, uint32_t sbo) {
+  return (uint64_t)((a & 0x3ffff) >> 4) | (uint64_t)(lbo >> 4) << 16 | (uint64_t)(sbo >> 4) << 32 | (uint64_t)1 << 62;
 }
 
 #define R8(d, i)                                                                                              \
@@ -101,13 +102,16 @@ extern "C" __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant_
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const int c = group - 1;
-    const uint32_t out = tile + c * 64 * 128, sbo = bug == kWrongSbo ? 512 : 1024;
+    const uint32_t out = tile + c * 64 * 128, lbo = bug == kSwapped ? 1024 : 16,
+                   sbo = bug == kWrongSbo  ? 512
+                         : bug == kSwapped ? 16
+                                           : 1024;
     float d[64];
     for (int t = blockIdx.x; t < tiles; t += gridDim.x) {
       for (int k = 0; k < p.blocks_k; ++k) {
         wait(full + 8 * s, phase);
-        const uint64_t a = descriptor(base + s * kStageBytes + c * 64 * 128, sbo),
-                       b = descriptor(base + s * kStageBytes + kStageBytes / 2, sbo);
+        const uint64_t a = descriptor(base + s * kStageBytes + c * 64 * 128, lbo, sbo),
+                       b = descriptor(base + s * kStageBytes + kStageBytes / 2, lbo, sbo);
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
         for (int j = 0; j < 4; ++j) mma(d, a + 2 * j, b + 2 * j, k + j);

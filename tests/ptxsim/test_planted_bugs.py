@@ -27,6 +27,7 @@ BUGS = [
     "exit before store",
     "barrier count",
     "no barrier",
+    "swapped LBO and SBO",
     "no release wait",
 ]
 SHARED = 3 * 2 * 128 * 64 * 2 + 128 * 128 * 2 + 64
@@ -106,7 +107,8 @@ REPORTS = {
     "too many bytes": r"deadlock.*waits for mbarrier.*1 of 1 arrivals, 32768 bytes came, 128 outstanding",
     "too few bytes": r"deadlock.*waits for mbarrier.*1 of 1 arrivals, 32768 bytes came, -128 outstanding",
     "early release": r"race on shared memory.*asynchronous write.*wgmma.*nothing waits for that operation",
-    "wrong SBO": r"operand A of a wgmma is no regular part of the tensor.*SBO 512",
+    "wrong SBO": r"operand A of a wgmma is no regular part of the tensor.*SBO 512.*with SBO 1024 it would be",
+    "swapped LBO and SBO": "no regular part of the tensor.*LBO 1024, SBO 16.*with LBO and SBO swapped it would be",
     "no wait": r"an accumulator is read before wgmma.wait_group|race on shared memory.*wgmma",
     "exit before store": "exits before a bulk store has read its shared memory",
     "barrier count": "deadlock.*waits at barrier 1: 128 of 160 threads|is used with 160 threads",
@@ -125,7 +127,9 @@ def test_planted(sim, ptx, bug, timing):
     assert "gemm.cu:" in str(error.value)
 
 
-def test_setmaxnreg_over_the_pool(sim, ptx):
+@pytest.mark.parametrize("timing", ["early", "late"])
+def test_setmaxnreg_over_the_pool(sim, ptx, timing):
+    sim.option(timing=timing)
     with pytest.raises(SimError, match=r"setmaxnreg.inc to 240: waits for 2304 registers, the CTA's pool has"):
         gemm(sim, re.sub(r"(setmaxnreg\.inc\S+\s+)232", r"\g<1>240", ptx))
 
@@ -238,27 +242,110 @@ def test_unknown_instruction_is_named(sim):
         sim.run(kernel("add.wobbly.s32 %r1, %r0, %r0;"), np.zeros(1, np.uint32))
 
 
-def cluster_kernel(sync: str) -> str:
+SYNC = "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"
+RELAXED = "barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.acquire.aligned;"
+
+
+def cluster_kernel(start=RELAXED, middle=SYNC, end=RELAXED) -> str:
+    """Two CTAs write into each other's shared memory, then read their own, then the other's."""
     return kernel(f"""mov.u32 %r1, s; mov.u32 %r2, %cluster_ctarank; xor.b32 %r3, %r2, 1; mapa.shared::cluster.u32 %r4, %r1, %r3;
-    mad.lo.s32 %r5, %r0, 4, %r4; mad.lo.s32 %r6, %r2, 100, %r0; st.shared::cluster.u32 [%r5], %r6;
-    {sync}
+    mad.lo.s32 %r5, %r0, 4, %r4; mad.lo.s32 %r6, %r2, 100, %r0; {start} st.shared::cluster.u32 [%r5], %r6;
+    {middle}
     mad.lo.s32 %r7, %r0, 4, %r1; ld.shared.u32 %r8, [%r7]; ld.param.u64 %d0, [out]; mov.u32 %r9, %ctaid.x; mad.lo.s32 %r9, %r9, 32, %r0; mul.wide.u32 %d1, %r9, 4; add.s64 %d0, %d0, %d1;
-    st.global.u32 [%d0], %r8;""")
+    st.global.u32 [%d0], %r8; ld.shared::cluster.u32 %r10, [%r5]; st.global.u32 [%d0+256], %r10; {end}""")
 
 
-def test_cluster_barrier(sim):
-    out = np.zeros(64, np.uint32)
-    sim.run(
-        cluster_kernel("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"),
-        out,
-        grid=2,
-        block=32,
-        cluster=2,
+@pytest.mark.parametrize("order", [{}, {"timing": "late"}, {"seed": 5, "timing": "random"}], ids=str)
+def test_cluster_barriers(sim, order):
+    sim.option(**order)
+    out = np.zeros(128, np.uint32)
+    launch = {"grid": 2, "block": 32, "cluster": 2}
+    sim.run(cluster_kernel(), out, **launch)
+    lanes = np.arange(32)
+    assert np.array_equal(out, np.concatenate([lanes + 100, lanes, lanes, lanes + 100]))
+    for text, missing in {
+        "shared memory of CTA rank . is accessed before that CTA is known to have started": {"start": ""},
+        "race on shared memory of CTA .*nothing orders them|uninitialised": {"middle": RELAXED},
+        "CTA . may exit before warp 0 of CTA . accesses its shared memory|whose threads have all exited": {"end": ""},
+    }.items():
+        with pytest.raises(SimError, match=text):
+            sim.run(cluster_kernel(**missing), np.zeros(128, np.uint32), **launch)
+
+
+def remote_arrive(fence="fence.mbarrier_init.release.cluster;", start=RELAXED, wait=True, end="") -> str:
+    """Rank 1 arrives at rank 0's mbarrier."""
+    wait = "@!%p1 bra E; W: mbarrier.try_wait.parity.shared.b64 %p2, [bar], 0; @!%p2 bra W;" if wait else ""
+    return kernel(
+        f"""mov.u32 %r1, bar; mov.u32 %r2, %cluster_ctarank; setp.eq.u32 %p0, %r0, 0; setp.eq.u32 %p1, %r2, 0;
+    @%p0 mbarrier.init.shared::cta.b64 [%r1], 32; {fence} {start}
+    @%p1 bra WAIT; mapa.shared::cluster.u32 %r3, %r1, 0; mbarrier.arrive.shared::cluster.b64 _, [%r3]; WAIT: {wait} E: {end}""",
+        ".shared .align 8 .b64 bar;",
     )
-    assert np.array_equal(out, np.concatenate([np.arange(32) + 100, np.arange(32)]))
-    for sync in ("", "barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.acquire.aligned;"):
-        with pytest.raises(SimError, match=r"race on shared memory|uninitialised|all exited"):
-            sim.run(cluster_kernel(sync), np.zeros(64, np.uint32), grid=2, block=32, cluster=2)
+
+
+@pytest.mark.parametrize("order", [{}, {"timing": "late"}, {"seed": 5, "timing": "random"}], ids=str)
+def test_mbarriers_of_other_ctas(sim, order):
+    sim.option(**order)
+    launch = {"grid": 2, "block": 32, "cluster": 2}
+    out = np.zeros(1, np.uint32)
+    sim.run(remote_arrive(), out, **launch)
+    sim.run(remote_arrive(wait=False, end=RELAXED), out, **launch)
+    sim.run(remote_arrive(fence="", start=SYNC), out, **launch)
+    for text, missing in {
+        "race on an mbarrier of CTA 0: .*a cluster barrier is missing|no mbarrier has been initialised": {"start": ""},
+        "race on an mbarrier of CTA 0: .*fence.mbarrier_init is missing": {"fence": ""},
+        "CTA 0 may exit before warp 0 of CTA 1 accesses its shared memory|whose threads have all": {"wait": False},
+    }.items():
+        with pytest.raises(SimError, match=text):
+            sim.run(remote_arrive(**missing), out, **launch)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mbarrier_used_before_a_barrier(sim, seed):
+    sim.option(seed=seed)
+    body = "setp.eq.u32 %p0, %r0, 0; @%p0 mbarrier.init.shared::cta.b64 [bar], 64; {} mbarrier.arrive.shared::cta.b64 _, [bar];"
+    sim.run(kernel(body.format("bar.sync 0;"), ".shared .align 8 .b64 bar;"), np.zeros(1, np.uint32), block=64)
+    with pytest.raises(SimError, match=r"race on an mbarrier of CTA 0: .*a barrier of the CTA is missing|no mbarrier"):
+        sim.run(kernel(body.format(""), ".shared .align 8 .b64 bar;"), np.zeros(1, np.uint32), block=64)
+
+
+def mn_major(sim, swap: bool) -> None:
+    """D [64, 128] = A [64, 16] * B [16, 128], both bf16 and loaded by TMA, B with N contiguous in two panels of 64."""
+    a, b = bf16(RNG.standard_normal((64, 16))), bf16(RNG.standard_normal((16, 128)))
+    out = np.zeros((64, 128), np.float32)
+    maps = (
+        TensorMap(sim, "bf16", a.ctypes.data, [16, 64], [32], [16, 64], 32),
+        TensorMap(sim, "bf16", b.ctypes.data, [128, 16], [256], [64, 16], 128),
+    )
+    lbo, sbo = (1024, 2048) if swap else (2048, 1024)
+    high = [16 >> 4 << 16 | 256 >> 4 << 32 | 3 << 62, lbo >> 4 << 16 | sbo >> 4 << 32 | 1 << 62]
+    tma = "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+    acc = ", ".join(f"%a{i}" for i in range(64))
+    body = f""".reg .b32 %a<64>; .shared .align 1024 .b8 m[8192]; .shared .align 8 .b64 bar; mov.u32 %r1, m; add.u32 %r2, %r1, 4096;
+    setp.ne.u32 %p0, %r0, 0; @%p0 bra J; mbarrier.init.shared::cta.b64 [bar], 1; fence.mbarrier_init.release.cluster;
+    mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], 6144; mov.b64 %d0, ma; cvta.param.u64 %d0, %d0; mov.b64 %d1, mb; cvta.param.u64 %d1, %d1;
+    {tma} [%r1], [%d0, {{0, 0}}], [bar]; {tma} [%r2], [%d1, {{0, 0}}], [bar]; add.u32 %r3, %r2, 2048; {tma} [%r3], [%d1, {{64, 0}}], [bar];
+    J: bar.sync 0; W: mbarrier.try_wait.parity.shared.b64 %p1, [bar], 0; @!%p1 bra W;
+    and.b32 %r3, %r1, 0x3ffff; shr.u32 %r3, %r3, 4; cvt.u64.u32 %d2, %r3; or.b64 %d2, %d2, {high[0]};
+    and.b32 %r3, %r2, 0x3ffff; shr.u32 %r3, %r3, 4; cvt.u64.u32 %d3, %r3; or.b64 %d3, %d3, {high[1]};
+    wgmma.fence.sync.aligned; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {{{acc}}}, %d2, %d3, 0, 1, 1, 0, 1;
+    wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;
+    ld.param.u64 %d4, [out]; shr.u32 %r3, %r0, 5; shl.b32 %r3, %r3, 4; and.b32 %r4, %r0, 31; shr.u32 %r5, %r4, 2; add.u32 %r3, %r3, %r5; and.b32 %r4, %r4, 3;
+    shl.b32 %r3, %r3, 9; mad.lo.u32 %r3, %r4, 8, %r3; cvt.u64.u32 %d5, %r3; add.s64 %d4, %d4, %d5;
+    {" ".join(f"st.global.b32 [%d4+{4096 * (i >> 1 & 1) + 32 * (i >> 2) + 4 * (i & 1)}], %a{i};" for i in range(64))}"""
+    params = ".param .align 64 .b8 ma[128], .param .align 64 .b8 mb[128], .param .u64 out"
+    sim.run(kernel(body, "", params), *maps, out, block=128, buffers=[(a, 1), (b, 1)])
+    assert np.abs(out - wide(a) @ wide(b)).max() < 1e-4
+
+
+@pytest.mark.parametrize("timing", ["early", "late"])
+def test_swapped_strides_of_an_mn_major_operand(sim, timing):
+    sim.option(timing=timing)
+    mn_major(sim, swap=False)
+    with pytest.raises(
+        SimError, match=r"operand B of a wgmma .*LBO 1024, SBO 2048.*with LBO and SBO swapped it would be"
+    ):
+        mn_major(sim, swap=True)
 
 
 def test_launch_limits(sim):
