@@ -40,9 +40,6 @@ from ..quant.silu_mul_quantize_1x128 import silu_mul_quantize_1x128
 
 Codes = tuple[Tensor, Tensor]
 
-_ops = torch.ops.dsv3_kernels
-KEPT = {"products": [_ops.fp8_gemm.default, torch.ops.aten.mm.default], "attention": [_ops.mla_prefill.default]}
-
 
 class Recipe:
     """The products of one pass in FP8, forward and backward. A weight is quantised once per pass."""
@@ -50,6 +47,7 @@ class Recipe:
     def __init__(self, pow2_scale: bool = False) -> None:
         self.pow2_scale = pow2_scale  # of every scale, wherever
         self._codes: dict[Tensor, Codes] = {}
+        self._hollow = False
 
     def linear(
         self,
@@ -66,7 +64,9 @@ class Recipe:
         """
         check_layer("fp8 recipe", x, weight, ("N", "K") if offsets is None else ("G", "N", "K"))
         pow2 = pow2 or self.pow2_scale
-        return _Linear.apply(x, weight, *self._quantized(weight), offsets, pow2, self.pow2_scale, keep_codes)
+        return _Linear.apply(
+            x, weight, *self._quantized(weight), offsets, pow2, self.pow2_scale, keep_codes, self._hollow
+        )
 
     def swiglu_linear(
         self, gate_up: Tensor, weight: Tensor, offsets: Tensor | None = None, *, pow2_grad: bool = False
@@ -84,24 +84,31 @@ class Recipe:
             self._codes[weight] = quantize_128x128(weight.detach(), pow2_scale=self.pow2_scale)
         return self._codes[weight]
 
-    @staticmethod
-    def again(function: Callable[..., Any], *inputs: Any, keep: str) -> Any:
-        """function(*inputs), of which backward keeps the inputs and the results of its "products", or of its
-        "attention": it runs the rest a second time. The function must have no side effects."""
-        forced = backends.forced()
+    def again(self, function: Callable[..., Any], *inputs: Any, attention: bool = False) -> Any:
+        """function(*inputs), of which backward keeps the inputs alone: it runs the function a second time.
+
+        Of `attention` the result is kept too. In other functions, which use none of their products themselves, the
+        second run leaves products out. The function must have no side effects.
+        """
 
         def contexts() -> tuple[Any, Any]:
-            first, second = create_selective_checkpoint_contexts(KEPT[keep])
-            return first, _within(second, forced)
+            first, second = contextlib.nullcontext(), contextlib.nullcontext()
+            if attention:
+                first, second = create_selective_checkpoint_contexts([torch.ops.dsv3_kernels.mla_prefill.default])
+            return first, self._second_run(second, forced, hollow=not attention)
 
+        forced = backends.forced()
         return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
-
-@contextlib.contextmanager
-def _within(context: Any, forced: str | None) -> Iterator[None]:
-    """The second run may be in a thread of autograd's, where no backend is forced."""
-    with context, backends.backend(forced):
-        yield
+    @contextlib.contextmanager
+    def _second_run(self, context: Any, forced: str | None, *, hollow: bool) -> Iterator[None]:
+        """It may be in a thread of autograd's, where no backend is forced."""
+        with context, backends.backend(forced):
+            self._hollow = hollow
+            try:
+                yield
+            finally:
+                self._hollow = False
 
 
 class _Linear(torch.autograd.Function):
@@ -116,7 +123,11 @@ class _Linear(torch.autograd.Function):
         pow2: bool,
         pow2_grad: bool,
         keep_codes: bool,
+        hollow: bool,
     ) -> Tensor:
+        if hollow:  # only what is saved counts
+            ctx.save_for_backward(x, None, w, w_scale, offsets)
+            return x.new_empty(x.shape[0], weight.shape[-2])
         q, scale = quantize_1x128(x, pow2_scale=pow2)
         ctx.save_for_backward(*((q, scale) if keep_codes else (x, None)), w, w_scale, offsets)
         ctx.dtype, ctx.pow2, ctx.pow2_grad = x.dtype, pow2, pow2_grad
@@ -135,7 +146,7 @@ class _Linear(torch.autograd.Function):
             )
             grad_x = _product(q, scale, w.mT.contiguous(), w_scale.mT, offsets, ctx.dtype)
             grad_weight = _weight_gradient(q_t, q_t_scale, x, offsets, ctx.pow2)
-        return grad_x, grad_weight, None, None, None, None, None, None
+        return grad_x, grad_weight, *([None] * 7)
 
 
 class _SwigluLinear(torch.autograd.Function):
@@ -170,7 +181,7 @@ class _SwigluLinear(torch.autograd.Function):
             silu = gate * sigmoid
             grad_weight = _weight_gradient(q_t, q_t_scale, silu * up, offsets, ctx.pow2)
             grad_gate_up = torch.cat([pull * up * (sigmoid + silu * (1 - sigmoid)), pull * silu], dim=-1)
-        return grad_gate_up.to(ctx.dtype), grad_weight, None, None, None, None, None
+        return grad_gate_up.to(ctx.dtype), grad_weight, *([None] * 5)
 
 
 def _product(

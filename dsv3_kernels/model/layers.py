@@ -61,11 +61,17 @@ class Step:
     chosen: list[Tensor] | None = None  # filled with the experts of each MoE layer
     tape: list[Phase] | None = None  # filled with the pieces of each block, for a backward pass piece by piece
 
-    def again(self, function: Callable[..., Any], *inputs: Any, keep: str) -> Any:
+    def again(self, function: Callable[..., Any], *inputs: Any, attention: bool = False) -> Any:
         """function(*inputs), computed a second time in backward where the recipe wants that: see `Recipe.again`."""
         if self.fp8 is None or not torch.is_grad_enabled():
             return function(*inputs)
-        return self.fp8.again(function, *inputs, keep=keep)
+        return self.fp8.again(function, *inputs, attention=attention)
+
+    def summed(self, update: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What a norm reads: both, or, where backward computes the norm again, their sum, so that one is kept."""
+        if residual is None or self.fp8 is None:
+            return update, residual
+        return update + residual, None
 
 
 @dataclass
@@ -448,10 +454,10 @@ class DecoderLayer(nn.Module):
         """
         start = (update,) if residual is None else (update, residual)
         attention, mlp = self.self_attn, self.mlp
-        q, kv, residual = step.again(self._enter_attention, *start, step, keep="products")
-        out = step.again(attention.attend, q, kv, step, keep="attention")
+        q, kv, residual = step.again(self._enter_attention, *step.summed(update, residual), step)
+        out = step.again(attention.attend, q, kv, step, attention=True)
         update = attention.leave(out, step)
-        h, residual, *entered = step.again(self._enter_mlp, update, residual, step, keep="products")
+        h, residual, *entered = step.again(self._enter_mlp, *step.summed(update, residual), step)
         attended = [self.input_layernorm, attention, self.post_attention_layernorm]
         if isinstance(mlp, MLP):
             out = mlp.finish(entered[0], step)
@@ -477,21 +483,22 @@ class DecoderLayer(nn.Module):
             note(step, (returned, *crossing), (out,), *([shared.down] if shared else []))
         return out, residual
 
-    def _enter_attention(self, update: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """(update, [residual], step) -> what attention enters with, and the residual"""
-        *residual, step = rest
-        quantize = self.self_attn.o_proj.quantize_activations
-        if residual:
-            h, total = self.input_layernorm(update, residual[0], quantize=quantize)
-        else:
-            h, total = self.input_layernorm(update, quantize=quantize), update
+    def _enter_attention(self, update: Tensor, residual: Tensor | None, step: Step) -> tuple[Tensor, ...]:
+        """(what `Attention.enter` gives, the residual)"""
+        h, total = self._normed(self.input_layernorm, update, residual)
         return *self.self_attn.enter(h, step), total
 
-    def _enter_mlp(self, update: Tensor, residual: Tensor, step: Step) -> tuple[Any, ...]:
-        h, total = self.post_attention_layernorm(update, residual, quantize=self.self_attn.o_proj.quantize_activations)
-        if isinstance(self.mlp, MoE):
-            return h, total, *self.mlp.enter(h, step)
-        return h, total, self.mlp.gate_up(h, fp8=step.fp8)
+    def _enter_mlp(self, update: Tensor, residual: Tensor | None, step: Step) -> tuple[Any, ...]:
+        """(normed, the residual, what the MLP enters with)"""
+        h, total = self._normed(self.post_attention_layernorm, update, residual)
+        entered = self.mlp.enter(h, step) if isinstance(self.mlp, MoE) else (self.mlp.gate_up(h, fp8=step.fp8),)
+        return h, total, *entered
+
+    def _normed(self, norm: Norm, update: Tensor, residual: Tensor | None) -> tuple[Any, Tensor]:
+        quantize = self.self_attn.o_proj.quantize_activations
+        if residual is None:
+            return norm(update, quantize=quantize), update
+        return norm(update, residual, quantize=quantize)
 
 
 def note(step: Step, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], *modules: nn.Module) -> None:

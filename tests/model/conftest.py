@@ -75,6 +75,52 @@ def base(cases) -> Case:
     return cases("base")
 
 
+@pytest.fixture(scope="session")
+def trained():
+    """A toy with blocks of 128 that has learnt a periodic language: (model, text), after 50 steps in bfloat16."""
+    torch.manual_seed(0)
+    config = dk.model.Config(
+        vocab_size=32,
+        hidden_size=128,
+        intermediate_size=128,
+        moe_intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=4,
+        topk_group=2,
+        first_k_dense_replace=1,
+        q_lora_rank=64,
+        kv_lora_rank=64,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        num_nextn_predict_layers=1,
+    )
+    generator = torch.Generator().manual_seed(0)
+    model = dk.model.DeepSeekV3(config, generator=generator)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    word = torch.randint(32, (23,), generator=generator)
+
+    def text(rows: int) -> torch.Tensor:
+        starts = torch.randint(23, (rows, 1), generator=generator)
+        tokens = word[(starts + torch.arange(40)) % 23]
+        noise = torch.rand(tokens.shape, generator=generator) < 0.05
+        return torch.where(noise, torch.randint(32, tokens.shape, generator=generator), tokens)
+
+    history = []
+    for _ in range(50):
+        optimizer.zero_grad()
+        total, parts = dk.model.train.loss(model, text(8), recipe="bf16", balance_alpha=1e-4)
+        total.backward()
+        optimizer.step()
+        dk.model.train.update_bias(model, 1e-3)
+        history.append((parts["main"].item(), parts["mtp"].item()))
+    return model, text, history
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol():
     """The models are tiny: a second thread costs more than it brings, in tests and in the fixtures made for them."""

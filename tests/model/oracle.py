@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -404,6 +405,18 @@ def quantized(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Te
                 floats[name][at] = codes[at].float() * scales[i, j]
         released[name], released[f"{name}_scale_inv"] = codes, scales
     return released, floats
+
+
+def cosines(got: dict, wanted: dict) -> tuple[float, float]:
+    """(of all gradients as one vector, the worst of the matrices that carry a thousandth of it or more)."""
+    flat = [torch.cat([grads[name].flatten().double() for name in wanted]) for grads in (got, wanted)]
+    total = float(flat[1].norm())
+    each = [
+        float(F.cosine_similarity(got[n].flatten().double(), w.flatten().double(), dim=0))
+        for n, w in wanted.items()
+        if w.dim() == 2 and float(w.norm()) > 1e-3 * total
+    ]
+    return float(F.cosine_similarity(*flat, dim=0)), min(each)
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import relative
+from oracle import cosines, relative
 
 import dsv3_kernels as dk
-from dsv3_kernels.model import Config, DeepSeekV3, fp8, train
+from dsv3_kernels.model import DeepSeekV3, train
 
 TOLERANCE = 1e-4
 
@@ -86,18 +86,6 @@ def test_replayed_routing(base):
         train.loss(model, tokens, routing=whole[:2])
 
 
-def cosines(got: dict, wanted: dict) -> tuple[float, float]:
-    """(of all gradients as one vector, the worst of the matrices that carry a thousandth of it or more)."""
-    flat = [torch.cat([grads[name].flatten().double() for name in wanted]) for grads in (got, wanted)]
-    total = float(flat[1].norm())
-    each = [
-        float(F.cosine_similarity(got[n].flatten().double(), w.flatten().double(), dim=0))
-        for n, w in wanted.items()
-        if w.dim() == 2 and float(w.norm()) > 1e-3 * total
-    ]
-    return float(F.cosine_similarity(*flat, dim=0)), min(each)
-
-
 def test_bf16_gradients(base, bf16):
     """Routing replayed: as far from float32 as transformers' own bfloat16 gradients, within 2.5 times."""
     tokens = batch(base)
@@ -113,78 +101,11 @@ def test_bf16_gradients(base, bf16):
     assert all(grad.dtype == torch.float32 for grad in got.values())
 
 
-@pytest.fixture(scope="module")
-def trained():
-    """A toy with blocks of 128 that has learnt a periodic language: (model, text), after 50 steps in bfloat16."""
-    torch.manual_seed(0)
-    config = Config(
-        vocab_size=32,
-        hidden_size=128,
-        intermediate_size=128,
-        moe_intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        n_routed_experts=8,
-        num_experts_per_tok=2,
-        n_group=4,
-        topk_group=2,
-        first_k_dense_replace=1,
-        q_lora_rank=64,
-        kv_lora_rank=64,
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=16,
-        v_head_dim=32,
-        num_nextn_predict_layers=1,
-    )
-    generator = torch.Generator().manual_seed(0)
-    model = DeepSeekV3(config, generator=generator)
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    word = torch.randint(32, (23,), generator=generator)
-
-    def text(rows: int) -> torch.Tensor:
-        starts = torch.randint(23, (rows, 1), generator=generator)
-        tokens = word[(starts + torch.arange(40)) % 23]
-        noise = torch.rand(tokens.shape, generator=generator) < 0.05
-        return torch.where(noise, torch.randint(32, tokens.shape, generator=generator), tokens)
-
-    history = []
-    for _ in range(50):
-        optimizer.zero_grad()
-        total, parts = train.loss(model, text(8), recipe="bf16", balance_alpha=1e-4)
-        total.backward()
-        optimizer.step()
-        train.update_bias(model, 1e-3)
-        history.append((parts["main"].item(), parts["mtp"].item()))
-    return model, text, history
-
-
 def test_training_learns(trained):
     model, _, history = trained
     for first, last in zip(history[0], history[-1], strict=True):
         assert first > 3.3 and last < 0.7 * first
     assert all(bool(moe.gate.e_score_correction_bias.any()) for moe in train.moe_layers(model))
-
-
-def test_fp8_gradients(trained, monkeypatch):
-    """One step in FP8 after training, routing replayed, against float32; and a wgrad with another block's scales."""
-    model, text, _ = trained
-    tokens = text(8)
-    with torch.no_grad():
-        _, routing = model.mtp_logits(tokens, return_routing=True)
-    _, _, wanted = step(model, tokens, recipe="float32", routing=routing)
-    _, _, got = step(model, tokens, recipe="fp8", routing=routing)
-    everything, worst = cosines(got, wanted)
-    assert 0.99 < everything < 0.99999 and worst > 0.97
-    quantize = fp8.quantize_1x128_both
-
-    def rolled(x, **options):
-        q, scale, q_t, scale_t, offsets = quantize(x, **options)
-        return q, scale, q_t, scale_t.roll(1, 1), offsets
-
-    monkeypatch.setattr(fp8, "quantize_1x128_both", rolled)
-    _, _, wrong = step(model, tokens, recipe="fp8", routing=routing)
-    assert cosines(wrong, wanted)[0] < 0.98
 
 
 def test_speculation_with_a_trained_model(trained):
