@@ -235,6 +235,17 @@ Ref Dec::dst(const Operand& o, unsigned bytes) {
   return r;
 }
 
+bool Dec::unknown(size_t i) const {
+  const int reg = arg(i).kind == Operand::Register ? arg(i).reg : -1;
+  size_t named = 0;
+  for (const PInst& inst : fn.code)
+    for (const Operand& o : inst.args) {
+      named += o.reg == reg;
+      for (const Operand& part : o.sub) named += part.reg == reg;
+    }
+  return reg >= 0 && named == 1;
+}
+
 Ref Dec::srcWide(const Operand& o, Type t, unsigned* bytes) {
   unsigned want = t == Type::None ? 0 : std::max(1u, typeBytes(t));
   switch (o.kind) {

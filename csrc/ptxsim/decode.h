@@ -59,6 +59,7 @@ struct Dec {
   Ref constant(uint64_t bits, unsigned bytes);
   Ref address(const Operand& o, Space space,
               int64_t* offset);  // base as 64-bit lanes or 32-bit lanes; out.x[5] = base bytes
+  bool unknown(size_t i) const;  // a register that nothing else names: LLVM fills bytes that nobody looks at with it
   Extra* extra();
   int64_t intArg(size_t i) const;
 };

@@ -654,20 +654,6 @@ void isspacep(Warp& w, const Inst& in, uint32_t m) {
   w.setValid(in.d, m, w.validOf(in.a));
 }
 
-// How often the function names a register. LLVM fills the bytes that nobody will look at from a register that nothing
-// writes: one that is named once is no value that was forgotten.
-size_t uses(const Func& fn, int reg) {
-  size_t count = 0;
-  for (const PInst& inst : fn.code) {
-    count += inst.guard == reg;
-    for (const Operand& o : inst.args) {
-      count += o.kind == Operand::Register && o.reg == reg;
-      for (const Operand& part : o.sub) count += part.kind == Operand::Register && part.reg == reg;
-    }
-  }
-  return count;
-}
-
 }  // namespace
 
 void addLogicOps(OpTable& t) {
@@ -732,7 +718,7 @@ void addLogicOps(OpTable& t) {
     d.needType();
     d.out.x[0] = (uint8_t)(1 + d.takeOneOf({"f4e", "b4e", "rc8", "ecl", "ecr", "rc16"}));
     setOperands(d, Type::B32, Type::B32, Type::B32, Type::B32);
-    if (d.arg(2).kind == Operand::Register && uses(d.fn, d.arg(2).reg) == 1) d.out.b = d.constant(0, 4);
+    if (d.unknown(2)) d.out.b = d.constant(0, 4);
     d.out.fn = op3x<uint32_t, uint32_t, uint32_t, uint32_t, Prmt>;
   };
   t["setp"] = decodeSetp;

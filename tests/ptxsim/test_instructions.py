@@ -217,6 +217,9 @@ def test_bit_manipulation(sim):
     for s in (0x5410, 0x7632, 0x3210, 0x0123, 0xBA98, 0xC0F7):
         want = np.array([prmt(x, y, s) for x, y in zip(a, b, strict=True)], np.uint32)
         assert np.array_equal(run(sim, f"prmt.b32 {{d}}, {{a}}, {{b}}, {s};", a, b, out=np.uint32), want)
+    # LLVM's way to say "any byte": a register that nothing writes, and whose byte another prmt drops.
+    text = "{{ .reg .b32 %u, %v; prmt.b32 %v, {a}, %u, 0x3340; prmt.b32 {d}, %v, {a}, 0x7650; }}"
+    assert np.array_equal(run(sim, text, a, out=np.uint32), a & 0xFFFFFF00 | a & 0xFF)
     wide = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
     n = (c % 40).astype(np.uint32)
     for mode, m in (("wrap", n & 31), ("clamp", np.minimum(n, 32))):
