@@ -464,6 +464,7 @@ void stAsync(Warp& w, const Inst& in, uint32_t m) {
   for (uint32_t left = m; left; left &= left - 1) {
     int i = firstLane(left);
     auto op = std::make_shared<StAsync>();
+    op->generic = true;
     op->lane = i;
     op->address = (uint32_t)lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm);
     op->barrier = (uint32_t)(in.ext->v[1] == 4 ? lane32(w, refs[0], (unsigned)i) : lane64(w, refs[0], (unsigned)i)) +

@@ -463,9 +463,12 @@ static void checkRemote(Cta& cta) {
     if (!*ordered(s, me, e)) continue;
     const uint32_t warp = e.flags & kOpFlag ? s.ops[e.agent]->issuer : e.agent;
     if (!(e.flags & kOpFlag) && knows(cta.shadow->met, own.first, warp, e.time, false)) continue;
-    throw Error("CTA " + std::to_string(cta.linear) + " may exit before warp " + std::to_string(warp % n) + " of CTA " +
-                std::to_string(warp / n) + " accesses its shared memory: a cluster barrier is missing\n" +
-                "  at kernel " + cta.launch->kernel->name + ": " + cta.launch->kernel->place(e.pc));
+    const std::string who = "warp " + std::to_string(warp % n) + " of CTA " + std::to_string(warp / n);
+    throw Error("CTA " + std::to_string(cta.linear) + " may exit before " +
+                (e.flags & kOpFlag
+                     ? "the asynchronous operation issued by " + who + " has written its shared memory: nothing waits"
+                     : who + " accesses its shared memory: a cluster barrier is missing") +
+                "\n  at kernel " + cta.launch->kernel->name + ": " + cta.launch->kernel->place(e.pc));
   }
 }
 
