@@ -170,17 +170,7 @@ class DeepSeekV3(nn.Module):
         dtype = dtype or (torch.float32 if weights == "float32" else torch.bfloat16)
         _checks.one_of(op, "dtype", dtype, torch.float32, torch.bfloat16)
         checkpoint.check(list(storage.pieces(cls.skeleton(config))), config.num_hidden_layers)
-        parallel, local = None, None
-        if group is not None:
-            ranks, experts = group.size(), config.n_routed_experts
-            _checks.value(op, "group", ranks <= experts, f"{ranks} ranks", f"at most one for each of {experts} experts")
-            parallel = dk.parallel.ExpertParallel(group, experts, config.hidden_size, config.max_position_embeddings)
-            local = parallel.local_experts(group.rank())
-        model = cls.skeleton(config, local)
-        model.group = group
-        for module in model.modules():
-            if isinstance(module, MoE):
-                module.parallel = parallel
+        model = cls.sharded(config, group)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model._allocate(weights, dtype, device)
         storage.fill(model, checkpoint)
@@ -206,6 +196,33 @@ class DeepSeekV3(nn.Module):
         nn.Module.__init__(model)
         model._build(config, local)
         return model
+
+    @classmethod
+    def sharded(cls, config: Config, group: Any, max_tokens: int | None = None) -> DeepSeekV3:
+        """The same for a rank of `group` (None: one process): its experts, and the way to the others'.
+
+        max_tokens: the most that a rank brings to one pass; max_position_embeddings when None.
+        """
+        if group is None:
+            return cls.skeleton(config)
+        ranks, experts = group.size(), config.n_routed_experts
+        _checks.value(
+            "model", "group", ranks <= experts, f"{ranks} ranks", f"at most one for each of {experts} experts"
+        )
+        limit = max_tokens or config.max_position_embeddings
+        parallel = dk.parallel.ExpertParallel(group, experts, config.hidden_size, limit)
+        model = cls.skeleton(config, parallel.local_experts(group.rank()))
+        model.group = group
+        for module in model.modules():
+            if isinstance(module, MoE):
+                module.parallel = parallel
+        return model
+
+    def allocate(self, device: torch.device | str) -> DeepSeekV3:
+        """Give a skeleton float32 memory, its values unset."""
+        self._allocate("float32", torch.float32, torch.device(device))
+        self._finish("bf16")
+        return self
 
     def _build(self, config: Config, local: range | None = None) -> None:
         with torch.device("meta"):

@@ -9,7 +9,6 @@ Written to DIR: the checkpoint in the released FP8 layout, train.jsonl (a line e
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import time
@@ -23,7 +22,7 @@ from torch import Tensor
 from . import corpus, train
 from .config import Config
 from .model import DeepSeekV3
-from .weights import pieces
+from .weights import initialise
 
 STEPS = 3000
 PEAK_RATE = 3e-3
@@ -54,23 +53,6 @@ def config() -> Config:
         max_position_embeddings=512,
         num_nextn_predict_layers=1,
     )
-
-
-@torch.no_grad()
-def initialise(model: DeepSeekV3, seed: int) -> None:
-    """Norms 1, biases 0, matrices normal with deviation 0.02; those that write to the residual stream less."""
-    for piece in pieces(model):
-        target = piece.view(getattr(piece.module, piece.attribute))
-        if piece.name.endswith("bias"):
-            target.zero_()
-        elif "norm" in piece.name.split(".")[-2]:
-            target.fill_(1.0)
-        else:
-            inward = piece.name.endswith(("o_proj.weight", "down_proj.weight"))
-            deviation = 0.02 / math.sqrt(2 * model.config.num_hidden_layers) if inward else 0.02
-            digest = hashlib.sha256(f"{seed}:{piece.name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-            target.copy_(torch.randn(piece.shape, generator=generator) * deviation)
 
 
 def rate(step: int, steps: int) -> float:

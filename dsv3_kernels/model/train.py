@@ -31,16 +31,19 @@ def loss(
     recipe: str = "float32",
     routing: list[Tensor] | None = None,
     balance_alpha: float = 0.0,
+    documents: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy of the next token plus `mtp_weight` times that of the MTP layers (section 2.2, equation 25).
 
     tokens: int [B, S]. Returns (total, {"main", "mtp"}), float32; each is a mean over its own valid targets, S-1 and
     S-2 per sequence (several MTP depths: the mean of their losses). recipe: compute dtype over the float master
-    weights; "fp8" multiplies bfloat16 activations in FP8, forward, dgrad and wgrad, but for embedding, router, MTP
-    projection and output head. routing: experts to replay, as in `DeepSeekV3.forward`, the MTP layers' optional.
-    balance_alpha adds the sequence-wise balance loss (equation 17) of every MoE layer, reported as "balance".
+    weights; "fp8" multiplies bfloat16 activations in FP8, forward, dgrad and wgrad (see `dk.model.fp8`), but for
+    embedding, router, MTP projection and output head. routing: experts to replay, as in `DeepSeekV3.forward`, the MTP
+    layers' optional. balance_alpha adds the sequence-wise balance loss (equation 17) of every MoE layer, reported as
+    "balance". documents: int [B, S], one number for the tokens of a document: a token is no target of a row of another
+    document (attention, as in the report, does see across).
 
-    ValueError: fewer than two tokens per sequence, FP8 weights, unknown recipe.
+    ValueError: fewer than two tokens per sequence, FP8 weights, unknown recipe, sizes that FP8 cannot multiply.
     """
     _checks.one_of("loss", "recipe", recipe, *RECIPES)
     _checks.value("loss", "model", model.weights != "fp8", "FP8 weights", "float weights (weights='float32')")
@@ -48,12 +51,16 @@ def loss(
     batch, width = tokens.shape
     _checks.value("loss", "tokens", width > 1, list(tokens.shape), "two tokens or more per sequence")
     step.dtype, step.fp8 = RECIPES[recipe], Recipe(model.config.pow2_scale) if recipe == "fp8" else None
+    if documents is not None:
+        _checks.dtype("loss", "documents", documents, torch.int64, torch.int32)
+        _checks.shape("loss", "documents", documents, tokens.shape)
+        _checks.device("loss", documents=documents, tokens=tokens)
     step.routing, own = split_routing(model, routing, tokens)
     normed, residual = model.hidden(step)
-    parts = {"main": _cross_entropy(model, normed.view(batch, width, -1), tokens, 1)}
+    parts = {"main": _cross_entropy(model, normed.view(batch, width, -1), tokens, 1, documents)}
     fed = model.feed(normed, residual).view(batch, width, -1)
     depths = [
-        _cross_entropy(model, hidden, tokens, k + 1)
+        _cross_entropy(model, hidden, tokens, k + 1, documents)
         for k, hidden in enumerate(chain(model, tokens, step, fed, own, depths=width - 2), start=1)
     ]
     parts["mtp"] = torch.stack(depths).mean() if depths else torch.zeros_like(parts["main"])
@@ -64,11 +71,16 @@ def loss(
     return total, {name: part.detach() for name, part in parts.items()}
 
 
-def _cross_entropy(model: DeepSeekV3, hidden: Tensor, tokens: Tensor, ahead: int) -> Tensor:
-    """Row i of `hidden` predicts the token `ahead` after its own position; rows past the end predict nothing."""
+def _cross_entropy(model: DeepSeekV3, hidden: Tensor, tokens: Tensor, ahead: int, documents: Any = None) -> Tensor:
+    """Row i of `hidden` predicts the token `ahead` after its own position; rows past the end, and rows whose target is
+    in another document, predict nothing."""
     rows = tokens.shape[1] - ahead
     logits = model.head(hidden[:, :rows].reshape(-1, hidden.shape[-1]))
-    return F.cross_entropy(logits, tokens[:, ahead:].reshape(-1).long())
+    targets = tokens[:, ahead:].long()
+    if documents is None:
+        return F.cross_entropy(logits, targets.reshape(-1))
+    targets = torch.where(documents[:, ahead:] == documents[:, :rows], targets, -100).reshape(-1)
+    return F.cross_entropy(logits, targets, reduction="sum") / (targets >= 0).sum().clamp(min=1)
 
 
 def moe_layers(model: DeepSeekV3) -> list[MoE]:

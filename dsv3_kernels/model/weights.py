@@ -6,6 +6,7 @@ a load that fails leaves nothing behind, and one that succeeds never holds more 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -89,6 +90,24 @@ def pieces(model: nn.Module) -> Iterator[Piece]:
             if isinstance(module, Gate):
                 bias = module.e_score_correction_bias
                 yield Piece(f"{path}.e_score_correction_bias", module, "e_score_correction_bias", tuple(bias.shape))
+
+
+@torch.no_grad()
+def initialise(model: DeepSeekV3, seed: int) -> None:
+    """Fresh weights, each a function of the seed and its released name: norms 1, biases 0, matrices normal with
+    deviation 0.02; those that write to the residual stream less."""
+    for piece in pieces(model):
+        target = piece.view(getattr(piece.module, piece.attribute))
+        if piece.name.endswith("bias"):
+            target.zero_()
+        elif "norm" in piece.name.split(".")[-2]:
+            target.fill_(1.0)
+        else:
+            inward = piece.name.endswith(("o_proj.weight", "down_proj.weight"))
+            deviation = 0.02 / math.sqrt(2 * model.config.num_hidden_layers) if inward else 0.02
+            digest = hashlib.sha256(f"{seed}:{piece.name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+            target.copy_(torch.randn(piece.shape, generator=generator) * deviation)
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -318,11 +337,11 @@ def _export(name: str, piece: Piece, fp8: bool, floats: torch.dtype, pow2_scale:
     if fp8 and piece.quantizable:
         if scale is None:
             data, scale = dk.quantize_128x128(data.float().contiguous(), pow2_scale=pow2_scale)
-        return {name: _for_file(data), f"{name}_scale_inv": _for_file(scale)}
+        return {name: for_file(data), f"{name}_scale_inv": for_file(scale)}
     if scale is not None:
         data = dk.dequantize(data.contiguous(), scale.contiguous(), dtype=torch.float32)
-    return {name: _for_file(data if piece.attribute == "e_score_correction_bias" else data.to(floats))}
+    return {name: for_file(data if piece.attribute == "e_score_correction_bias" else data.to(floats))}
 
 
-def _for_file(tensor: Tensor) -> Tensor:
+def for_file(tensor: Tensor) -> Tensor:
     return tensor.cpu().clone(memory_format=torch.contiguous_format)

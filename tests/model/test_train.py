@@ -57,7 +57,7 @@ def test_losses_and_gradients(case):
 def test_a_label_shifted_by_one_is_seen(base, monkeypatch):
     main, mtp, wanted = base.oracle.gradients(batch(base), 0.3)
     original = train._cross_entropy
-    monkeypatch.setattr(train, "_cross_entropy", lambda m, h, t, ahead: original(m, h, t, min(ahead, 1)))
+    monkeypatch.setattr(train, "_cross_entropy", lambda m, h, t, ahead, docs: original(m, h, t, min(ahead, 1)))
     _, parts, got = step(base.load(weights="float32"), batch(base), recipe="float32")
     assert abs(parts["main"] - main) <= 1e-5 * main and abs(parts["mtp"] - mtp) > 1e-3
     assert disagreement(got, wanted)
