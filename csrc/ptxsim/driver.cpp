@@ -712,3 +712,9 @@ SIM_API size_t dsv3SimCoverage(const char* kernel, char* out, size_t size) {
   std::lock_guard<std::recursive_mutex> lock(gMutex);
   return give(coverageOf(kernel), out, size);
 }
+// The mnemonics of the opcode table.
+SIM_API size_t dsv3SimOpcodes(char* out, size_t size) {
+  std::string s;
+  for (auto& row : opTable()) s += row.first + "\n";
+  return give(s, out, size);
+}

@@ -319,7 +319,7 @@ void testp(Warp& w, const Inst& in, uint32_t m) {
              : in.x[0] == 1 ? c == FP_INFINITE
              : in.x[0] == 2 ? c != FP_NAN
              : in.x[0] == 3 ? c == FP_NAN
-             : in.x[0] == 4 ? c == FP_NORMAL
+             : in.x[0] == 4 ? c == FP_NORMAL || c == FP_ZERO
                             : c == FP_SUBNORMAL;
     r |= (uint32_t)t << i;
   }

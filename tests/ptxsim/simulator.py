@@ -81,7 +81,7 @@ class Simulator:
             raise RuntimeError(f"{path} is not there: run `make -C csrc/ptxsim`")
         self.lib = ctypes.CDLL(str(path))
         self.lib.dsv3SimLastError.restype = ctypes.c_char_p
-        self.lib.dsv3SimCounters.restype = ctypes.c_size_t
+        self.lib.dsv3SimCounters.restype = self.lib.dsv3SimOpcodes.restype = ctypes.c_size_t
         self.call("cuInit", 0)
 
     def call(self, name: str, *args) -> None:

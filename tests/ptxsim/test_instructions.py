@@ -501,3 +501,65 @@ def test_comparisons(sim):
     text = "setp.lt.s32 %p, {a}, 0; setp.gt.or.u32 %q, {a}, {b}, !%p; set.lt.u32.u32 {d}, {a}, {b}; @%q mov.u32 {d}, 7;"
     want = np.where((x > y) | (x.view(np.int32) >= 0), 7, np.where(x < y, 0xFFFFFFFF, 0))
     assert np.array_equal(run(sim, text, x, y, out=np.uint32), want)
+
+
+def test_rare_integer_instructions(sim):
+    a, b, c = ints(np.uint32), RNG.permutation(ints(np.uint32)), RNG.permutation(ints(np.uint32))
+    check = lambda text, want, *x: np.testing.assert_array_equal(run(sim, text, *x, out=np.uint32), want, text)  # noqa: E731
+    check("not.b32 {d}, {a};", ~a, a)
+    check("xor.b32 {d}, {a}, {b};", a ^ b, a, b)
+    check("cnot.b32 {d}, {a};", a == 0, a)
+    check("slct.u32.s32 {d}, {a}, {b}, {c};", np.where(c.view(np.int32) >= 0, a, b), a, b, c)
+    for t, x in (("s32", a.view(np.int32)), ("s16", a.view(np.int16)), ("s64", a.view(np.int64))):
+        with np.errstate(over="ignore"):
+            assert np.array_equal(run(sim, f"abs.{t} {{d}}, {{a}};", x, out=x.dtype.type), np.abs(x)), t
+            assert np.array_equal(run(sim, f"neg.{t} {{d}}, {{a}};", x, out=x.dtype.type), -x), t
+    f = floats(len(a))
+    check("slct.b32.f32 {d}, {a}, {b}, {c};", np.where(f >= 0, a, b), a, b, f)
+    n, m = (RNG.integers(0, 40, len(a)).astype(np.uint32) for _ in range(2))
+
+    def extended(x: int, width: int, signed: bool) -> int:
+        low = x & (1 << width) - 1
+        return (low - (1 << width) if signed and width and low >> width - 1 else low) & 0xFFFFFFFF
+
+    for mode, limit in (("clamp", lambda v: min(int(v), 32)), ("wrap", lambda v: int(v) & 31)):
+        for t in ("u32", "s32"):
+            want = [extended(int(x), limit(k), t == "s32") for x, k in zip(a, n, strict=True)]
+            check(f"szext.{mode}.{t} {{d}}, {{a}}, {{b}};", want, a, n)
+        want = [((1 << limit(k)) - 1 << limit(i)) & 0xFFFFFFFF for i, k in zip(n, m, strict=True)]
+        check(f"bmsk.{mode}.b32 {{d}}, {{a}}, {{b}};", want, n, m)
+    for half, at in (("lo", 0), ("hi", 2)):
+        for t, wide, narrow in (("s32", np.int16, np.int8), ("u32", np.uint16, np.uint8)):
+            pairs, four = a.view(wide).reshape(-1, 2).astype(np.int64), b.view(narrow).reshape(-1, 4).astype(np.int64)
+            want = ((pairs * four[:, at : at + 2]).sum(1) + c) & 0xFFFFFFFF
+            check(f"dp2a.{half}.{t}.{t} {{d}}, {{a}}, {{b}}, {{c}};", want, a, b, c)
+
+    def nth(mask: int, base: int, offset: int) -> int:
+        if offset == 0:
+            return base if mask >> base & 1 else 0xFFFFFFFF
+        found = [i for i in (range(base, 32) if offset > 0 else range(base, -1, -1)) if mask >> i & 1]
+        return found[abs(offset) - 1] if len(found) >= abs(offset) else 0xFFFFFFFF
+
+    base, offset = RNG.integers(0, 32, len(a)).astype(np.uint32), RNG.integers(-6, 7, len(a)).astype(np.int32)
+    want = [nth(int(x), int(i), int(o)) for x, i, o in zip(a, base, offset, strict=True)]
+    check("fns.b32 {d}, {a}, {b}, {c};", want, a, base, offset)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_float_classes_and_signs(sim, dtype):
+    t, unsigned = ("f32", np.uint32) if dtype == np.float32 else ("f64", np.uint64)
+    a = floats(dtype=dtype)
+    a[:4] = np.array([np.finfo(dtype).tiny / 8, -np.finfo(dtype).tiny / 8, np.finfo(dtype).tiny, np.finfo(dtype).max])
+    b = RNG.permutation(a)
+    got = run(sim, f"copysign.{t} {{d}}, {{a}}, {{b}};", a, b, out=dtype)
+    top = unsigned(1) << unsigned(8 * a.itemsize - 1)
+    assert np.array_equal(got.view(unsigned), a.view(unsigned) & top | b.view(unsigned) & (top - unsigned(1)))
+    for op, want in (("abs", np.abs(a)), ("neg", -a)):  # which NaN they give is not said
+        got = run(sim, f"{op}.{t} {{d}}, {{a}};", a, out=dtype)
+        assert np.array_equal(got, want, equal_nan=True)
+        assert np.array_equal(np.signbit(got[~np.isnan(a)]), np.signbit(want[~np.isnan(a)]))
+    small = (np.abs(a) < np.finfo(dtype).tiny) & (a != 0)
+    classes = {"finite": np.isfinite(a), "infinite": np.isinf(a), "number": ~np.isnan(a), "notanumber": np.isnan(a)}
+    for name, want in (classes | {"normal": np.isfinite(a) & ~small, "subnormal": small}).items():
+        text = f"testp.{name}.{t} %q, {{a}}; selp.u32 {{d}}, 1, 0, %q;"
+        assert np.array_equal(run(sim, text, a, out=np.uint32), want), name
