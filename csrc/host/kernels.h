@@ -47,6 +47,7 @@ inline constexpr Kernel kKernels[] = {
     {"merge_attention_f32", "merge_attention", 256, 0, 1, "8 rows"},
     {"merge_attention_bf16", "merge_attention", 256, 0, 1, "8 rows"},
     {"merge_attention_f16", "merge_attention", 256, 0, 1, "8 rows"},
+    {"mla_prefill_128x128", "mla_prefill", 384, 229456, 1, "128 queries of a head, persistent"},
 };
 
 inline constexpr size_t kNumKernels = sizeof(kKernels) / sizeof(kKernels[0]);

@@ -32,6 +32,14 @@ MlaBytes bytes(const py::tuple& parts, int64_t element_bytes) {
   return {t.data, t.sizes[2], t.sizes[3] * element_bytes, t.strides[2] * element_bytes};
 }
 
+PrefillInputs prefill(const py::tuple& q, const py::tuple& k_nope, const py::tuple& k_rope, const py::tuple& v,
+                      uintptr_t cu_q, uintptr_t cu_k, int64_t sequences, float scale, bool causal) {
+  constexpr int kType = static_cast<int>(RowType::kBFloat16);
+  return {rows(q, kType), rows(k_nope, kType), rows(k_rope, kType), rows(v, kType),
+          pointer(cu_q),  pointer(cu_k),       sequences,           scale,
+          causal};
+}
+
 }  // namespace
 
 void bind_mla_decode(py::module_& m);  // decode_bindings.cpp
@@ -71,6 +79,13 @@ void bind_mla(py::module_& m) {
           const py::gil_scoped_release unlocked;
           merge_attention(a, a_lse, b, b_lse, pointer(out), pointer(lse), {device, stream});
         });
+  m.def("mla_prefill", [](const py::tuple& q, const py::tuple& k_nope, const py::tuple& k_rope, const py::tuple& v,
+                          uintptr_t cu_q, uintptr_t cu_k, int64_t sequences, float scale, bool causal, uintptr_t out,
+                          uintptr_t lse, int num_sms, int device, uintptr_t stream) {
+    const PrefillInputs inputs = prefill(q, k_nope, k_rope, v, cu_q, cu_k, sequences, scale, causal);
+    const py::gil_scoped_release unlocked;
+    mla_prefill(inputs, pointer(out), pointer(lse), num_sms, {device, stream});
+  });
 }
 
 }  // namespace dsv3

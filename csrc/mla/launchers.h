@@ -25,4 +25,15 @@ void mla_cache_gather(const MlaCache& cache, const MlaTable& block_table, const 
 void merge_attention(const MlaRows& out_a, const MlaRows& lse_a, const MlaRows& out_b, const MlaRows& lse_b, void* out,
                      void* lse, const Target& target);
 
+// q [T, heads, 192], k_nope [S, heads, 128], k_rope [S, 64], v [S, heads, 128]; cu_q and cu_k [sequences + 1].
+struct PrefillInputs {
+  MlaRows q, k_nope, k_rope, v;
+  const void* cu_q;
+  const void* cu_k;
+  int64_t sequences;
+  float scale;
+  bool causal;
+};
+void mla_prefill(const PrefillInputs& x, void* out, void* lse, int num_sms, const Target& target);
+
 }  // namespace dsv3

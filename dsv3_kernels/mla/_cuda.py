@@ -114,3 +114,55 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, 
         lse.data_ptr(),
         *target(out_a),
     )
+
+
+def mla_prefill_cannot(
+    q: Tensor, k_nope: Tensor, k_rope: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float, causal: bool
+) -> str | None:
+    if q.dtype is not torch.bfloat16:
+        return f"{q.dtype}: the kernel computes bfloat16"
+    widths = k_nope.shape[2], k_rope.shape[1], v.shape[2]
+    if widths != (128, 64, 128):
+        return f"widths {widths}: the kernel has 128 and 64 for keys, 128 for values"
+    if not 0 < scale < math.inf:
+        return f"softmax_scale {scale}: the kernel takes a positive one"
+    return _misaligned(q=q, k_nope=k_nope, k_rope=k_rope, v=v)
+
+
+def _misaligned(**tensors: Tensor) -> str | None:
+    """Why tensor copies (TMA) cannot read an operand: it and its rows start at multiples of 16 bytes only."""
+    for name, x in tensors.items():
+        starts = [x.data_ptr(), *(2 * x.stride(i) for i in range(x.dim() - 1) if x.shape[i] > 1)]
+        if x.numel() and any(start % 16 for start in starts):
+            return f"{name}: a row does not start at a multiple of 16 bytes"
+    return None
+
+
+def mla_prefill(
+    q: Tensor,
+    k_nope: Tensor,
+    k_rope: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float,
+    causal: bool,
+    out: Tensor,
+    lse: Tensor,
+    num_sms: int = 0,
+) -> None:
+    _host.mla_prefill(
+        layout(q),
+        layout(k_nope),
+        layout(k_rope),
+        layout(v),
+        cu_q.data_ptr(),
+        cu_k.data_ptr(),
+        cu_q.shape[0] - 1,
+        scale,
+        causal,
+        out.data_ptr(),
+        lse.data_ptr(),
+        num_sms,
+        *target(q),
+    )
