@@ -14,7 +14,7 @@ E4M3 = torch.float8_e4m3fn
 # Error of a float32 result, in units of sum |a| |b|: what float32 promotion of exact partial sums costs, with room.
 # A GPU's tensor cores keep about 14 bits of the addends they align (DeepSeek-V3 report, section 3.5.2); the simulator
 # keeps all.
-FLOAT32 = {"eager": 1e-5, "sim:cuda": 1e-5, "cuda": 8 * 2**-13}
+FLOAT32 = {"eager": 1e-5, "sim:cuda": 1e-5, "sim:triton": 1e-5, "cuda": 8 * 2**-13, "triton": 8 * 2**-13}
 
 
 def uneven(*shape: int) -> Tensor:
