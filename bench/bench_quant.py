@@ -111,11 +111,12 @@ def quantize_128x128(rows: int, columns: int, *, quick: bool = False, cpu: bool 
     )
 
 
-def quantize_1x128_both(tokens: int, columns: int, groups: int, *, quick: bool = False) -> Case:
+def quantize_1x128_both(tokens: int, columns: int, groups: int, *, quick: bool = False, cpu: bool = False) -> Case:
     """Tokens spread over the groups unevenly, as a router spreads them."""
 
     def make(device: torch.device) -> tuple[Any, ...]:
-        return normal(device, tokens, columns), uneven_offsets(device, tokens, groups) if groups else None
+        x, offsets = normal(device, tokens, columns), uneven_offsets(device, tokens, groups) if groups else None
+        return x, offsets, dk.quantize_1x128_both(x, offsets=offsets)
 
     def check(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> str | None:
         with dk.backend("eager"):
@@ -128,9 +129,10 @@ def quantize_1x128_both(tokens: int, columns: int, groups: int, *, quick: bool =
         op="quantize_1x128_both",
         shape={"T": tokens, "K": columns, "G": groups},
         make=make,
-        run=lambda x, offsets: dk.quantize_1x128_both(x, offsets=offsets),
+        run=lambda x, offsets, out: dk.quantize_1x128_both(x, offsets=offsets, out=out),
         check=check,
         bytes=tokens * columns * 4 + 2 * scales(tokens, columns),
+        devices=("cuda", "cpu") if cpu else ("cuda",),
         quick=quick,
     )
 
@@ -243,20 +245,25 @@ def rms_norm_backward(tokens: int, columns: int) -> Case:
     )
 
 
-def rms_norm_quantize_1x128(tokens: int, columns: int, *, quick: bool = False) -> Case:
+def rms_norm_quantize_1x128(tokens: int, columns: int, *, quick: bool = False, cpu: bool = False) -> Case:
+    def make(device: torch.device) -> tuple[Any, ...]:
+        x, weight, residual = norm_inputs(device, tokens, columns)
+        return x, weight, residual, dk.rms_norm_quantize_1x128(x, weight, EPS, residual=residual)
+
     def check(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> str | None:
         q, scale, normed, total = outputs
         with dk.backend("eager"):
             wrong = against_eager("rms_norm_quantize_1x128", (q, scale), dk.quantize_1x128(normed))
-        return wrong or normed_badly("rms_norm_quantize_1x128", inputs, normed, total)
+        return wrong or normed_badly("rms_norm_quantize_1x128", inputs[:3], normed, total)
 
     return Case(
         op="rms_norm_quantize_1x128",
         shape={"T": tokens, "H": columns},
-        make=lambda device: norm_inputs(device, tokens, columns),
-        run=lambda x, weight, residual: dk.rms_norm_quantize_1x128(x, weight, EPS, residual=residual),
+        make=make,
+        run=lambda x, weight, residual, out: dk.rms_norm_quantize_1x128(x, weight, EPS, residual=residual, out=out),
         check=check,
         bytes=tokens * columns * 9 + scales(tokens, columns),
+        devices=("cuda", "cpu") if cpu else ("cuda",),
         quick=quick,
     )
 
@@ -273,6 +280,7 @@ CASES = [
     quantize_128x128(7168, 2048, quick=True),
     quantize_128x128(2112, 1536, cpu=True),
     quantize_128x128(7168, 18432),
+    quantize_1x128_both(128, 512, 2, cpu=True),
     quantize_1x128_both(4096, 7168, 0, quick=True),
     quantize_1x128_both(32768, 2048, 8),
     dequantize(7168, 2048, quick=True),
@@ -283,6 +291,6 @@ CASES = [
     rms_norm(1, 7168, quick=True, cpu=True),
     rms_norm(4096, 7168, quick=True),
     rms_norm_backward(4096, 7168),
-    rms_norm_quantize_1x128(1, 7168, quick=True),
+    rms_norm_quantize_1x128(1, 7168, quick=True, cpu=True),
     rms_norm_quantize_1x128(4096, 7168, quick=True),
 ]

@@ -55,6 +55,14 @@ __device__ __forceinline__ uint4 load(const B* x, int64_t left) {
   }
 }
 
+// The numbers that 16 bytes hold.
+template <class T>
+__device__ __forceinline__ void unpack(const uint4& loaded, float (&values)[16 / sizeof(T)]) {
+  const uint32_t words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+#pragma unroll
+  for (int i = 0; i < 16 / static_cast<int>(sizeof(T)); ++i) values[i] = element(words, i, T{});
+}
+
 // The codes of kCount values, of which the first `left` belong at q.
 template <bool kVectors, int kCount>
 __device__ __forceinline__ void store(uint8_t* q, const float (&values)[kCount], float scale, float reciprocal,
@@ -77,6 +85,35 @@ __device__ __forceinline__ void store(uint8_t* q, const float (&values)[kCount],
       if (i < left) q[i] = static_cast<uint8_t>(codes[i / 4] >> (8 * (i % 4)));
     }
   }
+}
+
+// A row's codes and scales in 1x128 blocks.
+struct EncodedRow {
+  uint8_t* q;
+  float* scale;
+  int64_t scale_block_stride;
+  int64_t columns;
+  bool pow2;
+};
+
+// Quantises this lane's values, which begin at `column`. The lanes of a block are neighbours; whole warps call, with
+// zeros beyond the row.
+template <bool kVectors, int kCount>
+__device__ __forceinline__ void encode(const EncodedRow& row, int64_t column, const float (&values)[kCount]) {
+  constexpr int kLanes = 128 / kCount;  // of one block
+  static_assert(kLanes == 16 || kLanes == 32, "a half or a whole warp: the shuffles below");
+  float amax = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) amax = ptx::max_nan_f32(amax, fabsf(values[i]));
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    amax = ptx::max_nan_f32(amax, __shfl_xor_sync(~0u, amax, distance));
+  }
+  const float scale = scale_of(amax, row.pow2);
+  const float reciprocal = __frcp_rn(scale);
+  if (column >= row.columns) return;
+  if (threadIdx.x % kLanes == 0) row.scale[(column >> 7) * row.scale_block_stride] = scale;
+  store<kVectors>(row.q + column, values, scale, reciprocal, row.columns - column);
 }
 
 }  // namespace dsv3

@@ -44,12 +44,9 @@ __device__ __forceinline__ void quantize(const Quantize128x128Params& p) {
   float amax = 0.0f;
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    const uint32_t words[4] = {loaded[step].x, loaded[step].y, loaded[step].z, loaded[step].w};
+    unpack<T>(loaded[step], values[step]);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      values[step][i] = element(words, i, T{});
-      amax = ptx::max_nan_f32(amax, fabsf(values[step][i]));
-    }
+    for (int i = 0; i < kVector; ++i) amax = ptx::max_nan_f32(amax, fabsf(values[step][i]));
   }
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) {

@@ -23,9 +23,7 @@ namespace {
 template <class T, bool kVectors>
 __device__ __forceinline__ void quantize(const Quantize1x128Params& p) {
   constexpr int kVector = 16 / sizeof(T);     // elements of a lane and step
-  constexpr int kLanes = 128 / kVector;       // of one block
   constexpr int kStepColumns = 32 * kVector;  // of one warp and step
-  static_assert(kLanes == 16 || kLanes == 32, "a block's lanes are a half or a whole warp: the shuffles below");
   static_assert(kStepColumns * kQuantizeSteps == quantize_columns(sizeof(T)), "the launcher's grid covers the row");
 
   const int lane = threadIdx.x % 32;
@@ -33,8 +31,8 @@ __device__ __forceinline__ void quantize(const Quantize1x128Params& p) {
   if (row >= p.rows) return;  // whole warps leave
   const int64_t first = static_cast<int64_t>(blockIdx.x % p.chunks) * quantize_columns(sizeof(T)) + lane * kVector;
   const Bits<T>* x = static_cast<const Bits<T>*>(p.x) + row * p.x_stride;
-  uint8_t* q = p.q + row * p.columns;
-  float* scales = p.scale + row * p.scale_row_stride;
+  const EncodedRow out{p.q + row * p.columns, p.scale + row * p.scale_row_stride, p.scale_block_stride, p.columns,
+                       p.pow2_scale != 0};
 
   uint4 loaded[kQuantizeSteps];
 #pragma unroll
@@ -42,28 +40,11 @@ __device__ __forceinline__ void quantize(const Quantize1x128Params& p) {
     const int64_t column = first + step * kStepColumns;
     loaded[step] = load<kVectors>(x + column, p.columns - column);
   }
-
 #pragma unroll
   for (int step = 0; step < kQuantizeSteps; ++step) {
-    const int64_t column = first + step * kStepColumns;
-    const uint32_t words[4] = {loaded[step].x, loaded[step].y, loaded[step].z, loaded[step].w};
     float values[kVector];
-    float amax = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      values[i] = element(words, i, T{});
-      amax = ptx::max_nan_f32(amax, fabsf(values[i]));
-    }
-#pragma unroll
-    for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-      amax = ptx::max_nan_f32(amax, __shfl_xor_sync(~0u, amax, distance));
-    }
-    const float scale = scale_of(amax, p.pow2_scale != 0);
-    const float reciprocal = __frcp_rn(scale);
-    if (column >= p.columns) continue;
-    if (lane % kLanes == 0) scales[(column >> 7) * p.scale_block_stride] = scale;
-
-    store<kVectors>(q + column, values, scale, reciprocal, p.columns - column);
+    unpack<T>(loaded[step], values);
+    encode<kVectors>(out, first + step * kStepColumns, values);
   }
 }
 

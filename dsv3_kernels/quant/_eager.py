@@ -117,10 +117,51 @@ def silu_mul_quantize_1x128(gate_up: Tensor, weights: Tensor | None, pow2_scale:
     return quantize_1x128(silu_mul(gate_up, weights), pow2_scale, "mn")
 
 
+def row_sum(terms: Tensor) -> Tensor:
+    """Sum over the last dimension (kept, of size 1) in the order of the kernels, so that the bits are theirs.
+
+    8 columns to a lane, 32 lanes to a warp, 8 warps to 2048 columns: each lane of each warp adds its columns up in
+    order; the warps' sums are folded in halves, then the lanes'.
+    """
+    columns = terms.shape[-1]
+    lanes = _pad(terms, (0, -columns % 2048)).unflatten(-1, (-(-columns // 2048), 8, 32, 8)).movedim((-4, -1), (0, 1))
+    total = lanes.new_zeros(lanes.shape[2:])
+    for step in lanes.flatten(0, 1):
+        total = total + step
+    return _folded(_folded(total, -2), -1)[..., 0]
+
+
+def _folded(total: Tensor, dim: int) -> Tensor:
+    """Sum over a dimension of 2^n, kept: its second half is added to the first until one is left."""
+    while total.shape[dim] > 1:
+        low, high = total.chunk(2, dim)
+        total = low + high
+    return total
+
+
+def _column_sum(terms: Tensor) -> Tensor:
+    """Sum over the rows of `[T, H]` in the order of the kernels: 256 slots in turn, 8 groups of slots, halves."""
+    count = terms.shape[0]
+    slots = _pad(terms, (0, 0, 0, -count % 256)).unflatten(0, (-(-count // 256), 32, 8))
+    total = terms.new_zeros(32, 8, terms.shape[1])
+    for rows in slots:
+        total = total + rows
+    groups = terms.new_zeros(8, terms.shape[1])
+    for slot in total:
+        groups = groups + slot
+    return _folded(groups, 0)[0]
+
+
+def _root(squares: Tensor, columns: int, eps: float) -> Tensor:
+    """1 / sqrt(mean square + eps), each operation rounded to nearest: the root of float64, since that of float32 is not
+    on every CPU."""
+    return (squares / columns + eps).double().sqrt().float().reciprocal()
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     total = x if residual is None else x + residual
     wide = total.float()
-    rms = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    rms = _root(row_sum(wide.square()), x.shape[-1], eps)
     normed = (wide * rms * weight.float()).to(x.dtype).contiguous()
     return normed, x.new_empty(0) if residual is None else total.contiguous()
 
@@ -128,14 +169,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
 def rms_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, eps: float, grad_total: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    wide = x.float()
-    rms = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    unit = wide * rms
+    wide, columns = x.float(), x.shape[-1]
+    rms = _root(row_sum(wide.square()), columns, eps)
     pull = grad.float() * weight.float()
-    grad_x = rms * (pull - unit * (pull * unit).mean(-1, keepdim=True))
+    mean = row_sum(pull * wide) / columns * rms  # of pull * unit
+    unit = wide * rms
+    grad_x = rms * (pull - unit * mean)
     if grad_total is not None:
         grad_x = grad_x + grad_total.float()
-    grad_weight = (grad.float() * unit).flatten(0, -2).sum(0) if x.dim() > 1 else grad.float() * unit
+    grad_weight = _column_sum((grad.float() * unit).reshape(-1, columns))
     return grad_x.to(x.dtype).contiguous(), grad_weight.to(weight.dtype)
 
 
