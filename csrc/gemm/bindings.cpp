@@ -1,57 +1,85 @@
-// A tensor comes as (address, *sizes, *strides), two- or three-dimensional.
+// Tensors of two or three dimensions; a plan for `explain`.
 #include "host/bindings.h"
 
+#include <string>
+
+#include "gemm/fp8_select.h"
 #include "gemm/launchers.h"
 
 namespace dsv3 {
 namespace {
 
-GemmOperand operand(const py::tuple& parts) {
-  const TensorArgument t = tensor(parts);
+GemmOperand operand(py::handle object) {
+  const TensorArgument t = tensor(object);
   return {t.data, t.sizes[1], t.sizes[2], t.sizes[3], t.strides[1], t.strides[2]};
 }
 
-GemmScale scale(const py::tuple& parts) {
-  const TensorArgument t = tensor(parts);
+GemmScale scale(py::handle object) {
+  const TensorArgument t = tensor(object);
   return {t.data, t.sizes[1], t.sizes[2], t.sizes[3], t.strides[1], t.strides[2], t.strides[3]};
 }
 
-GemmOutput output(const py::tuple& parts, bool is_float32, bool accumulate) {
-  const TensorArgument t = tensor(parts);
-  return {t.data, t.sizes[1], t.sizes[2], t.sizes[3], t.strides[1], t.strides[2], is_float32, accumulate};
+GemmOutput output(py::handle object, bool accumulate) {
+  const TensorArgument t = tensor(object);
+  return {t.data, t.sizes[1], t.sizes[2], t.sizes[3], t.strides[1], t.strides[2], t.element_bytes == 4, accumulate};
+}
+
+void gemm(py::handle a, py::handle a_scale, py::handle b, py::handle b_scale, py::handle bias, py::handle out,
+          bool accumulate, const char* policy, int num_sms, int device, uintptr_t stream) {
+  const GemmOperand a_operand = operand(a), b_operand = operand(b);
+  const GemmScale a_scales = scale(a_scale), b_scales = scale(b_scale);
+  const TensorArgument bias_of = tensor(bias);
+  const GemmOutput output_of = output(out, accumulate);
+  const py::gil_scoped_release unlocked;
+  fp8_gemm(a_operand, a_scales, b_operand, b_scales, bias_of.data, bias_of.element_bytes == 4, output_of,
+           {policy, 0, num_sms}, {device, stream});
 }
 
 using Launcher = void (*)(const GemmOperand&, const GemmScale&, const GemmOperand&, const GemmScale&, const void*,
-                          const GemmOutput&, int, const Target&);
+                          const GemmOutput&, const GemmChoice&, const Target&);
 
 // Launchers that take offsets or counts.
 template <Launcher launcher>
-void grouped(const py::tuple& a, const py::tuple& a_scale, const py::tuple& b, const py::tuple& b_scale,
-             uintptr_t groups, const py::tuple& out, bool is_float32, bool accumulate, int num_sms, int device,
-             uintptr_t stream) {
+void grouped(py::handle a, py::handle a_scale, py::handle b, py::handle b_scale, py::handle groups, py::handle out,
+             bool accumulate, const char* policy, int64_t expected_m, int num_sms, int device, uintptr_t stream) {
   const GemmOperand a_operand = operand(a), b_operand = operand(b);
   const GemmScale a_scales = scale(a_scale), b_scales = scale(b_scale);
-  const GemmOutput output_of = output(out, is_float32, accumulate);
+  const void* const groups_of = tensor(groups).data;
+  const GemmOutput output_of = output(out, accumulate);
   const py::gil_scoped_release unlocked;
-  launcher(a_operand, a_scales, b_operand, b_scales, pointer(groups), output_of, num_sms, {device, stream});
+  launcher(a_operand, a_scales, b_operand, b_scales, groups_of, output_of, {policy, expected_m, num_sms},
+           {device, stream});
+}
+
+py::dict words_of_plan(const std::string& op, int64_t groups, int64_t rows, int64_t n, int64_t k, bool by_row,
+                       int64_t out_bytes, const char* policy, int64_t expected_m, int num_sms, int device) {
+  const int64_t sms = device < 0 ? kSms : Driver::of(op.c_str(), {device, 0}).multiprocessors({device, 0});
+  const Fp8Plan found =
+      plan_fp8(fp8_op(op), {groups, rows, n, k, by_row, out_bytes}, {policy, expected_m, num_sms}, sms);
+  const auto rows_of = static_cast<uint32_t>(found.kernel->tile.m),
+             columns_of = static_cast<uint32_t>(found.kernel->tile.n);
+  py::dict words;
+  words["kernel"] = found.kernel->kernel->name;
+  words["tile"] = py::make_tuple(rows_of, columns_of);
+  words["stages"] = fp8_stages(rows_of, columns_of);
+  words["split"] = found.split;
+  words["tiles"] = found.tiles;
+  words["waves"] = found.waves;
+  words["us"] = found.cycles / kClock * 1e6;
+  words["bound"] = kBoundNames[static_cast<int>(found.bound)];
+  words["measured"] = found.measured;
+  return words;
 }
 
 }  // namespace
 
 void bind_gemm(py::module_& m) {
-  m.def("fp8_gemm", [](const py::tuple& a, const py::tuple& a_scale, const py::tuple& b, const py::tuple& b_scale,
-                       uintptr_t bias, bool bias_is_float32, const py::tuple& out, bool is_float32, bool accumulate,
-                       bool fixed, int num_sms, int device, uintptr_t stream) {
-    const GemmOperand a_operand = operand(a), b_operand = operand(b);
-    const GemmScale a_scales = scale(a_scale), b_scales = scale(b_scale);
-    const GemmOutput output_of = output(out, is_float32, accumulate);
-    const py::gil_scoped_release unlocked;
-    fp8_gemm(a_operand, a_scales, b_operand, b_scales, pointer(bias), bias_is_float32, output_of, fixed, num_sms,
-             {device, stream});
-  });
+  m.def("fp8_gemm", &gemm);
   m.def("fp8_grouped_gemm", &grouped<&fp8_grouped_gemm>);
   m.def("fp8_masked_gemm", &grouped<&fp8_masked_gemm>);
   m.def("fp8_grouped_wgrad", &grouped<&fp8_grouped_wgrad>);
+  m.def("fp8_plan", &words_of_plan,
+        "What a launch of these sizes would be (csrc/gemm/fp8_select.h); device -1: an H200's SMs.");
 }
 
 }  // namespace dsv3

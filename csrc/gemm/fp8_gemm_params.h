@@ -16,6 +16,7 @@ struct Fp8GemmParams {
   int32_t m, n;
   int32_t blocks;  // ceil(K / 128)
   int32_t m_tiles, n_tiles;
+  int32_t split;  // CTAs of a cluster, which share a tile's k-blocks out; 1 but for tiles of fewer than 128 rows
 };
 
 }  // namespace dsv3

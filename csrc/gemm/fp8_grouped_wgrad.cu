@@ -50,7 +50,7 @@ __device__ __forceinline__ void wgrad(const Fp8GroupedWgradParams& p) {
       if (blocks == 0 && p.out.accumulate) return;
       float results[Tile::kWaves][Tile::kResults];
       multiply_tile<BScale::kRow>(shared, slot, me, at.n, blocks, results);
-      store_tile(shared, me, p.out, group, at.m, at.n, p.m - at.m, p.n - at.n, results);
+      store_tile(me.slab(shared), me, p.out, group, at.m, at.n, p.m - at.m, p.n - at.n, results);
     });
   }
 }

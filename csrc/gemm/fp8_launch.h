@@ -14,15 +14,6 @@ namespace dsv3 {
 
 constexpr int64_t kGemmBlock = 128;  // of K: one scale, one stage
 
-// The row of a kernel of such tiles; one that does not say what fp8_tile.cuh needs does not compile.
-constexpr const Kernel& fp8_kernel(std::string_view name, uint32_t tile_m, uint32_t tile_n) {
-  const Kernel& row = kernel(name);
-  if (row.threads != kFp8Threads || row.shared_bytes != fp8_shared_bytes(tile_m, tile_n) || row.cluster != 1) {
-    throw "not such a kernel";
-  }
-  return row;
-}
-
 // Extents and numbers of tiles are 32-bit in the kernels.
 inline int32_t to_int32(const char* op, const char* what, int64_t value) {
   if (value > std::numeric_limits<int32_t>::max() - (1 << 20)) {
@@ -43,12 +34,13 @@ inline TensorMap operand_map(Driver& driver, const char* op, const char* argumen
 }
 
 // Offsets within a tile are 32-bit in the kernels.
-inline ScaleView scale_view(const char* op, const char* argument, const GemmScale& scale) {
+inline ScaleView scale_view(const char* op, const char* argument, const GemmScale& scale, int64_t operand_rows) {
   if (scale.row_stride >= 1 << 24) {
     throw Error(std::string(op) + ": " + argument + ": got a row stride of " + std::to_string(scale.row_stride) +
                 " elements, wanted less than 2^24");
   }
-  return {static_cast<const float*>(scale.data), scale.group_stride, scale.row_stride, scale.block_stride};
+  return {static_cast<const float*>(scale.data), scale.group_stride, scale.row_stride, scale.block_stride,
+          scale.rows == operand_rows ? 1 : 128};
 }
 
 inline OutputView output_view(const GemmOutput& out) {
@@ -57,6 +49,26 @@ inline OutputView output_view(const GemmOutput& out) {
   const bool vectors = reinterpret_cast<uintptr_t>(out.data) % bytes == 0 && out.row_stride % vector == 0 &&
                        out.group_stride % vector == 0;
   return {out.data, out.group_stride, out.row_stride, out.is_float32, vectors, out.accumulate};
+}
+
+// What every parameter struct has of a product whose tiles of D are `tile`.
+template <class Params>
+void set_operands(Params& params, Driver& driver, const char* op, const char* a_name, const GemmOperand& a,
+                  const GemmScale& a_scale, const char* b_name, const GemmOperand& b, const GemmScale& b_scale,
+                  const GemmOutput& out, TileSize tile) {
+  params.a = operand_map(driver, op, a_name, a, tile.m);
+  params.b = operand_map(driver, op, b_name, b, tile.n);
+  params.a_scale = scale_view(op, "a_scale", a_scale, a.rows);
+  params.b_scale = scale_view(op, "b_scale", b_scale, b.rows);
+  params.out = output_view(out);
+  params.n = to_int32(op, "N", out.columns);
+  params.blocks = to_int32(op, "K", tiles_along(a.columns, kGemmBlock));
+  params.n_tiles = static_cast<int32_t>(tiles_along(out.columns, tile.n));
+}
+
+// Bytes moved per element of an output.
+inline int64_t output_bytes(const GemmOutput& out) {
+  return (out.is_float32 ? 4 : 2) * (out.accumulate ? 2 : 1);
 }
 
 // Bytes from the first element to the last.
@@ -77,14 +89,17 @@ inline Buffer buffer(const GemmOutput& x) {
           x.accumulate ? Access::kReadWrite : Access::kWrite};
 }
 
-inline int64_t sms_of(Driver& driver, const Target& target, int num_sms) {
-  const int64_t sms = driver.multiprocessors(target);
-  return num_sms > 0 ? std::min<int64_t>(num_sms, sms) : sms;
+// The choice for a launch, by what its operands say.
+inline Fp8Plan plan_launch(Driver& driver, Fp8Op op, int64_t groups, const GemmOperand& a, const GemmOperand& b,
+                           const GemmScale& b_scale, const GemmOutput& out, const GemmChoice& choice,
+                           const Target& target) {
+  return plan_fp8(op, {groups, out.rows, out.columns, a.columns, b_scale.rows == b.rows, output_bytes(out)}, choice,
+                  driver.multiprocessors(target));
 }
 
 // One CTA per SM, or per tile where there are fewer.
-inline Dim3 persistent_grid(int64_t tiles, int64_t sms) {
-  return {static_cast<unsigned>(std::min(tiles, sms)), 1, 1};
+inline Dim3 persistent_grid(int64_t tiles, const Fp8Plan& plan) {
+  return {static_cast<unsigned>(std::min(tiles, plan.ctas)), 1, 1};
 }
 
 }  // namespace dsv3

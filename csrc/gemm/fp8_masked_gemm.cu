@@ -26,7 +26,7 @@ __device__ __forceinline__ void gemm(const Fp8MaskedGemmParams& p) {
     GroupWalk<Tile> walk;
     GroupTile tile;
     for (int t = blockIdx.x; walk.find(t, p.groups, p.n_tiles, rows_of, tile); t += gridDim.x) {
-      const TilePlace at = rasterise<Tile>(tile.tile, (tile.rows.count + Tile::kM - 1) / Tile::kM, p.n_tiles);
+      const TilePlace at = rasterise<Tile>(tile.tile, (tile.rows.count + Tile::kRows - 1) / Tile::kRows, p.n_tiles);
       visit(tile.group, at.m, tile.rows.count - at.m, at.n);
     }
   };
@@ -52,7 +52,7 @@ __device__ __forceinline__ void gemm(const Fp8MaskedGemmParams& p) {
     for_each_tile([&](int group, int row, int rows, int column) {
       float results[Tile::kWaves][Tile::kResults];
       multiply_tile<kScale>(shared, slot, me, column, p.blocks, results);
-      store_tile(shared, me, p.out, group, row, column, rows, p.n - column, results);
+      store_tile(me.slab(shared), me, p.out, group, row, column, rows, p.n - column, results);
     });
   }
 }
@@ -68,4 +68,24 @@ extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)
 extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)
     fp8_masked_gemm_128x128_row(const __grid_constant__ dsv3::Fp8MaskedGemmParams p) {
   dsv3::gemm<dsv3::Tile<128, 128>, dsv3::BScale::kRow>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)
+    fp8_masked_gemm_64x128(const __grid_constant__ dsv3::Fp8MaskedGemmParams p) {
+  dsv3::gemm<dsv3::Tile<64, 128>, dsv3::BScale::kRow>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)
+    fp8_masked_gemm_32x128(const __grid_constant__ dsv3::Fp8MaskedGemmParams p) {
+  dsv3::gemm<dsv3::Tile<32, 128>, dsv3::BScale::kRow>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)
+    fp8_masked_gemm_16x128(const __grid_constant__ dsv3::Fp8MaskedGemmParams p) {
+  dsv3::gemm<dsv3::Tile<16, 128>, dsv3::BScale::kRow>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)
+    fp8_masked_gemm_8x128(const __grid_constant__ dsv3::Fp8MaskedGemmParams p) {
+  dsv3::gemm<dsv3::Tile<8, 128>, dsv3::BScale::kRow>(p);
 }

@@ -9,13 +9,21 @@ namespace dsv3 {
 
 // What the table of kernels says of those that are made of fp8_tile.cuh.
 constexpr uint32_t kFp8Threads = 384;
-// As many stages as fit beside the output's slabs.
-constexpr uint32_t fp8_stages(uint32_t tile_m, uint32_t tile_n) {
-  return tile_m == 256 ? 4 : tile_n == 192 ? 5 : 6;
+// Beside the ring, of a tile of D: eight warps' slabs of output. A tile of fewer than 128 rows also receives the sums
+// of up to seven other CTAs there, one 16th of them, on a barrier per warp.
+constexpr uint32_t fp8_output_bytes(uint32_t rows, uint32_t columns) {
+  return rows >= 128 ? 8 * 2048 : 7 * rows * columns / 8 * 4 + 8 * 8;
 }
-// A stage: two operands, their scales, two barriers; and eight warps' slabs.
-constexpr uint32_t fp8_shared_bytes(uint32_t tile_m, uint32_t tile_n) {
-  return fp8_stages(tile_m, tile_n) * ((tile_m + tile_n) * (128 + 4) + 16) + 8 * 2048;
+// A stage: two operands, their scales, two barriers.
+constexpr uint32_t fp8_stage_bytes(uint32_t rows, uint32_t columns) {
+  return (rows + columns) * (128 + 4) + 16;
+}
+// As many as fit.
+constexpr uint32_t fp8_stages(uint32_t rows, uint32_t columns) {
+  return (232448 - fp8_output_bytes(rows, columns)) / fp8_stage_bytes(rows, columns);
+}
+constexpr uint32_t fp8_shared_bytes(uint32_t rows, uint32_t columns) {
+  return fp8_stages(rows, columns) * fp8_stage_bytes(rows, columns) + fp8_output_bytes(rows, columns);
 }
 
 // Scales in any strides (elements): one per row (1x128) or per 128 rows (128x128), and per 128 of K.
@@ -24,6 +32,7 @@ struct ScaleView {
   int64_t group_stride;
   int64_t row_stride;
   int64_t block_stride;
+  int64_t rows_per_scale;  // 1 or 128
 };
 
 // Output in bfloat16 or float32, rows contiguous, strides in elements.

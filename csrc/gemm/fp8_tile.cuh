@@ -1,5 +1,8 @@
 // A tile of D = A * B^T in E4M3, promoted to float32 every 128 of K: what the FP8 GEMM kernels share.
 //
+// A tile of fewer than 128 rows is computed as its transpose, D^T = B * A^T: wgmma takes 64 rows at least from its left
+// operand and 8 from its right one, so that 128 rows of B (weights) go left and the few rows of A (tokens) right.
+//
 // Roles      warp 0        tensor copies of A and B (one elected lane)
 //            warp 1        copies of the scales, 4 bytes a lane: any strides, no relayout before the GEMM
 //            warps 2, 3    leave at once
@@ -12,8 +15,14 @@
 //            128x128   6       219232                        512     640            128     64 + 2 x 64
 //            256x128   4       219200                        1024    1152           256     2 x 64 + 64
 //            128x192   5       227664                        768     832            192     96 + 96
+//            64x128    8       231616                        256     448            64      32 + 2 x 32
+//            32x128    10      225760                        128     352            32      16 + 2 x 16
+//            16x128    11      216496                        64      304            16      8 + 2 x 8
+//            8x128     12      219264                        32      280            8       4 + 2 x 4
 //            Shared memory is the bound: what wgmma reads and the copies write, at 128 bytes a cycle.
-// Overlap    128x128: a warpgroup promotes one k-block while its next one multiplies, four k-blocks per iteration; a
+//            Below 128 rows it is the weights' way from memory instead: docs/gemm.md, "Few rows".
+// Overlap    128x128 and below: a warpgroup promotes one k-block while its next one multiplies, four k-blocks per
+// iteration; a
 //            partial sum in flight across the loop's back edge would make ptxas serialise every wgmma (C7514). The
 //            larger tiles have registers for one partial sum only: there one warpgroup promotes while the other
 //            multiplies.
@@ -41,36 +50,44 @@ static_assert(kTileK == 128, "one k-block is a row of 128 bytes: the swizzle's s
 static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * 168, "setmaxnreg.inc would wait for ever");
 static_assert(kThreads == kFp8Threads, "what the launchers ask for");
 
-// Whether B has a scale per 128 rows (weights) or per row (the other operand of a weight gradient).
+// Whether B has a scale per 128 rows (weights) or per row (the other operand of a weight gradient). A swapped tile,
+// whose right operand is A, is of the second kind; its B may have either.
 enum class BScale { kBlock, kRow };
 
-// Rows and columns of a tile, and the byte offsets of what it keeps in dynamic shared memory.
-template <int kRows, int kColumns>
+// Rows and columns of a tile of D, and the byte offsets of what it keeps in dynamic shared memory.
+template <int kRowsOfD, int kColumnsOfD>
 struct Tile {
-  static constexpr int kM = kRows;
-  static constexpr int kN = kColumns;
-  static constexpr int kWaves = kM / 128;  // a consumer warpgroup takes 64 rows at a time
-  static constexpr int kResults = kN / 2;  // registers of 64 rows
-  static constexpr int kStages = fp8_stages(kM, kN);
-  static constexpr bool kTwoPartials = kM == 128 && kN == 128;
+  static constexpr int kRows = kRowsOfD;
+  static constexpr int kColumns = kColumnsOfD;
+  static constexpr bool kSwapped = kRows < 128;
+  static constexpr int kM = kSwapped ? kColumns : kRows;  // rows of wgmma's left operand
+  static constexpr int kN = kSwapped ? kRows : kColumns;  // and of its right one
+  static constexpr int kWaves = kM / 128;                 // a consumer warpgroup takes 64 rows at a time
+  static constexpr int kResults = kN / 2;                 // registers of 64 rows
+  static constexpr int kStages = fp8_stages(kRows, kColumns);
+  static constexpr bool kTwoPartials = kM == 128 && kN <= 128;
 
-  static constexpr uint32_t kBytesA = kM * kTileK;
-  static constexpr uint32_t kBytesB = kN * kTileK;
-  static constexpr uint32_t kScaleBytesA = kM * 4;
-  static constexpr uint32_t kScaleBytesB = kN * 4;
-  static constexpr uint32_t kA = 0;
-  static constexpr uint32_t kB = kA + kStages * kBytesA;
-  static constexpr uint32_t kSlabs = kB + kStages * kBytesB;
-  static constexpr uint32_t kScaleA = kSlabs + kConsumerWarps * kSlabBytes;
-  static constexpr uint32_t kScaleB = kScaleA + kStages * kScaleBytesA;
-  static constexpr uint32_t kFull = kScaleB + kStages * kScaleBytesB;
+  static constexpr uint32_t kLeftBytes = kM * kTileK;
+  static constexpr uint32_t kRightBytes = kN * kTileK;
+  static constexpr uint32_t kLeftScaleBytes = kM * 4;
+  static constexpr uint32_t kRightScaleBytes = kN * 4;
+  static constexpr uint32_t kPartialBytes = 16 * kN * 4;  // of one warp's sums
+  static constexpr uint32_t kLeft = 0;
+  static constexpr uint32_t kRight = kLeft + kStages * kLeftBytes;
+  static constexpr uint32_t kSlabs = kRight + kStages * kRightBytes;
+  static constexpr uint32_t kLeftScale = kSlabs + (kSwapped ? 7 * kPartialBytes : kConsumerWarps * kSlabBytes);
+  static constexpr uint32_t kRightScale = kLeftScale + kStages * kLeftScaleBytes;
+  static constexpr uint32_t kFull = kRightScale + kStages * kRightScaleBytes;
   static constexpr uint32_t kEmpty = kFull + 8 * kStages;
-  static constexpr uint32_t kBytes = kEmpty + 8 * kStages;
+  static constexpr uint32_t kSums = kEmpty + 8 * kStages;  // barriers of a swapped tile
+  static constexpr uint32_t kBytes = kSums + (kSwapped ? 8 * kConsumerWarps : 0);
 
   static_assert(kM == 128 || kM == 256, "one or two waves of two warpgroups; a box has 256 rows at most");
-  static_assert(kN == 128 || kN == 192, "what promotion fits into registers, and the scales below");
-  static_assert(kBytesA % 1024 == 0 && kBytesB % 1024 == 0, "the swizzle repeats every 1024 bytes: no base offset");
-  static_assert(kBytes == fp8_shared_bytes(kM, kN), "what the launchers ask for");
+  static_assert(kN <= 64 ? kN == 64 || kN == 32 || kN == 16 || kN == 8 : kN == 128 || kN == 192,
+                "what wgmma multiplies, promotion fits into registers, and the scales below");
+  static_assert(kLeftBytes % 1024 == 0 && kRightBytes % 1024 == 0,
+                "the swizzle repeats every 1024 bytes: no base offset");
+  static_assert(kBytes == fp8_shared_bytes(kRows, kColumns), "what the launchers ask for");
   static_assert(kBytes <= 232448, "shared memory of one CTA on sm_90");
 };
 
@@ -98,7 +115,7 @@ __device__ __forceinline__ TilePlace rasterise(int tile, int m_tiles, int n_tile
   const int band = tile / (kBand * n_tiles);
   const int height = min(kBand, m_tiles - band * kBand);
   const int within = tile - band * kBand * n_tiles;
-  return {(band * kBand + within % height) * Tile::kM, within / height * Tile::kN};
+  return {(band * kBand + within % height) * Tile::kRows, within / height * Tile::kColumns};
 }
 
 // Role of this warp, in a register that is the same for all its lanes.
@@ -119,6 +136,10 @@ __device__ __forceinline__ void initialise_ring(uint32_t shared, const TensorMap
       ptx::mbarrier_init(shared + Tile::kFull + 8 * s, 1 + 32);
       ptx::mbarrier_init(shared + Tile::kEmpty + 8 * s, kConsumerWarps);
     }
+    if constexpr (Tile::kSwapped) {
+#pragma unroll
+      for (int warp = 0; warp < kConsumerWarps; ++warp) ptx::mbarrier_init(shared + Tile::kSums + 8 * warp, 1);
+    }
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
@@ -135,61 +156,80 @@ template <class Tile>
 __device__ __forceinline__ void load_operands(uint32_t shared, Slot<Tile>& slot, const TensorMap* a,
                                               OperandPlace a_place, const TensorMap* b, OperandPlace b_place,
                                               int first_block, int blocks) {
+  const TensorMap *left = Tile::kSwapped ? b : a, *right = Tile::kSwapped ? a : b;
+  const OperandPlace left_at = Tile::kSwapped ? b_place : a_place, right_at = Tile::kSwapped ? a_place : b_place;
 #pragma unroll 1
   for (int block = first_block; block < first_block + blocks; ++block) {
     const uint32_t full = shared + Tile::kFull + 8 * slot.stage;
     ptx::mbarrier_wait_parity(shared + Tile::kEmpty + 8 * slot.stage, slot.parity ^ 1);
-    ptx::mbarrier_arrive_expect_tx(full, Tile::kBytesA + Tile::kBytesB);
-    ptx::cp_async_bulk_tensor_3d_g2s(shared + Tile::kA + slot.stage * Tile::kBytesA, a, full, block * kTileK,
-                                     a_place.row, a_place.plane);
-    ptx::cp_async_bulk_tensor_3d_g2s(shared + Tile::kB + slot.stage * Tile::kBytesB, b, full, block * kTileK,
-                                     b_place.row, b_place.plane);
+    ptx::mbarrier_arrive_expect_tx(full, Tile::kLeftBytes + Tile::kRightBytes);
+    ptx::cp_async_bulk_tensor_3d_g2s(shared + Tile::kLeft + slot.stage * Tile::kLeftBytes, left, full, block * kTileK,
+                                     left_at.row, left_at.plane);
+    ptx::cp_async_bulk_tensor_3d_g2s(shared + Tile::kRight + slot.stage * Tile::kRightBytes, right, full,
+                                     block * kTileK, right_at.row, right_at.plane);
     slot.advance();
   }
 }
 
+// Scales of an operand's rows from `row` on, of which its matrix has `rows` left. A row beyond takes the last one's
+// scale, since its results are not stored.
+struct ScalePlace {
+  const ScaleView& view;
+  int group, row, rows;
+
+  __device__ __forceinline__ const float* corner(int first_block) const {
+    const int index = view.rows_per_scale == 1 ? row : row / 128;
+    return view.data + group * view.group_stride + index * view.row_stride + first_block * view.block_stride;
+  }
+};
+
 // Warp 1: the scales of the same k-blocks. `rows` and `columns` count what is left of the matrix from the tile's corner
-// on: a row beyond takes the last one's scale, since its results are not stored.
+// on.
 template <BScale kScale, class Tile>
 __device__ __forceinline__ void load_scales(uint32_t shared, Slot<Tile>& slot, const ScaleView& a, int group_a, int row,
                                             int rows, const ScaleView& b, int group_b, int column, int columns,
                                             int first_block, int blocks) {
-  constexpr int kLoadsB = kScale == BScale::kRow ? Tile::kN / 32 : 1;
+  static_assert(kScale == BScale::kRow || !Tile::kSwapped, "a swapped tile's right operand has a scale per row");
+  constexpr int kRightLanes = kScale == BScale::kBlock ? 2 : Tile::kN < 32 ? Tile::kN : 32;
+  constexpr int kRightLoads = kScale == BScale::kBlock || Tile::kN < 32 ? 1 : Tile::kN / 32;
   const int lane = threadIdx.x % 32;
-  const float* a_corner = a.data + group_a * a.group_stride + row * a.row_stride + first_block * a.block_stride;
-  const float* b_corner = b.data + group_b * b.group_stride + first_block * b.block_stride +
-                          (kScale == BScale::kRow ? column : column / 128) * b.row_stride;
-  // Offsets within the tile; launchers refuse strides that overflow them. With a scale of B per block, lane 0 copies
-  // that of the tile's first column and lane 1 that of its last one.
-  const uint32_t a_stride = static_cast<uint32_t>(a.row_stride), b_stride = static_cast<uint32_t>(b.row_stride);
-  const int a_last = min(Tile::kM, rows) - 1;
-  const int b_last =
-      kScale == BScale::kRow ? min(Tile::kN, columns) - 1 : (column + min(Tile::kN, columns) - 1) / 128 - column / 128;
+  const ScalePlace of_a{a, group_a, row, rows}, of_b{b, group_b, column, columns};
+  const ScalePlace &left = Tile::kSwapped ? of_b : of_a, &right = Tile::kSwapped ? of_a : of_b;
+  const float *left_corner = left.corner(first_block), *right_corner = right.corner(first_block);
+  // Offsets within the tile; launchers refuse strides that overflow them. The 128 rows of a swapped tile's B may have
+  // one scale. A right operand with a scale per block has two at most: lane 0 copies that of the tile's first column
+  // and lane 1 that of its last one.
+  const bool one_scale = Tile::kSwapped && left.view.rows_per_scale != 1;
+  const uint32_t left_stride = one_scale ? 0 : static_cast<uint32_t>(left.view.row_stride);
+  const uint32_t right_stride = static_cast<uint32_t>(right.view.row_stride);
+  const int left_last = min(Tile::kM, left.rows) - 1, right_end = min(Tile::kN, right.rows);
+  const int right_last = kScale == BScale::kRow ? right_end - 1 : (right.row + right_end - 1) / 128 - right.row / 128;
 #pragma unroll 1
   for (int block = 0; block < blocks; ++block) {
     ptx::mbarrier_wait_parity(shared + Tile::kEmpty + 8 * slot.stage, slot.parity ^ 1);
-    const uint32_t a_slot = shared + Tile::kScaleA + slot.stage * Tile::kScaleBytesA + 4 * lane;
-    const uint32_t b_slot = shared + Tile::kScaleB + slot.stage * Tile::kScaleBytesB + 4 * lane;
+    const uint32_t left_slot = shared + Tile::kLeftScale + slot.stage * Tile::kLeftScaleBytes + 4 * lane;
+    const uint32_t right_slot = shared + Tile::kRightScale + slot.stage * Tile::kRightScaleBytes + 4 * lane;
 #pragma unroll
     for (int i = 0; i < Tile::kM / 32; ++i) {
-      ptx::cp_async_ca_4(a_slot + 128 * i, a_corner + min(lane + 32 * i, a_last) * a_stride);
+      ptx::cp_async_ca_4(left_slot + 128 * i, left_corner + min(lane + 32 * i, left_last) * left_stride);
     }
-    if (kScale == BScale::kRow || lane < 2) {
+    if (lane < kRightLanes) {
 #pragma unroll
-      for (int i = 0; i < kLoadsB; ++i) {
-        ptx::cp_async_ca_4(b_slot + 128 * i, b_corner + min(lane + 32 * i, b_last) * b_stride);
+      for (int i = 0; i < kRightLoads; ++i) {
+        ptx::cp_async_ca_4(right_slot + 128 * i, right_corner + min(lane + 32 * i, right_last) * right_stride);
       }
     }
     __syncwarp();
     ptx::cp_async_mbarrier_arrive_noinc(shared + Tile::kFull + 8 * slot.stage);
-    a_corner += a.block_stride;
-    b_corner += b.block_stride;
+    left_corner += left.view.block_stride;
+    right_corner += right.view.block_stride;
     slot.advance();
   }
 }
 
 // A consumer thread's place. Accumulator i of its wave w is element
-// (row(w) + 8 * (i >> 1 & 1), 8 * (i >> 2) + column() + (i & 1)) of the tile (PTX ISA, wgmma, register fragments of D).
+// (row(w) + 8 * (i >> 1 & 1), 8 * (i >> 2) + column() + (i & 1)) of wgmma's product, which is a swapped tile's
+// transpose (PTX ISA, wgmma, register fragments of D).
 template <class Tile>
 struct Consumer {
   int warpgroup, warp, lane;  // 0..1, 0..3, 0..31
@@ -200,6 +240,11 @@ struct Consumer {
   }
   __device__ __forceinline__ int row(int wave) const { return first_row(wave) + lane / 4; }
   __device__ __forceinline__ int column() const { return 2 * (lane % 4); }
+  __device__ __forceinline__ int of_cta() const { return 4 * warpgroup + warp; }
+  // Shared memory of this warp's own, for its output.
+  __device__ __forceinline__ uint32_t slab(uint32_t shared) const {
+    return shared + Tile::kSlabs + of_cta() * (Tile::kSwapped ? Tile::kPartialBytes / 2 : kSlabBytes);
+  }
 };
 
 __device__ __forceinline__ float ld_shared(uint32_t address) {
@@ -211,6 +256,15 @@ __device__ __forceinline__ float2 ld_shared_pair(uint32_t address) {
   float2 pair;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(address) : "memory");
   return pair;
+}
+
+__device__ __forceinline__ float4 ld_shared_four(uint32_t address) {
+  float4 four;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(four.x), "=f"(four.y), "=f"(four.z), "=f"(four.w)
+               : "r"(address)
+               : "memory");
+  return four;
 }
 
 // 64 rows of a k-block that multiply: their stage, and the scales of this thread's two rows. With a scale of B per
@@ -226,19 +280,19 @@ __device__ __forceinline__ Running start_wave(uint32_t shared, const Slot<Tile>&
                                               int wave, float (&d)[Tile::kResults]) {
   Running running;
   running.stage = slot.stage;
-  const uint32_t a_scales = shared + Tile::kScaleA + slot.stage * Tile::kScaleBytesA + 4 * me.row(wave);
-  const uint32_t b_scales = shared + Tile::kScaleB + slot.stage * Tile::kScaleBytesB;
-  const float low = ld_shared(a_scales), high = ld_shared(a_scales + 4 * 8);
+  const uint32_t left_scales = shared + Tile::kLeftScale + slot.stage * Tile::kLeftScaleBytes + 4 * me.row(wave);
+  const uint32_t right_scales = shared + Tile::kRightScale + slot.stage * Tile::kRightScaleBytes;
+  const float low = ld_shared(left_scales), high = ld_shared(left_scales + 4 * 8);
 #pragma unroll
   for (int side = 0; side < 2; ++side) {
     const float b_scale =
-        kScale == BScale::kBlock && (side == 0 || Tile::kN > 128) ? ld_shared(b_scales + 4 * side) : 1;
+        kScale == BScale::kBlock && (side == 0 || Tile::kN > 128) ? ld_shared(right_scales + 4 * side) : 1;
     running.scale[side][0] = kScale == BScale::kBlock ? low * b_scale : low;
     running.scale[side][1] = kScale == BScale::kBlock ? high * b_scale : high;
   }
   const uint32_t a_tile =
-      shared + Tile::kA + slot.stage * Tile::kBytesA + (Tile::kWaves * me.warpgroup + wave) * 64 * kTileK;
-  const uint32_t b_tile = shared + Tile::kB + slot.stage * Tile::kBytesB;
+      shared + Tile::kLeft + slot.stage * Tile::kLeftBytes + (Tile::kWaves * me.warpgroup + wave) * 64 * kTileK;
+  const uint32_t b_tile = shared + Tile::kRight + slot.stage * Tile::kRightBytes;
   const uint64_t a = ptx::matrix_descriptor(a_tile, 16, 8 * kTileK, ptx::Swizzle::k128B);
   const uint64_t b = ptx::matrix_descriptor(b_tile, 16, 8 * kTileK, ptx::Swizzle::k128B);
   ptx::pin(d);
@@ -261,8 +315,8 @@ __device__ __forceinline__ void release(uint32_t shared, uint32_t stage, const C
   if (me.lane == 0) ptx::mbarrier_arrive(shared + Tile::kEmpty + 8 * stage);
 }
 
-// Promotes a product that has been waited for: results += partial * (a_scale * b_scale). `last`: the stage is released.
-// `split`: from which column on a tile of more than 128 has its last scale of B, 64 or 128.
+// Promotes a product that has been waited for: results += partial * (a_scale * right_scale). `last`: the stage is
+// released. `split`: from which column on a tile of more than 128 has its last scale of B, 64 or 128.
 template <BScale kScale, class Tile>
 __device__ __forceinline__ void promote(uint32_t shared, const Running& running, const Consumer<Tile>& me, bool last,
                                         int split, float (&d)[Tile::kResults], float (&results)[Tile::kResults]) {
@@ -280,7 +334,7 @@ __device__ __forceinline__ void promote(uint32_t shared, const Running& running,
       results[i] = fmaf(scale, d[i], results[i]);
     }
   } else {
-    const uint32_t scales = shared + Tile::kScaleB + running.stage * Tile::kScaleBytesB + 4 * me.column();
+    const uint32_t scales = shared + Tile::kRightScale + running.stage * Tile::kRightScaleBytes + 4 * me.column();
 #pragma unroll
     for (int i = 0; i < Tile::kResults; i += 4) {
       const float2 b_scale = ld_shared_pair(scales + 4 * 2 * i);

@@ -33,13 +33,13 @@ class GroupWalk {
         found.group = next_ - 32 + owner;
         found.rows.begin = __shfl_sync(~0u, rows_.begin, owner);
         found.rows.count = __shfl_sync(~0u, rows_.count, owner);
-        const int tiles = (found.rows.count + Tile::kM - 1) / Tile::kM * n_tiles;
+        const int tiles = (found.rows.count + Tile::kRows - 1) / Tile::kRows * n_tiles;
         found.tile = tile - (__shfl_sync(~0u, end_, owner) - tiles);
         return true;
       }
       if (next_ >= groups) return false;
       rows_ = next_ + lane < groups ? rows_of(next_ + lane) : RowRange{0, 0};
-      int sum = (rows_.count + Tile::kM - 1) / Tile::kM * n_tiles;
+      int sum = (rows_.count + Tile::kRows - 1) / Tile::kRows * n_tiles;
 #pragma unroll
       for (int distance = 1; distance < 32; distance *= 2) {
         const int below = __shfl_up_sync(~0u, sum, distance);

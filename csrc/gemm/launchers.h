@@ -1,5 +1,5 @@
 // Launchers of the gemm family: raw pointers, sizes and strides in elements; the target last. Arguments were checked in
-// Python. `num_sms` 0 means all; `fixed` keeps the choice of a tile from depending on M.
+// Python.
 #pragma once
 
 #include <cstdint>
@@ -30,17 +30,24 @@ struct GemmOutput {
   bool is_float32, accumulate;
 };
 
+// How a kernel is chosen (csrc/gemm/fp8_select.h).
+struct GemmChoice {
+  const char* policy;  // "auto" but for fp8_gemm, and for those who measure or test
+  int64_t expected_m;  // rows of a masked group, 0: unknown
+  int num_sms;         // 0: all
+};
+
 void fp8_gemm(const GemmOperand& a, const GemmScale& a_scale, const GemmOperand& b, const GemmScale& b_scale,
-              const void* bias, bool bias_is_float32, const GemmOutput& out, bool fixed, int num_sms,
+              const void* bias, bool bias_is_float32, const GemmOutput& out, const GemmChoice& choice,
               const Target& target);
 
 void fp8_grouped_gemm(const GemmOperand& a, const GemmScale& a_scale, const GemmOperand& b, const GemmScale& b_scale,
-                      const void* offsets, const GemmOutput& out, int num_sms, const Target& target);
+                      const void* offsets, const GemmOutput& out, const GemmChoice& choice, const Target& target);
 
 void fp8_masked_gemm(const GemmOperand& a, const GemmScale& a_scale, const GemmOperand& b, const GemmScale& b_scale,
-                     const void* counts, const GemmOutput& out, int num_sms, const Target& target);
+                     const void* counts, const GemmOutput& out, const GemmChoice& choice, const Target& target);
 
 void fp8_grouped_wgrad(const GemmOperand& a, const GemmScale& a_scale, const GemmOperand& b, const GemmScale& b_scale,
-                       const void* offsets, const GemmOutput& out, int num_sms, const Target& target);
+                       const void* offsets, const GemmOutput& out, const GemmChoice& choice, const Target& target);
 
 }  // namespace dsv3

@@ -2,6 +2,7 @@
 // csrc/<family>/bindings.cpp.
 #include "host/bindings.h"
 
+#include <algorithm>
 #include <string>
 
 namespace dsv3 {
@@ -59,7 +60,42 @@ class UseDriver {
   Driver* before_ = nullptr;
 };
 
+// torch's table, or nullptr: torch before 2.10, or a version of it that this file does not know.
+const DlpackExchange* dlpack_of_torch() {
+  const py::object type = py::module_::import("torch").attr("Tensor");
+  if (!py::hasattr(type, "__dlpack_c_exchange_api__")) return nullptr;
+  const py::object capsule = type.attr("__dlpack_c_exchange_api__");
+  const auto* table = static_cast<const DlpackExchange*>(PyCapsule_GetPointer(capsule.ptr(), kDlpackExchangeName));
+  if (table == nullptr) PyErr_Clear();
+  return table != nullptr && table->major == 1 && table->view != nullptr ? table : nullptr;
+}
+
 }  // namespace
+
+TensorArgument tensor(py::handle object) {
+  static const DlpackExchange* const dlpack = dlpack_of_torch();
+  TensorArgument result{nullptr, {1, 1, 1, 1}, {0, 0, 0, 0}};
+  if (object.is_none()) return result;
+  if (dlpack != nullptr) {
+    DlpackTensor found;
+    if (dlpack->view(object.ptr(), &found) != 0) throw py::error_already_set();
+    result.data = static_cast<char*>(found.data) + found.byte_offset;
+    result.element_bytes = found.bits / 8;
+    std::copy_n(found.sizes, found.dims, result.sizes + 4 - found.dims);
+    std::copy_n(found.strides, found.dims, result.strides + 4 - found.dims);
+    return result;
+  }
+  const py::tuple sizes = object.attr("shape"), strides = object.attr("stride")();
+  const size_t dims = sizes.size();
+  result.data = pointer(object.attr("data_ptr")().cast<uintptr_t>());
+  result.element_bytes = object.attr("element_size")().cast<int64_t>();
+  for (size_t i = 0; i < dims; ++i) {
+    result.sizes[4 - dims + i] = sizes[i].cast<int64_t>();
+    result.strides[4 - dims + i] = strides[i].cast<int64_t>();
+  }
+  return result;
+}
+
 }  // namespace dsv3
 
 PYBIND11_MODULE(_host, m) {

@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include "host/dlpack_abi.h"
 #include "host/driver.h"
 
 namespace dsv3 {
@@ -20,6 +21,7 @@ struct TensorArgument {
   void* data;
   int64_t sizes[4];
   int64_t strides[4];
+  int64_t element_bytes = 0;  // known where the argument was a tensor
 };
 
 // From (address, *sizes, *strides), `layout` of dsv3_kernels/_arguments.py.
@@ -32,6 +34,9 @@ inline TensorArgument tensor(const py::tuple& parts) {
   }
   return result;
 }
+
+// From a tensor; None counts as one without an address. Defined in csrc/host/bindings.cpp.
+TensorArgument tensor(py::handle object);
 
 void bind_quant(py::module_& m);
 void bind_gemm(py::module_& m);

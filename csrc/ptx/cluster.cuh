@@ -42,6 +42,14 @@ __device__ __forceinline__ void st_async(uint32_t address, uint32_t value, uint3
                : "memory");
 }
 
+// ... of 16 bytes
+__device__ __forceinline__ void st_async_v4(uint32_t address, float x, float y, float z, float w, uint32_t barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+      "f"(x), "f"(y), "f"(z), "f"(w), "r"(barrier)
+      : "memory");
+}
+
 // barrier.cluster: every thread of every CTA arrives and waits. The relaxed arrival orders nothing (it suffices before
 // an exit, or after fence.mbarrier_init); the other one publishes earlier writes to the cluster.
 __device__ __forceinline__ void barrier_cluster_arrive() {

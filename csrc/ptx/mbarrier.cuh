@@ -87,4 +87,20 @@ __device__ __forceinline__ void mbarrier_wait_parity(uint32_t barrier, uint32_t 
   }
 }
 
+// mbarrier.try_wait.parity.acquire.cluster until it succeeds: what other CTAs of the cluster sent is visible.
+__device__ __forceinline__ void mbarrier_wait_parity_cluster(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}\n"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  } while (done == 0);
+}
+
 }  // namespace ptx

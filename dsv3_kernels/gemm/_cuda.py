@@ -1,4 +1,4 @@
-"""The gemm family's CUDA kernels: tensors become addresses, sizes and strides. Arguments were checked by the op."""
+"""The gemm family's CUDA kernels. Arguments were checked by the op."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _host
-from .._arguments import layout, target
+from .._arguments import target
 
 
 def _misaligned(a: Tensor, b: Tensor) -> str | None:
@@ -66,20 +66,7 @@ def _gemm(
     out: Tensor,
     accumulate: bool,
 ) -> None:
-    _host.fp8_gemm(
-        layout(a),
-        layout(a_scale),
-        layout(b),
-        layout(b_scale),
-        0 if bias is None else bias.data_ptr(),
-        bias is not None and bias.dtype is torch.float32,
-        layout(out),
-        out.dtype is torch.float32,
-        accumulate,
-        policy == "fixed",
-        num_sms or 0,
-        *target(a),
-    )
+    _host.fp8_gemm(a, a_scale, b, b_scale, bias, out, accumulate, policy, num_sms or 0, *target(a))
 
 
 fp8_grouped_gemm_cannot = fp8_gemm_cannot
@@ -101,20 +88,11 @@ def _grouped(
     out: Tensor,
     accumulate: bool,
     num_sms: int | None,
+    expected_m: int | None = None,
+    policy: str = "auto",
 ) -> None:
     """The launchers that take offsets or counts."""
-    launch(
-        layout(a),
-        layout(a_scale),
-        layout(b),
-        layout(b_scale),
-        groups.data_ptr(),
-        layout(out),
-        out.dtype is torch.float32,
-        accumulate,
-        num_sms or 0,
-        *target(a),
-    )
+    launch(a, a_scale, b, b_scale, groups, out, accumulate, policy, expected_m or 0, num_sms or 0, *target(a))
 
 
 fp8_masked_gemm_cannot = fp8_gemm_cannot
@@ -130,7 +108,7 @@ def fp8_masked_gemm(
     num_sms: int | None,
     out: Tensor,
 ) -> None:
-    _grouped(_host.fp8_masked_gemm, a, a_scale, b, b_scale, counts, out, False, num_sms)
+    _grouped(_host.fp8_masked_gemm, a, a_scale, b, b_scale, counts, out, False, num_sms, expected_m)
 
 
 fp8_grouped_wgrad_cannot = fp8_gemm_cannot

@@ -26,6 +26,10 @@ CALLS: dict[str, tuple[str, str]] = {
     "mbarrier_test_wait_parity": ("out(ptx::mbarrier_test_wait_parity(b, u))", r"SYNCS\.PHASECHK\.TRANS64 "),
     "mbarrier_try_wait_parity": ("out(ptx::mbarrier_try_wait_parity(b, u))", r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT"),
     "mbarrier_wait_parity": ("ptx::mbarrier_wait_parity(b, u)", r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT"),
+    "mbarrier_wait_parity_cluster": (
+        "ptx::mbarrier_wait_parity_cluster(b, u)",
+        r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT[\s\S]*CCTL\.IVALL",
+    ),
     "fence_proxy_async_shared": ("ptx::fence_proxy_async_shared()", r"FENCE\.VIEW\.ASYNC\.S"),
     "fence_proxy_async_global": ("ptx::fence_proxy_async_global()", r"FENCE\.VIEW\.ASYNC\.G"),
     "fence_mbarrier_init": ("ptx::fence_mbarrier_init()", r"EXIT"),  # ptxas 13.5 needs no instruction for it
@@ -45,6 +49,7 @@ CALLS: dict[str, tuple[str, str]] = {
     "ld_shared_cluster": ("out(ptx::ld_shared_cluster(b))", r"LD\.E|LDS"),
     "st_shared_cluster": ("ptx::st_shared_cluster(b, u)", r"ST\.E|STS"),
     "st_async": ("ptx::st_async(b, u, b + 8)", r"STAS"),
+    "st_async_v4": ("ptx::st_async_v4(b, f, f, f, f, b + 16)", r"STAS\.128"),
     "barrier_cluster_arrive": (
         "ptx::barrier_cluster_arrive(); ptx::barrier_cluster_wait()",
         r"MEMBAR\.ALL\.GPU[\s\S]*UCGABAR_ARV",
@@ -72,6 +77,7 @@ CALLS: dict[str, tuple[str, str]] = {
     "max_nan_f32": ("out(ptx::max_nan_f32(f, __uint_as_float(g[1])))", r"FMNMX\.NAN"),
     "ex2_approx_ftz_f32": ("out(ptx::ex2_approx_ftz_f32(f))", r"MUFU\.EX2"),
     "stmatrix_x4": ("ptx::stmatrix_x4(s, u, u, u, u)", r"STSM\.16\.M88\.4"),
+    "stmatrix_x2_trans": ("ptx::stmatrix_x2_trans(s, u, u)", r"STSM\.16\.MT88\.2"),
     "stmatrix_x4_trans": ("ptx::stmatrix_x4_trans(s, u, u, u, u)", r"STSM\.16\.MT88\.4"),
     "ldmatrix_x4": ("ptx::ldmatrix_x4(a, s); out(a[0] ^ a[1] ^ a[2] ^ a[3])", r"LDSM\.16\.M88\.4"),
     "ldmatrix_x4_trans": ("ptx::ldmatrix_x4_trans(a, s); out(a[0] ^ a[1] ^ a[2] ^ a[3])", r"LDSM\.16\.MT88\.4"),

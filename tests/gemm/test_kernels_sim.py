@@ -5,6 +5,8 @@ Shapes are the smallest that reach a case: ring and parity wrap, tails, several 
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from checks import same_bits
@@ -13,7 +15,7 @@ from simulated import SCHEDULES, counters, launches, needs_simulator, schedule
 from torch import Tensor
 
 import dsv3_kernels as dk
-from dsv3_kernels import _simulator
+from dsv3_kernels import _host, _simulator
 from dsv3_kernels.gemm import _cuda
 
 pytestmark = needs_simulator
@@ -24,9 +26,17 @@ def run(kernel: str, call, *args) -> None:
         call(*args)
 
 
-def gemm(case: Case, out: Tensor, kernel: str, *, bias: Tensor | None = None, sms: int | None = None) -> None:
-    policy = "fixed" if kernel == SQUARE else "auto"
+def gemm(
+    case: Case, out: Tensor, kernel: str, *, bias: Tensor | None = None, sms: int | None = None, split: int = 1
+) -> None:
+    policy = f"{kernel.split('_')[2]}/{split}"
     run(kernel, _cuda.fp8_gemm, case.a, case.a_scale, case.b, case.b_scale, bias, out.dtype, policy, sms, out)
+
+
+def grouped(kernel: str, *operands: Tensor, accumulate: bool = False, sms: int | None = None) -> None:
+    """`operands`: a, a_scale, b, b_scale, offsets or counts, out."""
+    op, tile = re.fullmatch(r"(\w+?)_(\d+x\d+)\w*", kernel).groups()
+    run(kernel, _cuda._grouped, getattr(_host, op), *operands, accumulate, sms, None, tile)
 
 
 SQUARE, ROW = "fp8_gemm_128x128_block", "fp8_gemm_128x128_row"
@@ -65,26 +75,61 @@ def test_gemm(kernel: str, m: int, n: int, k: int, sms: int | None, dtype: torch
     assert same_bits(out, again)
 
 
+@pytest.mark.parametrize(
+    ("rows", "m", "n", "k", "split", "sms", "by_row"),
+    [
+        (8, 8, 128, 128, 1, None, False),  # one tile, one k-block
+        (8, 1, 8, 16, 1, None, True),  # the smallest
+        (8, 5, 136, 25 * 128 + 16, 1, None, True),  # ring and parity wrap: twelve stages; tails of M, N and K
+        (8, 3, 136, 400, 8, None, False),  # four k-blocks for eight CTAs
+        (16, 20, 264, 256, 1, 1, False),  # six tiles on one CTA: the ring runs on across tiles
+        (16, 16, 120, 23 * 128, 2, None, True),
+        (32, 31, 264, 21 * 128, 1, None, False),  # ring and parity wrap: ten stages
+        (32, 32, 128, 1100, 8, None, True),
+        (64, 61, 136, 17 * 128 + 16, 1, None, False),  # ring and parity wrap: eight stages
+        (64, 128, 264, 1300, 4, None, False),  # six clusters
+        (64, 64, 128, 17 * 128, 2, None, True),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_gemm_of_few_rows(
+    rows: int, m: int, n: int, k: int, split: int, sms: int | None, by_row: bool, dtype: torch.dtype
+) -> None:
+    case = make(m, n, k, by_row=by_row)
+    kernel = f"fp8_gemm_{rows}x128"
+    out, memory = canvas((m, n), dtype)
+    gemm(case, out, kernel, sms=sms, split=split)
+    check(out, case.wanted, case.size)
+    only_wrote(memory, out)
+    again, _ = canvas((m, n), dtype)
+    gemm(case, again, kernel, sms=sms, split=split)
+    assert same_bits(out, again)
+
+
 @pytest.mark.parametrize("layout", ["k", "gaps"])
 @pytest.mark.parametrize("by_row", [False, True])
-def test_gemm_takes_scales_as_they_are(layout: str, by_row: bool) -> None:
-    case = make(100, 136, 272, by_row=by_row, layout=layout)
-    out, _ = canvas((100, 136), torch.float32)
-    gemm(case, out, ROW if by_row else SQUARE)
+@pytest.mark.parametrize("m", [100, 9])
+def test_gemm_takes_scales_as_they_are(m: int, layout: str, by_row: bool) -> None:
+    case = make(m, 136, 272, by_row=by_row, layout=layout)
+    out, _ = canvas((m, 136), torch.float32)
+    gemm(case, out, "fp8_gemm_16x128" if m == 9 else ROW if by_row else SQUARE)
     check(out, case.wanted, case.size)
 
 
 @pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("offset", [8, 1])  # 1: rows that no vector store may touch
-def test_gemm_adds_bias_and_what_was_there(bias_dtype, dtype: torch.dtype, offset: int) -> None:
+@pytest.mark.parametrize(("kernel", "split"), [(SQUARE, 1), ("fp8_gemm_32x128", 1), ("fp8_gemm_64x128", 2)])
+def test_gemm_adds_bias_and_what_was_there(
+    kernel: str, split: int, bias_dtype, dtype: torch.dtype, offset: int
+) -> None:
     case = make(70, 72, 144)
     bias = None if bias_dtype is None else torch.randn(72, generator=torch.Generator().manual_seed(1)).to(bias_dtype)
     out, memory = canvas((70, 72), dtype, offset=offset)
     out.copy_(torch.randn(70, 72, generator=torch.Generator().manual_seed(2)))
     wanted = case.wanted + out.double() + (0 if bias is None else bias.double())
-    args = (case.a, case.a_scale, case.b, case.b_scale, bias, "fixed", None, out)
-    run(SQUARE, _cuda.fp8_gemm_accumulate, *args)
+    policy = f"{kernel.split('_')[2]}/{split}"
+    run(kernel, _cuda.fp8_gemm_accumulate, case.a, case.a_scale, case.b, case.b_scale, bias, policy, None, out)
     check(out, wanted, case.size + wanted.abs())
     only_wrote(memory, out)
 
@@ -105,19 +150,29 @@ def test_gemm_under_any_schedule(kernel: str, m: int, n: int, k: int, options: d
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
-    ("kernel", "m", "n", "cycles"),
-    [(SQUARE, 128, 128, 512), (ROW, 128, 128, 512), (TALL, 256, 128, 1024), (WIDE, 128, 192, 768)],
+    ("kernel", "m", "n", "cycles", "split"),
+    [
+        (SQUARE, 128, 128, 512, 1),
+        (ROW, 128, 128, 512, 1),
+        (TALL, 256, 128, 1024, 1),
+        (WIDE, 128, 192, 768, 1),
+        ("fp8_gemm_64x128", 64, 128, 256, 1),
+        ("fp8_gemm_64x128", 64, 128, 256, 8),
+        ("fp8_gemm_32x128", 32, 128, 128, 2),
+        ("fp8_gemm_16x128", 16, 128, 64, 4),
+        ("fp8_gemm_8x128", 8, 128, 32, 1),
+    ],
 )
-def test_gemm_keeps_to_its_budget(kernel: str, m: int, n: int, cycles: int, dtype: torch.dtype) -> None:
+def test_gemm_keeps_to_its_budget(kernel: str, m: int, n: int, cycles: int, split: int, dtype: torch.dtype) -> None:
     """Bytes and cycles per k-block as docs/gemm.md has them; every output byte once; no bank met twice."""
-    blocks = 3
+    blocks = 3 if split == 1 else split
     case = make(m, n, 128 * blocks, by_row=kernel == ROW)
     with schedule(banks="1"):
-        gemm(case, torch.empty(m, n, dtype=dtype), kernel, sms=1)
+        gemm(case, torch.empty(m, n, dtype=dtype), kernel, sms=1, split=split)
     spent = counters()
     assert spent["wgmma_cycles"] == blocks * cycles
     assert spent["tma_read"] == blocks * 128 * (m + n)
-    assert spent["global_read"] == blocks * 4 * (m + (n if kernel == ROW else 2))
+    assert spent["global_read"] == blocks * 4 * (m + (n if m < 128 or kernel == ROW else 2))
     assert spent["global_write"] == m * n * dtype.itemsize
     assert spent["shared_wavefronts"] == spent["shared_ideal"] > 0
 
@@ -189,6 +244,7 @@ def test_gemm_keeps_nan_in_its_row_and_block() -> None:
 
 
 GROUPS = {
+    "few": [0, 3, 3, 12, 13, 30],  # tiles of one row, of many
     "ragged": [0, 3, 3, 131, 132, 260],  # a boundary inside a tile, an empty group, one row
     "empty": [0, 0, 0, 0],
     "many": [0, *range(1, 70, 2)],  # more groups than a warp has lanes
@@ -205,6 +261,12 @@ GROUPS = {
         ("fp8_grouped_gemm_128x128_block", "empty", None, torch.float32),
         ("fp8_grouped_gemm_128x128_row", "short", 2, torch.float32),
         ("fp8_grouped_gemm_256x128_block", "tall", 1, torch.bfloat16),
+        ("fp8_grouped_gemm_64x128", "ragged", 1, torch.bfloat16),
+        ("fp8_grouped_gemm_32x128", "short", None, torch.float32),
+        ("fp8_grouped_gemm_16x128", "few", 2, torch.bfloat16),
+        ("fp8_grouped_gemm_8x128", "few", None, torch.float32),
+        ("fp8_grouped_gemm_8x128", "many", 3, torch.bfloat16),
+        ("fp8_grouped_gemm_8x128", "empty", None, torch.float32),
     ],
 )
 def test_grouped_gemm(kernel: str, groups: str, sms: int | None, dtype: torch.dtype) -> None:
@@ -223,16 +285,19 @@ def test_grouped_gemm(kernel: str, groups: str, sms: int | None, dtype: torch.dt
     a[offsets[-1] :].view(torch.uint8).fill_(NAN_CODE)
     a_scale[offsets[-1] :] = torch.nan
     out, memory = canvas((rows, n), dtype)
-    run(kernel, _cuda.fp8_grouped_gemm, a, a_scale, b, b_scale, torch.tensor(offsets, dtype=torch.int32), sms, out)
+    grouped(kernel, a, a_scale, b, b_scale, torch.tensor(offsets, dtype=torch.int32), out, sms=sms)
     for g in range(count):
         span = slice(offsets[g], offsets[g + 1])
         check(out[span], *product(a[span], a_scale[span], b[g], b_scale[g]), f"group {g}")
     only_wrote(memory, out[: offsets[-1]])
 
 
-@pytest.mark.parametrize("kernel", ["fp8_masked_gemm_128x128_block", "fp8_masked_gemm_128x128_row"])
+@pytest.mark.parametrize(
+    "kernel", ["128x128_block", "128x128_row", "64x128", "32x128", "16x128", "8x128"], ids=lambda tile: tile
+)
 def test_masked_gemm(kernel: str) -> None:
-    counts, most, n, k = [3, 0, 150, 70, 1], 150, 136, 144
+    few = not kernel.startswith("128")
+    counts, most, n, k = [3, 0, 40 if few else 150, 20 if few else 70, 1], 40 if few else 150, 136, 144
     generator = torch.Generator().manual_seed(4)
     by_row = kernel.endswith("row")
     a = torch.stack([codes(most, k, generator).view(torch.uint8) for _ in counts]).contiguous()
@@ -244,7 +309,7 @@ def test_masked_gemm(kernel: str) -> None:
     b = torch.stack([codes(n, k, generator).view(torch.uint8) for _ in counts]).contiguous().view(a.dtype)
     b_scale = torch.rand(len(counts), n if by_row else 2, 2, generator=generator) + 0.5
     out, memory = canvas((len(counts), most, n), torch.bfloat16)
-    run(kernel, _cuda.fp8_masked_gemm, a, a_scale, b, b_scale, torch.tensor(counts, dtype=torch.int32), None, 2, out)
+    grouped(f"fp8_masked_gemm_{kernel}", a, a_scale, b, b_scale, torch.tensor(counts, dtype=torch.int32), out, sms=2)
     for g, rows in enumerate(counts):
         wanted = product(a[g, :rows], a_scale[g, :rows], b[g], b_scale[g])
         check(out[g, :rows], *wanted, f"group {g}")
@@ -270,13 +335,11 @@ def test_grouped_wgrad(kernel: str, m: int, dtype: torch.dtype, accumulate: bool
         x[:, offsets[-1] :].view(torch.uint8).fill_(NAN_CODE)
     out, memory = canvas((4, m, n), dtype)
     old = torch.zeros(4, m, n, dtype=torch.float64)
-    call = _cuda.fp8_grouped_wgrad
-    args = [a, a_scale, b, b_scale, torch.tensor(offsets, dtype=torch.int32), dtype, 1, out]
     if accumulate:
         out.copy_(torch.randn(4, m, n, generator=generator))
-        old, call = out.double(), _cuda.fp8_grouped_wgrad_accumulate
-        del args[5]
-    run(kernel, call, *args)
+        old = out.double()
+    operands = (a, a_scale, b, b_scale, torch.tensor(offsets, dtype=torch.int32), out)
+    grouped(kernel, *operands, accumulate=accumulate, sms=1)
     for g in range(4):
         k = slice(offsets[g], offsets[g + 1])
         blocks = slice(offsets[g] // 128, offsets[g + 1] // 128)
