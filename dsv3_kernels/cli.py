@@ -1,4 +1,4 @@
-"""The command line, `dsv3`: info, validate, demo. Needs neither torch nor rich to start."""
+"""The command line, `dsv3`: info, validate, demo, train. Needs neither torch nor rich to start."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from . import __version__
-from .commands import UserError, demo, info, validate
+from .commands import UserError, demo, info, train, validate
 
-COMMANDS = (info, validate, demo)
+COMMANDS = (info, validate, demo, train)
 
 
 class Parser(argparse.ArgumentParser):

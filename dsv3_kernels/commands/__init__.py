@@ -1,4 +1,4 @@
-"""What `dsv3` does, one module per command: info, validate, demo."""
+"""What `dsv3` does, one module per command: info, validate, demo, train."""
 
 
 class UserError(Exception):

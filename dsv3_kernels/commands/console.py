@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 GOOD, BAD = "ok", "FAIL"
@@ -33,6 +34,25 @@ class Console:
         """Text as it comes: no newline, shown at once."""
         sys.stdout.write(text)
         sys.stdout.flush()
+
+    @contextlib.contextmanager
+    def progress(self, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
+        """`advance(step, words)`: a bar on a terminal, else a line each twentieth of the way."""
+        if self._rich is None:
+            every = max(1, total // 20)
+
+            def advance(step: int, words: str) -> None:
+                if step % every == 0 or step == total:
+                    print(f"step {step}/{total}  {words}", flush=True)
+
+            yield advance
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        with Progress(*columns, console=self._rich) as bar:
+            task = bar.add_task("", total=total, completed=done)
+            yield lambda step, words: bar.update(task, completed=step, description=words)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table; the cells "ok" and those that start with "FAIL" are coloured on a terminal."""

@@ -16,12 +16,16 @@ if TYPE_CHECKING:
     from .model import DeepSeekV3
 
 
-def first_bad_tensor(model: DeepSeekV3, call: Callable[[], Any]) -> str | None:
-    """In words: the first weight that is not finite, else the first result inside `call()` that has a NaN where its
-    inputs have none; None where there is neither."""
+def bad_weight(model: DeepSeekV3) -> str | None:
+    """In words: the first weight that is not finite."""
     for piece in pieces(model):
         if not torch.isfinite(piece.view(getattr(piece.module, piece.attribute).detach())).all():
             return f"{_layer(piece.name)}, {piece.name}: the weight is not finite"
+    return None
+
+
+def bad_result(model: DeepSeekV3, call: Callable[[], Any]) -> str | None:
+    """In words: the first result inside `call()` with a NaN where its inputs have none."""
     running: list[str] = []
     handles = []
     for name, module in model.named_modules():
@@ -50,8 +54,9 @@ class _Watch(TorchDispatchMode):
         self.found: str | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        clean = self.found is None and not _has_nan((args, kwargs))  # before: an operation may be in place
         out = func(*args, **(kwargs or {}))
-        if self.found is None and _has_nan(out) and not _has_nan((args, kwargs)):
+        if clean and _has_nan(out):
             where = self.running[-1] if self.running else "the loss"
             self.found = f"{_layer(where)}, {where}: the result of {func._schema.name.split('::')[-1]} is nan"
         return out

@@ -23,12 +23,11 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from .. import _checks
 from . import train
 from .config import Config
-from .diagnosis import first_bad_tensor
+from .diagnosis import bad_result, bad_weight
 from .model import DeepSeekV3
 from .optimizer import AdamW, Schedule, fresh_state
 from .weights import Checkpoint, Piece, fill, for_file, initialise, pieces
@@ -169,6 +168,8 @@ class Trainer:
         groups = [{"params": params, "weight_decay": value} for params, value in decay if params]
         if group is None:
             return AdamW(groups)
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # takes a second to import
+
         return ZeroRedundancyOptimizer(groups, AdamW, process_group=group)
 
     # -- the loop ----------------------------------------------------------------------------------------------------
@@ -212,16 +213,19 @@ class Trainer:
         documents = None if self.documents is None else self.documents[at].to(device)
         return self.tokens[at].long().to(device), documents
 
+    def _microbatches(self, step: int) -> list[tuple[Tensor, Tensor | None, int]]:
+        tokens, documents = self.batch(step)
+        cuts = [slice(first, first + self.micro) for first in range(0, len(tokens), self.micro)]
+        return [(tokens[cut], None if documents is None else documents[cut], step) for cut in cuts]
+
     def _accumulate(self, step: int) -> dict[str, Tensor]:
         """Gradients of a step's mean loss in float32, microbatch by microbatch; the losses, over all ranks."""
         self.model.zero_grad(set_to_none=True)
-        tokens, documents = self.batch(step)
         parts: list[dict[str, Tensor]] = []
-        count = len(tokens) // self.micro
-        for first in range(0, len(tokens), self.micro):
-            some = slice(first, first + self.micro)
-            total, losses = self._loss(tokens[some], None if documents is None else documents[some], step)
-            (total / count).backward()
+        microbatches = self._microbatches(step)
+        for some in microbatches:
+            total, losses = self._loss(*some)
+            (total / len(microbatches)).backward()
             parts.append(losses)
         mean = torch.stack([torch.stack(list(p.values())) for p in parts]).mean(0)
         if self.world > 1:
@@ -266,22 +270,24 @@ class Trainer:
         bad = {name: float(x) for name, x in {**losses, "gradient norm": norm}.items() if not torch.isfinite(x)}
         if not bad:
             return
-        tokens, documents = self.batch(self.step)
-        where = None
-        for first in range(0, len(tokens), self.micro):
-            some = slice(first, first + self.micro)
-            again = partial(self._loss, tokens[some], None if documents is None else documents[some], self.step)
-            where = where or first_bad_tensor(self.model, again)
-        if self.world > 1:
-            found: list[Any] = [None] * self.world
-            dist.all_gather_object(found, where)
-            where = next((f"rank {r}: {words}" for r, words in enumerate(found) if words), None)
+        where = self._first(bad_weight(self.model))
+        if where is None:  # on all ranks: the pass exchanges rows
+            found = [bad_result(self.model, partial(self._loss, *some)) for some in self._microbatches(self.step)]
+            where = self._first(next((words for words in found if words), None))
         last = last_checkpoint(self.out)
         raise NonFiniteError(
             f"{OP}: step {self.step + 1}: {', '.join(f'{name} is {value}' for name, value in bad.items())}; "
             f"{where or 'no nan arises in the forward pass'}; nothing was updated, "
             + (f"the last good checkpoint is {last}" if last else "no checkpoint has been written")
         )
+
+    def _first(self, words: str | None) -> str | None:
+        """The words of the first rank that has any."""
+        if self.world == 1:
+            return words
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, words)
+        return next((f"rank {r}: {some}" for r, some in enumerate(found) if some), None)
 
     def _world_group(self) -> Any:
         return dist.group.WORLD if self.world > 1 else None
