@@ -143,7 +143,7 @@ void initBarrier(Warp& w, const Inst& in, uint32_t m) {
     memset(p.p, 0, 8);
     memset(p.valid, 1, 8);
     raceMbarrierInit(w, b);
-    raceAccessShared(w, in, *p.cta, p.offset, 8, Kind::Write);
+    racePlace(w, in, p, 8, Kind::Write);
   }
   w.launch->progress();
 }
@@ -246,6 +246,7 @@ void waitBarrier(Warp& w, const Inst& in, uint32_t m) {
     return;
   }
   f.mayGiveUp = f.giveUp = false;
+  if (ok) laneSync(w, ok);
   uint32_t& d = w.pred(in.d);
   d = (d & ~m) | ok;
   w.setValid(in.d, m, kAll);

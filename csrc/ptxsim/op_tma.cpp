@@ -197,6 +197,7 @@ TensorMap readMap(Warp& w, const Inst& in, int lane, uint64_t address) {
   if (inShared(address) || inLocal(address))
     w.fail(in, lane, "a tensor map must be in parameter, constant or global memory");
   Place p = locateGlobal(w, in, lane, address, 128, Kind::Read, 64);
+  raceTensorMap(w, in, *p.buffer, (uint64_t)p.p);
   TensorMap map;
   memcpy(&map, p.p, sizeof map);
   if (map.magic != TensorMap::kMagic || map.rank < 1 || map.rank > 5 || !mapElementBytes(map.type))
@@ -323,6 +324,7 @@ void replaceField(Warp& w, const Inst& in, uint32_t m) {
     int i = firstLane(left);
     uint64_t a = lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm);
     Place p = locate(w, in, i, in.space, a, 128, Kind::Write, 64);
+    racePlace(w, in, p, 128, Kind::Write);
     TensorMap t;
     memcpy(&t, p.p, sizeof t);
     w.needValid(in, in.b, 1u << i, "tensor map field");
@@ -392,6 +394,8 @@ void copyMap(Warp& w, const Inst& in,
   Ref src = in.ext->refs[0];
   uint64_t s = (in.ext->v[1] == 4 ? lane32(w, src, (unsigned)i) : lane64(w, src, (unsigned)i)) + (uint64_t)in.ext->v[0];
   Place from = locate(w, in, i, Space::Shared, s, 128, Kind::Read, 128);
+  racePlace(w, in, from, 128, Kind::Read);
+  racePlace(w, in, to, 128, Kind::Write);
   memcpy(to.p, from.p, 128);
   markValid(to.valid, 128, true);
   w.launch->progress();

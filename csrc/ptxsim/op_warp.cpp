@@ -1,5 +1,6 @@
 // Instructions in which the lanes of a warp exchange something (PTX ISA 9.7.9.6, 9.7.13.8 and on).
 #include "ops.h"
+#include "race.h"
 
 namespace ptxsim {
 namespace {
@@ -179,7 +180,7 @@ void elect(Warp& w, const Inst& in, uint32_t m) {
 }
 
 void warpSync(Warp& w, const Inst& in, uint32_t m) {
-  gather(w, in, in.b, m);
+  if (gather(w, in, in.b, m)) laneSync(w, m);
 }
 void activemask(Warp& w, const Inst& in, uint32_t m) {
   uint32_t r[kLanes];

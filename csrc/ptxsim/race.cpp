@@ -36,6 +36,7 @@ struct RaceWarp {
   RaceClock clock, fenced, pending;  // pending: acquired by relaxed operations, until a fence
   // What even a relaxed cluster barrier tells. seen: when each warp came to it; async: its last fence.mbarrier_init.
   RaceClock met;
+  std::vector<uint32_t> mapped;  // seen, at the last fence.proxy.tensormap acquire
   uint32_t initFence = 0;
   bool hasFenced = false, hasPending = false;
   uint32_t first = 0, self = 0;  // warps of the grid: first of the cluster, own
@@ -109,6 +110,7 @@ void raceStart(Launch& l, Cluster& c, uint64_t index) {
   const uint32_t n = l.warpsPerCta * l.ctasPerCluster, first = (uint32_t)index * n;
   for (auto& cta : c.ctas) {
     cta->shadow = std::make_shared<RaceShadow>();
+    laneStart(*cta);
     cta->shadow->pages.resize((cta->smemBytes + 16 * kPage - 1) / (16 * kPage));
     for (auto& w : cta->warps) {
       w.race = std::make_shared<RaceWarp>();
@@ -346,32 +348,60 @@ static void accessLanes(Warp& w, const Inst& in, uint32_t m, Space space, const 
       to.join(out);
     }
   }
+  if (strong && (in.x[0] == 2 || in.x[0] == 4)) laneSync(w, m);
 }
 
+static bool plainShared(const Inst& in, Space space) {
+  return space == Space::Shared && in.x[4] == 0 && in.x[0] == 0;
+}
 void raceAccess(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* a, uint32_t bytes, Kind kind) {
+  if (plainShared(in, space) && kind != Kind::Atomic) laneAccess(w, in, m, a, bytes, kind == Kind::Write);
   accessLanes(w, in, m, space, a, bytes, kind, false);
 }
 void raceWrites(Warp& w, const Inst& in, uint32_t m, uint32_t changed, Space space, const uint64_t* a, uint32_t bytes) {
+  if (plainShared(in, space)) laneAccess(w, in, m & changed, a, bytes, true);
   if (m & changed) accessLanes(w, in, m & changed, space, a, bytes, Kind::Write, false);
   if (m & ~changed) accessLanes(w, in, m & ~changed, space, a, bytes, Kind::Write, true);
 }
 
-void raceAccessShared(Warp& w, const Inst& in, Cta& cta, uint32_t offset, uint32_t bytes, Kind kind) {
-  if (!w.launch->race) return;
-  range(*w.launch->race, w, in, *cta.shadow, side(w, in, false), offset, bytes, kind, Memory{&cta, nullptr});
+void racePlace(Warp& w, const Inst& in, const Place& p, uint32_t bytes, Kind kind) {
+  RaceState* s = w.launch->race;
+  if (s && p.cta)
+    range(*s, w, in, *p.cta->shadow, side(w, in, false), p.offset, bytes, kind, Memory{p.cta, nullptr});
+  else if (s && p.buffer && p.buffer->writable)
+    range(*s, w, in, globalShadow(*s, *p.buffer), side(w, in, false), (uint64_t)p.p - p.buffer->begin, bytes, kind,
+          Memory{nullptr, p.buffer});
+}
+void raceTensorMap(Warp& w, const Inst& in, Buffer& b, uint64_t address) {
+  if (!w.launch->race || !b.writable) return;
+  RaceState& s = *w.launch->race;
+  const Side me = side(w, in, false);
+  RaceShadow& shadow = globalShadow(s, b);
+  range(s, w, in, shadow, me, address - b.begin, 128, Kind::Read, Memory{nullptr, &b});
+  const RaceWarp& r = *w.race;
+  for (uint64_t g = (address - b.begin) / 16; g < (address - b.begin) / 16 + 8; ++g)
+    for (const Entry& e : shadow.at(g).w) {
+      const uint32_t i = e.agent - r.first;
+      if (!e.mask || e.flags & kOpFlag || i >= r.clock.seen.size()) continue;
+      if (r.mapped.empty() || r.mapped[i] < e.time)
+        report(s, w, in, me, e, false, "the tensor map in " + b.name,
+               "no fence.proxy.tensormap (generic, acquire) lies between");
+    }
 }
 
 // ---- synchronisation
 
-void raceFence(Warp& w, const Inst& in, uint32_t) {
+void raceFence(Warp& w, const Inst& in, uint32_t m) {
   if (!w.launch->race) return;
   RaceWarp& r = *w.race;
+  laneSync(w, m);
   if (in.x[0] == 1) {  // proxy fence: what is known is visible to the async proxy too
     r.clock.async = r.clock.seen;
     for (auto& f : r.clock.foreign) f.second[1] = f.second[0];
     ++r.own();
     return;
   }
+  if (in.x[0] == 2 && in.x[3] != 4) r.mapped = r.clock.seen, ++r.own();
   if (in.x[0] == 3) r.initFence = r.own()++;
   if (in.x[0] == 0) {
     if (r.hasPending) r.clock.join(r.pending), r.hasPending = false, r.pending = RaceClock();
@@ -388,7 +418,7 @@ void raceArrive(Warp& w, NamedBarrier& b, bool) {
 }
 void raceBarrier(Cta& cta, NamedBarrier& b) {
   if (!cta.launch->race) return;
-  for (auto& x : b.waiting) acquire(*x.warp, *b.clock, true);
+  for (auto& x : b.waiting) acquire(*x.warp, *b.clock, true), laneSync(*x.warp, x.mask);
 }
 void raceClusterArrive(Warp& w, bool strongRelease) {
   if (!w.launch->race) return;
@@ -411,6 +441,7 @@ void raceClusterWait(Warp& w) {
   Cluster& c = *w.cta->cluster;
   if (c.done) acquire(w, *c.done, true);
   if (c.met) w.race->met.join(*c.met);
+  laneSync(w, kAll);
 }
 
 // ---- mbarriers and shared memory of other CTAs: the other side must be there

@@ -16,13 +16,19 @@ struct Provenance {
 void raceTag(Cta& cta, uint32_t offset, const Provenance& from);
 const Provenance* raceTagOf(Cta& cta, uint32_t offset);  // nullptr: unknown
 
+// Between the lanes of a warp: those of m hear of what the others did; they access their CTA's shared memory.
+void laneStart(Cta& cta);
+void laneSync(Warp& w, uint32_t m);
+void laneAccess(Warp& w, const Inst& in, uint32_t m, const uint64_t* address, uint32_t bytes, bool write);
+
 struct RaceState;
 RaceState* raceCreate(Launch& l);
 void raceDestroy(RaceState*);
 void raceStart(Launch& l, Cluster& c, uint64_t index);
 void raceFence(Warp& w, const Inst& in, uint32_t m);
 void raceArrive(Warp& w, NamedBarrier& b, bool waits);
-void raceBarrier(Cta& cta, NamedBarrier& b);  // b is complete: its waiters go on
+void raceBarrier(Cta& cta, NamedBarrier& b);                               // b is complete: its waiters go on
+void raceTensorMap(Warp& w, const Inst& in, Buffer& b, uint64_t address);  // a copy uses the 128 bytes there
 void raceClusterArrive(Warp& w, bool release);
 void raceClusterDone(Cluster& c);
 void raceClusterWait(Warp& w);
@@ -33,7 +39,7 @@ void raceMbarrierInit(Warp& w, Mbarrier& b);
 void raceMbarrierUse(Warp& w, const Inst& in, int lane, const Mbarrier& b);  // its init must come before
 // Another CTA's shared memory: it must have started, and stay until the access is over. `op`: what makes the access.
 void raceRemote(Warp& w, const Inst& in, int lane, Cta& target, const AsyncOp* op);
-void raceAccessShared(Warp& w, const Inst& in, Cta& cta, uint32_t offset, uint32_t bytes, Kind kind);
+void racePlace(Warp& w, const Inst& in, const Place& p, uint32_t bytes, Kind kind);
 void raceRelease(Warp& w, const Inst& in, Mbarrier& b, bool release, bool remote);
 void raceAcquire(Warp& w, Mbarrier& b, bool acquire);
 void racePhase(Mbarrier& b);           // the open phase is complete

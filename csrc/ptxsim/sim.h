@@ -204,6 +204,7 @@ struct Warp {
   unsigned numInflight = 0;
   uint64_t wgmmaCount = 0;
   std::shared_ptr<RaceWarp> race;
+  uint32_t laneTime = 0, laneNews[kLanes] = {};  // race detector: now, and when each lane last heard of the others
   unsigned maxnreg = 0;
   bool ready = false;
   uint64_t sliceStamp = 0;
@@ -278,6 +279,7 @@ struct Cta {
   };
   std::vector<WgmmaOrder> wgmma;
   std::shared_ptr<RaceShadow> shadow;  // race detector
+  std::shared_ptr<struct LaneShadow> lanes;
   std::unique_ptr<uint64_t[]> memory, regMemory;
 };
 

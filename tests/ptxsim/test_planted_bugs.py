@@ -348,6 +348,45 @@ def test_swapped_strides_of_an_mn_major_operand(sim, timing):
         mn_major(sim, swap=True)
 
 
+LANES = """mov.u32 %r1, s; mad.lo.u32 %r2, %r0, 4, %r1; xor.b32 %r3, %r0, 1; mad.lo.u32 %r3, %r3, 4, %r1;
+    st.shared.u32 [%r2], %r0; {sync} ld.shared.u32 %r4, [%r3]; {again} st.shared.u32 [%r2], %r4; ld.param.u64 %d0, [out]; mad.wide.u32 %d0, %r0, 4, %d0; st.global.u32 [%d0], %r4;"""
+
+
+def test_races_between_lanes_of_a_warp(sim):
+    sync = "bar.warp.sync 0xffffffff;"
+    out = np.zeros(32, np.uint32)
+    for good in (sync, "bar.sync 0;", "fence.acq_rel.cta;"):
+        sim.run(kernel(LANES.format(sync=good, again=sync)), out)
+        assert np.array_equal(out, np.arange(32) ^ 1)
+    for sync_, again, text in (
+        ("", sync, r"this read and the write by lane 1 .*nothing orders them \(bar.warp.sync is missing\)"),
+        (sync, "", r"this write and the read by lane 1 "),
+        ("shfl.sync.idx.b32 %r5, %r0, 0, 31, -1;", sync, "between lanes of a warp: this read and the write"),
+    ):
+        expect(sim, "race on shared memory of CTA 0 .*" + text, LANES.format(sync=sync_, again=again))
+    expect(sim, "this write and the write by lane 0", "st.shared.u32 [s], %r0;")
+    sim.run(kernel("st.shared.u32 [s], 7;"), out)  # all lanes write the same
+    # Two halves of the warp, each in step with itself alone.
+    half = "setp.lt.u32 %p0, %r0, 16; selp.b32 %r9, 0xffff, 0xffff0000, %p0; bar.warp.sync %r9;"
+    sim.run(kernel(LANES.format(sync=half, again=half)), out)
+
+
+def test_tensor_map_proxy(sim):
+    """A map that the kernel wrote is used by a copy: the proxy fence makes it seen."""
+    x, work = np.arange(32, dtype=np.uint8), np.zeros(256, np.uint8)
+    tensor = TensorMap(sim, "u8", x.ctypes.data, [32], [], [32])
+    space = work[-work.ctypes.data % 128 :][:128]
+    body = """.shared .align 128 .b8 t[128]; .shared .align 8 .b64 bar; mov.b64 %d0, map; cvta.param.u64 %d0, %d0; ld.param.u64 %d1, [work]; mad.wide.u32 %d2, %r0, 4, %d0; mad.wide.u32 %d3, %r0, 4, %d1;
+    ld.u32 %r1, [%d2]; st.global.u32 [%d3], %r1; bar.sync 0; setp.ne.u32 %p0, %r0, 0; @%p0 bra E; mbarrier.init.shared.b64 [bar], 1; mov.u32 %r2, t; mov.u32 %r3, bar;
+    mbarrier.arrive.expect_tx.shared.b64 _, [bar], 32; {} cp.async.bulk.tensor.1d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%r2], [%d1, {{0}}], [%r3];
+    W: mbarrier.try_wait.parity.shared.b64 %p1, [bar], 0; @!%p1 bra W; E:"""
+    params = ".param .align 64 .b8 map[128], .param .u64 work"
+    fence = "fence.proxy.tensormap::generic.acquire.gpu [%d1], 128;"
+    sim.run(kernel(body.format(fence), "", params), tensor, space, buffers=[(x, 1)])
+    with pytest.raises(SimError, match=r"race on the tensor map in buffer .*st.global.u32.*no fence.proxy.tensormap"):
+        sim.run(kernel(body.format(""), "", params), tensor, space, buffers=[(x, 1)])
+
+
 def test_launch_limits(sim):
     k = sim.load(kernel("mov.u32 %r1, s;"))
     out = np.zeros(4, np.uint32)
