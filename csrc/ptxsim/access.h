@@ -30,6 +30,8 @@ struct Span {
 };
 void resolve(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* address, uint32_t bytes, Kind kind,
              Span& s);
+void place(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* address, uint32_t bytes, Kind kind,
+           Span& s);  // the same, races not looked for: raceWrites follows
 void addresses(Warp& w, const Inst& in, uint32_t m, uint64_t* out);  // in.a + in.imm; in.x[5] bytes of the register
 
 inline bool allValid(const uint8_t* v, uint32_t bytes) {

@@ -9,15 +9,15 @@ namespace {
 
 // ---- 8x8 matrices of 16-bit elements. Lanes 8i..8i+7 give the row addresses of matrix i; a lane holds two neighbours
 // of row lane/4.
-void rows(Warp& w, const Inst& in, unsigned n, Kind kind, Span& s) {
-  uint64_t a[kLanes];
-  addresses(w, in, n == 4 ? kAll : (1u << (8 * n)) - 1, a);
-  resolve(w, in, n == 4 ? kAll : (1u << (8 * n)) - 1, in.space, a, 16, kind, s);
+uint32_t addressing(unsigned matrices) {
+  return matrices == 4 ? kAll : (1u << (8 * matrices)) - 1;
 }
 template <bool Trans>
 void ldmatrix(Warp& w, const Inst& in, uint32_t) {
+  uint64_t a[kLanes];
   Span s;
-  rows(w, in, in.vec, Kind::Read, s);
+  addresses(w, in, addressing(in.vec), a);
+  resolve(w, in, addressing(in.vec), in.space, a, 16, Kind::Read, s);
   for (unsigned j = 0; j < in.vec; ++j) {
     uint32_t* d = w.ptr<uint32_t>(in.ext->refs[j]);
     uint32_t valid = kAll;
@@ -35,8 +35,11 @@ void ldmatrix(Warp& w, const Inst& in, uint32_t) {
 }
 template <bool Trans>
 void stmatrix(Warp& w, const Inst& in, uint32_t) {
+  uint64_t a[kLanes];
   Span s;
-  rows(w, in, in.vec, Kind::Write, s);
+  addresses(w, in, addressing(in.vec), a);
+  place(w, in, addressing(in.vec), in.space, a, 16, Kind::Write, s);
+  uint32_t changed = 0;  // rows, by the lane that addresses them
   for (unsigned j = 0; j < in.vec; ++j) {
     const uint32_t* d = w.ptr<const uint32_t>(in.ext->refs[j]);
     const uint32_t valid = w.validOf(in.ext->refs[j]);
@@ -44,10 +47,12 @@ void stmatrix(Warp& w, const Inst& in, uint32_t) {
       for (unsigned k = 0; k < 2; ++k) {
         unsigned row = Trans ? 2 * (l % 4) + k : l / 4, col = Trans ? l / 4 : 2 * (l % 4) + k;
         uint16_t e = (uint16_t)(d[l] >> (16 * k));
+        if (memcmp(s.p[8 * j + row] + 2 * col, &e, 2)) changed |= 1u << (8 * j + row);
         memcpy(s.p[8 * j + row] + 2 * col, &e, 2);
         markValid(s.v[8 * j + row] ? s.v[8 * j + row] + 2 * col : nullptr, 2, (valid >> l) & 1);
       }
   }
+  if (w.launch->race) raceWrites(w, in, addressing(in.vec), changed, in.space, a, 16);
   w.launch->progress();
 }
 void movmatrix(Warp& w, const Inst& in, uint32_t) {

@@ -129,8 +129,7 @@ static void countBanks(Warp& w, uint32_t m, const uint64_t* a, uint32_t bytes) {
   }
 }
 
-static void place(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* a, uint32_t bytes, Kind kind,
-                  Span& s) {
+void place(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* a, uint32_t bytes, Kind kind, Span& s) {
   Launch& l = *w.launch;
   if (space == Space::Generic) {  // one window for all lanes is the rule
     uint64_t first = a[__builtin_ctz(m)] >> 32;

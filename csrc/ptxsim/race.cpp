@@ -75,8 +75,8 @@ struct OpRecord {
 
 struct RaceShadow {
   std::vector<std::unique_ptr<Granule[]>> pages;
-  std::vector<Entry> remote;  // the last access of each agent of another CTA
-  RaceClock exit, met;        // what its warps knew when they exited
+  std::vector<Entry> remote, remoteOps;  // of other CTAs: each warp's last access, all operations
+  RaceClock exit, met;                   // what its warps knew when they exited
   Granule& at(uint64_t granule) {
     auto& p = pages[granule / kPage];
     if (!p) p.reset(new Granule[kPage]());
@@ -474,9 +474,13 @@ void raceRemote(Warp& w, const Inst& in, int lane, Cta& target, const AsyncOp* o
            "shared memory of CTA rank " + std::to_string(target.rank) +
                " is accessed before that CTA is known to have started: a cluster barrier is missing");
   const uint32_t pc = (uint32_t)(&in - w.kernel->code.data());
-  const Entry e = op ? Entry{op->id, 0, pc, 1, kOpFlag | kWriteFlag, 0} : Entry{r.self, r.own(), pc, 1, kWriteFlag, 0};
+  if (op) {
+    target.shadow->remoteOps.push_back({op->id, 0, pc, 1, kOpFlag | kWriteFlag, 0});
+    return;
+  }
+  const Entry e{r.self, r.own(), pc, 1, kWriteFlag, 0};
   for (auto& x : target.shadow->remote)
-    if (!op && x.agent == e.agent && x.flags == e.flags) {
+    if (x.agent == e.agent) {
       x = e;
       return;
     }
@@ -490,17 +494,19 @@ static void checkRemote(Cta& cta) {
   const RaceWarp& own = *cta.warps[0].race;
   const Side me{&cta.shadow->exit, own.first, kAll, 0, 0, 0, false, false};
   const uint32_t n = cta.launch->warpsPerCta;
-  for (const Entry& e : cta.shadow->remote) {
-    if (!*ordered(s, me, e)) continue;
+  auto check = [&](const Entry& e) {
+    if (!*ordered(s, me, e)) return;
     const uint32_t warp = e.flags & kOpFlag ? s.ops[e.agent]->issuer : e.agent;
-    if (!(e.flags & kOpFlag) && knows(cta.shadow->met, own.first, warp, e.time, false)) continue;
+    if (!(e.flags & kOpFlag) && knows(cta.shadow->met, own.first, warp, e.time, false)) return;
     const std::string who = "warp " + std::to_string(warp % n) + " of CTA " + std::to_string(warp / n);
     throw Error("CTA " + std::to_string(cta.linear) + " may exit before " +
                 (e.flags & kOpFlag
                      ? "the asynchronous operation issued by " + who + " has written its shared memory: nothing waits"
                      : who + " accesses its shared memory: a cluster barrier is missing") +
                 "\n  at kernel " + cta.launch->kernel->name + ": " + cta.launch->kernel->place(e.pc));
-  }
+  };
+  for (const Entry& e : cta.shadow->remote) check(e);
+  for (const Entry& e : cta.shadow->remoteOps) check(e);
 }
 
 void raceRelease(Warp& w, const Inst&, Mbarrier& b, bool strongRelease, bool) {
