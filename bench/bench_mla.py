@@ -10,7 +10,11 @@ from torch import Tensor
 import dsv3_kernels as dk
 
 from . import bench_mla_prefill  # mla_prefill, mla_cache_append, mla_cache_gather, merge_attention, rope
-from .cases import Case
+from .bench_quant import normal
+from .cases import Call, Case
+
+PAGE = 64
+SCALE = 0.1352338
 
 
 def lengths(device: torch.device, requests: int, keys: int) -> Tensor:
@@ -41,9 +45,99 @@ def mla_decode_plan(requests: int, keys: int, heads: int, *, quick: bool = False
     )
 
 
+def mla_decode(
+    requests: int, keys: int, heads: int, queries: int = 1, *, fp8: bool = False, quick: bool = False, cpu: bool = False
+) -> Case:
+    """The plan and the joining of partial results are part of what is timed."""
+    seen = int(lengths(torch.device("cpu"), requests, keys).sum())
+
+    def make(device: torch.device) -> tuple[Any, ...]:
+        pages = -(-keys // PAGE)
+        table = torch.randperm(requests * pages, generator=torch.Generator().manual_seed(0)).view(requests, pages)
+        if fp8:
+            cache = torch.zeros(requests * pages, PAGE, 656, dtype=torch.uint8, device=device)
+            slots = torch.arange(requests * pages * PAGE, device=device)
+            for some in slots.split(1 << 16):
+                dk.mla_cache_append(cache, some, normal(device, len(some), 512), normal(device, len(some), 64))
+        else:
+            cache = normal(device, requests * pages, PAGE, 576)
+        q = normal(device, requests, queries, heads, 576)
+        out = q.new_empty(requests, queries, heads, 512), q.new_empty(requests, queries, heads, dtype=torch.float32)
+        plan = dk.mla_decode_plan(
+            lengths(device, requests, keys), num_queries=queries, num_heads=heads, kv_dtype=cache.dtype
+        )
+        return q, cache, table.int().to(device), lengths(device, requests, keys), plan, out
+
+    def run(q: Tensor, cache: Tensor, table: Tensor, seqlens: Tensor, plan: Any, out: Any) -> Any:
+        if q.is_cuda:
+            plan = dk.mla_decode_plan(seqlens, num_queries=queries, num_heads=heads, kv_dtype=cache.dtype)
+        return dk.mla_decode(q, cache, table, seqlens, softmax_scale=SCALE, plan=plan, out=out)
+
+    def check(inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> str | None:
+        q, cache, table, seqlens = inputs[:4]
+        for b in {0, requests - 1}:
+            with dk.backend("eager"):
+                one = q[b : b + 1], cache, table[b : b + 1], seqlens[b : b + 1]
+                wanted = dk.mla_decode(*one, softmax_scale=SCALE)
+            for got, right in zip(outputs, wanted, strict=True):
+                if not ((got[b : b + 1] - right).float().norm() <= 0.02 * right.float().norm()):
+                    return f"mla_decode: request {b} is off"
+        return None
+
+    return Case(
+        op="mla_decode",
+        shape={"B": requests, "keys": keys, "H": heads, "Sq": queries, "cache": "fp8" if fp8 else "bf16"},
+        make=make,
+        run=run,
+        check=check,
+        bytes=seen * (656 if fp8 else 1152) + requests * queries * heads * (576 + 512) * 2,
+        flops=2 * seen * queries * heads * (576 + 512),
+        unit="bf16",
+        peers={} if fp8 else {"flash_mla": flash_mla, "torch sdpa": expanded_sdpa},
+        devices=("cuda", "cpu") if cpu else ("cuda",),
+        quick=quick,
+    )
+
+
+def flash_mla(q: Tensor, cache: Tensor, table: Tensor, seqlens: Tensor, plan: Any, out: Any) -> Call:
+    from flash_mla import flash_mla_with_kvcache, get_mla_metadata
+
+    rows = q.shape[1] * q.shape[2]
+
+    def call() -> Any:
+        metadata, splits = get_mla_metadata(seqlens, rows, 1)
+        return flash_mla_with_kvcache(
+            q, cache[:, :, None], table, seqlens, 512, metadata, splits, softmax_scale=SCALE, causal=True
+        )
+
+    return call
+
+
+def expanded_sdpa(q: Tensor, cache: Tensor, table: Tensor, seqlens: Tensor, plan: Any, out: Any) -> Call:
+    """Keys gathered into a rectangle beforehand, the mask made beforehand: an easier problem."""
+    keys = cache[table.long()].flatten(1, 2)[:, None].expand(-1, q.shape[2], -1, -1)
+    place = torch.arange(keys.shape[2], device=q.device)
+    behind = torch.arange(q.shape[1] - 1, -1, -1, device=q.device)
+    mask = (place < (seqlens[:, None] - behind)[..., None])[:, None]
+    queries = q.transpose(1, 2)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    return lambda: attention(queries, keys, keys[..., :512], attn_mask=mask, scale=SCALE)
+
+
 CASES = [
     *bench_mla_prefill.CASES,
     mla_decode_plan(2, 1024, 16, cpu=True),
     mla_decode_plan(128, 4096, 128, quick=True),
     mla_decode_plan(4096, 1024, 16),
+    mla_decode(2, 128, 4, cpu=True),
+    *(mla_decode(2, 1024, heads, quick=heads == 16) for heads in (16, 128)),
+    *(mla_decode(128, 1024, heads, quick=heads == 16) for heads in (16, 32, 64, 128)),
+    *(mla_decode(128, 4096, heads, quick=heads == 128) for heads in (16, 64, 128)),
+    *(mla_decode(128, keys, 128, queries) for keys in (8192, 16384) for queries in (1, 2)),
+    *(mla_decode(1, 65536, heads) for heads in (16, 128)),
+    *(mla_decode(32, 4096, 16, queries) for queries in (2, 4)),
+    mla_decode(2, 1024, 16, fp8=True),
+    *(mla_decode(128, 4096, heads, fp8=True, quick=heads == 64) for heads in (16, 64, 128)),
+    mla_decode(128, 16384, 128, fp8=True),
+    mla_decode(1, 65536, 16, fp8=True),
 ]

@@ -48,7 +48,7 @@ OPS: dict[str, Op] = {
     "rope": Op("mla", cuda=True, grad="rope"),
     "mla_prefill": Op("mla", grad="mla_prefill_backward"),
     "mla_prefill_backward": Op("mla", module="mla_prefill", internal=True),
-    "mla_decode": Op("mla", out=True),
+    "mla_decode": Op("mla", cuda=True, out=True),
     "mla_decode_plan": Op("mla", cuda=True),
     "mla_cache_append": Op("mla", cuda=True),
     "mla_cache_gather": Op("mla", cuda=True),

@@ -48,6 +48,13 @@ __device__ __forceinline__ uint32_t cvt_rn_f16x2_e4m3x2(uint16_t codes) {
   return packed;
 }
 
+// mul.rn.bf16x2: both halves, subnormals kept.
+__device__ __forceinline__ uint32_t mul_rn_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t product;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+}
+
 // max.NaN.f32: a NaN in either operand makes a NaN; plain max drops it.
 __device__ __forceinline__ float max_nan_f32(float a, float b) {
   float larger;

@@ -15,6 +15,7 @@ namespace ptx {
 // L2 policies as createpolicy.fractional makes them at fraction 1.0 (PTX ISA, createpolicy). Hints only.
 constexpr uint64_t kEvictFirst = 0x12F0000000000000;
 constexpr uint64_t kEvictLast = 0x14F0000000000000;
+constexpr uint64_t kEvictNormal = 0x1000000000000000;
 
 // prefetch.tensormap
 __device__ __forceinline__ void prefetch_tensormap(const TensorMap* map) {

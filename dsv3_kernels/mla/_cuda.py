@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .. import _host
 from .._arguments import layout, target
+from ._cuda_decode import mla_decode as mla_decode
+from ._cuda_decode import mla_decode_cannot as mla_decode_cannot
 from ._cuda_decode import mla_decode_plan as mla_decode_plan
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

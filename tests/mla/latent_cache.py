@@ -40,7 +40,7 @@ def empty(pages: int, page: int, width: int, dtype: torch.dtype) -> torch.Tensor
     return torch.full((pages, page, width), torch.nan, dtype=dtype)
 
 
-def filled(lengths, page: int, dtype: torch.dtype, width: int = 576, latent: int = 512):
+def filled(lengths, page: int, dtype: torch.dtype, width: int = 576, latent: int = 512, pow2_scale: bool = False):
     """(cache, block table, lengths as a tensor, each request's keys in float64), pages in random order."""
     counts = [-(-n // page) for n in lengths]
     order = torch.randperm(sum(counts) + 3)
@@ -51,7 +51,7 @@ def filled(lengths, page: int, dtype: torch.dtype, width: int = 576, latent: int
         rows = torch.randn(n, width)
         rows[:, :latent] *= torch.exp(torch.randn(n, 1))  # magnitudes differ from token to token
         if dtype == FP8:
-            stored = encode(rows[:, :512], rows[:, 512:])
+            stored = encode(rows[:, :512], rows[:, 512:], pow2_scale)
             keys.append(decode(stored))
         else:
             stored = rows.to(dtype)
