@@ -18,8 +18,6 @@ from .layers import Step
 if TYPE_CHECKING:
     from .model import DeepSeekV3
 
-SPARE = 2  # tokens that a verifying step may write past the last one kept
-
 
 @dataclass
 class Statistics:
@@ -74,6 +72,7 @@ def stream(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
     speculative: bool = False,
+    drafts: int = 1,
     prefill_chunk: int | None = None,
     cache_dtype: torch.dtype | None = None,
     statistics: Statistics | None = None,
@@ -81,8 +80,9 @@ def stream(
     """The new tokens of each sequence, step by step, as they come: a list per sequence, empty once it has ended.
 
     All sequences decode together. temperature 0 is greedy; else tokens are drawn from the smallest set of
-    probability >= top_p. `speculative` drafts a token with the MTP layer and verifies it in a step of two queries:
-    greedy output is unchanged, and drawn tokens keep their distribution. Prompts are read `prefill_chunk` tokens at
+    probability >= top_p. `speculative` drafts `drafts` tokens with the MTP layers and verifies them in one pass: greedy
+    output is unchanged, and drawn tokens keep their distribution. Drafts deeper than the model has MTP layers are made
+    by the last of them, fed with its own states. Prompts are read `prefill_chunk` tokens at
     a time (whole by default). cache_dtype: the model's, or torch.uint8 for the FP8 cache.
 
     ValueError: empty prompts, ids outside the vocabulary, prompt + max_new_tokens past max_position_embeddings,
@@ -91,6 +91,7 @@ def stream(
     """
     op = "generate"
     _checks.integer(op, "max_new_tokens", max_new_tokens, 0)
+    _checks.integer(op, "drafts", drafts, 1)
     for name, number in (("temperature", temperature), ("top_p", top_p)):
         _checks.number(op, name, number)
     for name, count, least in (("eos_id", eos_id, 0), ("prefill_chunk", prefill_chunk, 1)):
@@ -130,7 +131,8 @@ def stream(
     if model.group is not None and prefill_chunk is not None:
         raise ValueError(f"{op}: prefill_chunk: ranks would make different numbers of passes, wanted None with a group")
     sampler = Sampler(temperature, top_p, generator)
-    run = _Run(model, prompts, max_new_tokens, eos_id, sampler, speculative, cache_dtype, statistics or Statistics())
+    depth = drafts if speculative else 0
+    run = _Run(model, prompts, max_new_tokens, eos_id, sampler, depth, cache_dtype, statistics or Statistics())
     return run.steps(prefill_chunk or max(len(p) for p in prompts))
 
 
@@ -157,20 +159,23 @@ class Sampler:
         return logits.argmax(-1) if self.temperature == 0 else self.draw(self.probabilities(logits))
 
     def verify(self, logits: Tensor, draft: Tensor) -> tuple[Tensor, Tensor]:
-        """logits [B, 2, V] after (token, draft) -> (accepted bool [B], tokens [B, 2]; the second only if accepted).
+        """logits [B, n + 1, V] after (token, n drafts) -> (drafts accepted [B], tokens [B, n + 1], good up to the one
+        after the accepted drafts).
 
         A draft is a point mass: it is accepted with its probability p, else the token comes from p without it
         (arXiv:2211.17192), so that accepted and redrawn tokens together follow p.
         """
+        n = draft.shape[1]
         if self.temperature == 0:
             tokens = logits.argmax(-1)
-            return tokens[:, 0] == draft, tokens
+            return (tokens[:, :n] == draft).cumprod(1).sum(1), tokens
         p = self.probabilities(logits)
-        chance = p[:, 0].gather(1, draft[:, None]).squeeze(1)
-        accepted = torch.rand(chance.shape, device=p.device, generator=self.generator) < chance
-        rest = p[:, 0].scatter(1, draft[:, None], 0.0) + torch.finfo(p.dtype).tiny  # all zero where p(draft) is 1
-        first = torch.where(accepted, draft, self.draw(rest))
-        return accepted, torch.stack([first, self.draw(p[:, 1])], dim=1)
+        chance = p[:, :n].gather(2, draft[..., None]).squeeze(2)
+        good = torch.rand(chance.shape, device=p.device, generator=self.generator) < chance
+        rest = p[:, :n].scatter(2, draft[..., None], 0.0) + torch.finfo(p.dtype).tiny  # all zero where p(draft) is 1
+        drawn = self.draw(torch.cat([rest, p[:, n:]], dim=1).flatten(0, 1)).view(-1, n + 1)
+        tokens = torch.cat([torch.where(good, draft, drawn[:, :n]), drawn[:, n:]], dim=1)
+        return good.long().cumprod(1).sum(1), tokens
 
 
 class _Run:
@@ -183,20 +188,21 @@ class _Run:
         max_new: int,
         eos: int | None,
         sampler: Sampler,
-        speculative: bool,
+        drafts: int,
         cache_dtype: torch.dtype | None,
         statistics: Statistics,
     ) -> None:
         from .model import PagedLatentCache
 
-        self.model, self.prompts, self.sampler, self.speculative = model, prompts, sampler, speculative
+        self.model, self.prompts, self.sampler, self.drafts = model, prompts, sampler, drafts
         self.eos, self.statistics = eos, statistics
         self.left = [max_new] * len(prompts)
-        capacities = [len(p) + max_new + SPARE for p in prompts]
+        # A verifying pass, and drafts after it, write past the last token kept.
+        capacities = [len(p) + max_new + 2 * drafts for p in prompts]
         dtype = cache_dtype or model.dtype
         self.cache = PagedLatentCache(model.config, capacities, dtype=dtype, device=model.device)
         self.token = torch.zeros(len(prompts), dtype=torch.int64, device=model.device)
-        self.draft = self.token.clone()
+        self.draft = self.token[:, None].repeat(1, drafts)
 
     def steps(self, chunk: int) -> Iterator[list[list[int]]]:
         if not self._going():
@@ -209,7 +215,7 @@ class _Run:
             if not self._going():
                 return
             with torch.no_grad():
-                new = self._verify() if self.speculative else self._decode()
+                new = self._verify() if self.drafts else self._decode()
 
     def _going(self) -> bool:
         """Whether a sequence takes more tokens, here or on another rank of the experts' group."""
@@ -232,7 +238,7 @@ class _Run:
         return tokens
 
     def _step(self, tokens: Tensor) -> Step:
-        """A pass over [B, 1 or 2] tokens. Sequences that have ended rest at length 1, out of the others' way."""
+        """A pass over [B, 1 + drafts] tokens. Sequences that have ended rest at length 1, out of the others' way."""
         lengths = [n if self.left[b] else 1 for b, n in enumerate(self.cache.lengths)]
         if lengths != self.cache.lengths:
             self.cache.set_lengths(lengths)
@@ -244,9 +250,10 @@ class _Run:
 
     def _prefill(self, chunk: int) -> None:
         model, lengths = self.model, [len(p) for p in self.prompts]
-        longest = max(lengths)
-        padded = [p + [0] * (longest + 1 - len(p)) for p in self.prompts]
+        longest, depth = max(lengths), self._modules()
+        padded = [p + [0] * (longest + 1 + depth - len(p)) for p in self.prompts]
         tokens = torch.tensor(padded, device=model.device)
+        state = torch.zeros(len(lengths), model.config.hidden_size, dtype=model.dtype, device=model.device)
         for start in range(0, longest, chunk):
             width = min(chunk, longest - start)
             counts = [min(max(n - start, 0), width) for n in lengths]
@@ -257,18 +264,42 @@ class _Run:
             if ends:
                 self.token[ends] = self.sampler(model.head(normed[rows]))
                 tokens[ends, [lengths[b] for b in ends]] = self.token[ends]
-            if self.speculative:
-                follow = tokens[:, start + 1 : start + width + 1].reshape(-1)
-                follow = follow if step.rows is None else follow[step.rows]
-                hidden = self._predict(step, normed, residual, follow)
+            hidden = model.feed(normed, residual)
+            for k in range(1, depth + 1):
+                follow = tokens[:, start + k : start + k + width].reshape(-1)
+                hidden = self._predict(k, hidden, follow if step.rows is None else follow[step.rows], step)
                 if ends:
-                    self.draft[ends] = model.head(hidden[rows]).argmax(-1)
+                    state[ends] = hidden[rows]
+                    self.draft[ends, k - 1] = model.head(hidden[rows]).argmax(-1)
+                    tokens[ends, [lengths[b] + k for b in ends]] = self.draft[ends, k - 1]
             self.cache.set_lengths([min(n, start + width) for n in lengths], step.seqlens)
+        self._deepen(state)
 
-    def _predict(self, step: Step, normed: Tensor, residual: Tensor, follow: Tensor) -> Tensor:
-        """The MTP layer on the rows of a main pass: same places, slots and lengths, its own layer of the cache."""
-        layer = mtp.layers(self.model)[0]
-        return layer.predict(self.model.feed(normed, residual), self.model.embed(follow, step.dtype), step)
+    def _modules(self) -> int:
+        """MTP layers that draft."""
+        return min(self.drafts, self.model.config.num_nextn_predict_layers)
+
+    def _predict(self, k: int, hidden: Tensor, follow: Tensor, step: Step) -> Tensor:
+        """MTP layer k on the rows of a pass: same places, slots and lengths, its own layer of the cache."""
+        return mtp.layers(self.model)[k - 1].predict(hidden, self.model.embed(follow, step.dtype), step)
+
+    def _deepen(self, hidden: Tensor) -> None:
+        """Drafts beyond the MTP layers: the last layer goes on from its own state [B, H], a token at a time.
+
+        What it writes to the cache lies past the tokens kept; the next verifying pass writes over it.
+        """
+        depth, cache, model = self._modules(), self.cache, self.model
+        if self.drafts == depth:
+            return
+        lengths, seqlens = cache.lengths, cache.seqlens.clone()
+        last = model.config.max_position_embeddings - 1
+        for k in range(depth, self.drafts):
+            past = k - depth
+            cache.set_lengths([min(n + past, last) for n in lengths], (seqlens + past).clamp(max=last))
+            step = model.step(self.draft[:, k - 1 : k].contiguous(), cache=cache)
+            hidden = self._predict(depth, hidden, self.draft[:, k - 1], step)
+            self.draft[:, k] = model.head(hidden).argmax(-1)
+        cache.set_lengths(lengths, seqlens)
 
     def _decode(self) -> list[list[int]]:
         step = self._step(self.token[:, None])
@@ -278,22 +309,33 @@ class _Run:
 
     def _verify(self) -> list[list[int]]:
         model, batch = self.model, len(self.left)
-        step = self._step(torch.stack([self.token, self.draft], dim=1))
-        normed, residual = model.hidden(step)
-        accepted, tokens = self.sampler.verify(model.head(normed).view(batch, 2, -1), self.draft)
-        # A rejected draft leaves a second row that means nothing: the next step writes over it.
-        hidden = self._predict(step, normed, residual, tokens.reshape(-1)).view(batch, 2, -1)
-        last = accepted.long()[:, None]
-        self.token = tokens.gather(1, last).squeeze(1)
-        self.draft = model.head(hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1])).squeeze(1)).argmax(
-            -1
-        )
-        seqlens = self.cache.seqlens + 1 + accepted
-        counts, new = (1 + accepted.long()).tolist(), tokens.tolist()
         active = [b for b in range(batch) if self.left[b]]
-        self.statistics.drafted += len(active)
+        room = model.config.max_position_embeddings - 1 - max((self.cache.lengths[b] for b in active), default=1)
+        draft = self.draft[:, : max(1, min(self.drafts, room))]
+        width = draft.shape[1] + 1
+        step = self._step(torch.cat([self.token[:, None], draft], dim=1))
+        normed, residual = model.hidden(step)
+        accepted, tokens = self.sampler.verify(model.head(normed).view(batch, width, -1), draft)
+        # Rows past the accepted drafts mean nothing: the next step writes over them.
+        follow, hidden = tokens, model.feed(normed, residual)
+        drafts = []
+        for k in range(1, self._modules() + 1):
+            hidden = self._predict(k, hidden, follow.reshape(-1), step)
+            state = hidden.view(batch, width, -1)[torch.arange(batch, device=model.device), accepted]
+            drafts.append(model.head(state).argmax(-1))
+            follow = torch.cat([follow[:, 1:], follow[:, :1]], dim=1).scatter(1, accepted[:, None], drafts[-1][:, None])
+        self.token = tokens.gather(1, accepted[:, None]).squeeze(1)
+        self.draft[:, : len(drafts)] = torch.stack(drafts, dim=1)
+        seqlens = self.cache.seqlens + 1 + accepted
+        # Where the last layer drafts on, the host need not know yet how much was accepted: a bound is enough.
+        before = self.cache.lengths
+        if self.drafts > len(drafts):
+            self._advance([width] * batch, seqlens)
+            self._deepen(state)
+        counts, new = (1 + accepted).tolist(), tokens.tolist()
+        self.statistics.drafted += (width - 1) * len(active)
         self.statistics.accepted += sum(counts[b] - 1 for b in active)
-        self._advance(counts, seqlens)
+        self.cache.set_lengths([n + count for n, count in zip(before, counts, strict=True)], seqlens)
         return [row[:count] for row, count in zip(new, counts, strict=True)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -22,9 +23,10 @@ def helped(monkeypatch, wholes: list[list[int]], right, seen: list | None = None
         if seen is not None:
             seen.append((list(run.cache.lengths), run.draft.clone(), [bool(n) for n in run.left]))
         for b, whole in enumerate(wholes):
-            at = run.cache.lengths[b] + 1  # the last token shown is not in the cache yet
-            true = whole[at] if at < len(whole) else 0
-            run.draft[b] = true if right(b, at) else (true + 1) % run.model.config.vocab_size
+            for k in range(run.drafts):
+                at = run.cache.lengths[b] + 1 + k  # the last token shown is not in the cache yet
+                true = whole[at] if at < len(whole) else 0
+                run.draft[b, k] = true if right(b, at) else (true + 1) % run.model.config.vocab_size
         return verify(run)
 
     monkeypatch.setattr(generate._Run, "_verify", step)
@@ -50,17 +52,34 @@ PATTERNS = {
 }
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_accepted_and_rejected_drafts(pattern, base, monkeypatch):
+def chained(model, whole: list[int], n: int, drafts: int) -> list[torch.Tensor]:
+    """Logits of each draft after n cached tokens: the MTP layer over everything, then fed with its own states."""
+    tokens = torch.tensor(whole)
+    step = model.step(tokens[None, :n])
+    fed, follow, out = model.feed(*model.hidden(step)), tokens[1 : n + 1], []
+    for _ in range(drafts):
+        inner = model.step(torch.zeros(1, len(fed), dtype=torch.int64))
+        hidden = dk.model.mtp.layers(model)[0].predict(fed, model.embed(follow, fed.dtype), inner)
+        out.append(model.head(hidden[-1]))
+        fed, follow = torch.cat([fed, hidden[-1:]]), torch.cat([follow, out[-1].argmax()[None]])
+    return out
+
+
+@pytest.mark.parametrize(
+    ("pattern", "drafts"), [*((pattern, 1) for pattern in PATTERNS), ("by turns", 3), ("all right", 4)]
+)
+def test_accepted_and_rejected_drafts(pattern, drafts, base, monkeypatch):
     """Whatever is accepted, the tokens are the greedy ones, and every own draft is the MTP module's for its place."""
     wholes = [prompt.whole for prompt in base.prompts]
     seen: list = []
     helped(monkeypatch, wholes, PATTERNS[pattern], seen)
     statistics = Statistics()
-    out = base.model.generate([p.tokens for p in base.prompts], NEW, speculative=True, statistics=statistics)
+    prompts = [p.tokens for p in base.prompts]
+    out = base.model.generate(prompts, NEW, speculative=True, drafts=drafts, statistics=statistics)
     assert out == wholes
     if pattern == "all right":
-        assert statistics.acceptance == 1 and statistics.steps == NEW // 2
+        assert statistics.steps == -(-(NEW - 1) // (drafts + 1))
+        assert statistics.acceptance == 1 or drafts > 1  # of the last drafts some lie past the end
     elif pattern == "all wrong":
         assert statistics.acceptance == 0 and statistics.steps == NEW - 1
     else:
@@ -71,9 +90,37 @@ def test_accepted_and_rejected_drafts(pattern, base, monkeypatch):
         for b, n in enumerate(lengths):
             if active[b] and n < len(wholes[b]):
                 row = logits[b][n - 1]  # sees the token at n, drafts the one at n + 1
-                assert row[draft[b]] >= row.max() - 1e-3
+                assert row[draft[b, 0]] >= row.max() - 1e-3
                 checked += 1
-    assert checked >= len(wholes) * NEW // 2
+                if drafts > 1:
+                    for own, row in zip(draft[b].tolist(), chained(base.model, wholes[b], n, drafts), strict=True):
+                        assert row[own] >= row.max() - 1e-3
+    assert checked >= len(wholes) * NEW // 2 or drafts > 1
+
+
+def test_two_mtp_layers_draft_two_tokens(base):
+    """The second layer's drafts, and a third by chaining it, leave greedy tokens as they are, at the very last place
+    too; the second draft is the second layer's of the whole text where nothing was rejected."""
+    config = dataclasses.replace(base.model.config, num_nextn_predict_layers=2, max_position_embeddings=45)
+    torch.manual_seed(0)
+    model = dk.model.DeepSeekV3(config).eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False).mul_(4 if parameter.dim() > 1 else 1)
+    prompts = [p.tokens for p in base.prompts[:3]]
+    plain = model.generate(prompts, NEW)
+    for drafts in (2, 3):
+        for chunk in (None, 20):
+            assert model.generate(prompts, NEW, speculative=True, drafts=drafts, prefill_chunk=chunk) == plain
+    run = generate._Run(model, prompts, NEW, None, Sampler(0, 1, None), 2, None, Statistics())
+    with torch.no_grad():
+        run._prefill(100)
+    for b, prompt in enumerate(prompts):
+        tokens = torch.tensor([[*prompt, plain[b][len(prompt)], int(run.draft[b, 0])]])
+        step = model.step(tokens)
+        fed = model.feed(*model.hidden(step)).view(1, tokens.shape[1], -1)
+        first, second = (model.head(h)[0] for h in dk.model.mtp.chain(model, tokens, step, fed, depths=2))
+        assert first[len(prompt) - 1].argmax() == run.draft[b, 0]
+        assert second[-1].argmax() == run.draft[b, 1]
 
 
 def test_a_stale_mtp_cache_is_seen(base, monkeypatch):
@@ -83,14 +130,14 @@ def test_a_stale_mtp_cache_is_seen(base, monkeypatch):
     helped(monkeypatch, wholes, PATTERNS["by turns"], seen)
     predict = generate._Run._predict
 
-    def zeroed(run, step, normed, residual, follow):
-        return predict(run, step, normed, residual, torch.zeros_like(follow))
+    def zeroed(run, k, hidden, follow, step):
+        return predict(run, k, hidden, torch.zeros_like(follow), step)
 
     monkeypatch.setattr(generate._Run, "_predict", zeroed)
     assert base.model.generate([p.tokens for p in base.prompts], NEW, speculative=True) == wholes
     logits = [base.model.mtp_logits(torch.tensor([whole]))[0] for whole in wholes]
     wrong = sum(
-        float(logits[b][n - 1][draft[b]]) < float(logits[b][n - 1].max()) - 1e-3
+        float(logits[b][n - 1][draft[b, 0]]) < float(logits[b][n - 1].max()) - 1e-3
         for lengths, draft, active in seen
         for b, n in enumerate(lengths)
         if active[b] and n < len(wholes[b])
@@ -176,13 +223,27 @@ def test_samples_follow_the_distribution(top_p):
     other = torch.tensor([-3.0, 0.0, 1.0, 0.0, 2.0, 0.0])
     pair = torch.stack([logits, other]).expand(count, -1, -1)
     for draft in range(6):
-        accepted, tokens = sampler.verify(pair, torch.full((count,), draft))
+        accepted, tokens = sampler.verify(pair, torch.full((count, 1), draft))
+        accepted = accepted.bool()
         assert five_sigma(frequencies(tokens[:, 0], 6), wanted, count), draft
         assert torch.equal(tokens[accepted, 0], torch.full((int(accepted.sum()),), draft))
         share = accepted.double().mean()
         assert abs(share - wanted[draft]) <= 5 * (0.25 / count) ** 0.5
-    accepted, tokens = sampler.verify(torch.tensor([[[99.0, 0.0], [0.0, 99.0]]]), torch.tensor([0]))
-    assert accepted.all() and tokens.tolist() == [[0, 1]]  # nothing is left to redraw from
+    accepted, tokens = sampler.verify(torch.tensor([[[99.0, 0.0], [0.0, 99.0]]]), torch.tensor([[0]]))
+    assert accepted.tolist() == [1] and tokens.tolist() == [[0, 1]]  # nothing is left to redraw from
+
+
+def test_several_drafts_follow_the_distribution():
+    """The second token, given the first, whatever was drafted: also where only the first draft was accepted."""
+    count, sampler = 40000, Sampler(1.0, 1.0, torch.Generator().manual_seed(0))
+    p = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [0.3, 0.3, 0.4]])
+    accepted, tokens = sampler.verify(p.log().expand(count, -1, -1), torch.tensor([[1, 2]]).expand(count, -1))
+    assert set(accepted.tolist()) == {0, 1, 2}
+    assert five_sigma(frequencies(tokens[:, 0], 3), p[0].double(), count)
+    for place, some in ((1, accepted >= 1), (2, accepted == 2)):
+        assert five_sigma(frequencies(tokens[some, place], 3), p[place].double(), int(some.sum()))
+    for n, share in ((1, 0.3), (2, 0.3 * 0.3)):
+        assert abs((accepted >= n).double().mean() - share) <= 5 * (0.25 / count) ** 0.5
 
 
 # -- no host synchronisation -----------------------------------------------------------------------------------------
