@@ -299,6 +299,18 @@ def test_ldmatrix_stmatrix(sim, trans):
     assert np.array_equal(out[256:], src.ravel())
 
 
+@pytest.mark.parametrize(("source", "fails"), [("%r5", False), ("%r6", True)])
+def test_copies_of_one_matrix_may_be_stored_at_once(sim, source, fails):
+    """Two warps and two lanes' rows: the same values race with nothing, as with plain stores; a warp's own do."""
+    body = f"""and.b32 %r3, %r0, 3; mad.lo.u32 %r3, %r3, 16, %r1; shr.u32 %r6, %r0, 5; mov.u32 %r5, 7;
+    stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r3], {{{source}}}; bar.sync 0;"""
+    if fails:
+        with pytest.raises(SimError, match="race on shared memory"):
+            sim.run(kernel(body), np.zeros(1, np.uint32), block=64)
+    else:
+        sim.run(kernel(body), np.zeros(1, np.uint32), block=64)
+
+
 # ---- wgmma: operands placed in shared memory as the descriptor says
 
 TYPES = {
