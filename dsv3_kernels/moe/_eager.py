@@ -11,12 +11,53 @@ from .moe_permute import empty_scale
 SUM_FLOOR = 1e-20  # keeps weights finite where every chosen score has underflowed
 
 
+def _exp(x: Tensor) -> Tensor:
+    """exp(x) within 2 units of the last place, in operations that IEEE 754 rounds: the same bits on every backend.
+
+    x = n ln 2 + r; a polynomial in r with the coefficients of Cephes' expf; times 2^n in two factors, so that subnormal
+    results are rounded once. A gate compares scores, so equal logits must have equal ones wherever they stand, which
+    vectorised library functions do not promise. float64 is the tests': there it is PyTorch's.
+    """
+    if x.dtype == torch.float64:
+        return x.exp()
+    within = x.clamp(-104.0, 89.0)
+    n = (within * 1.44269504088896341).round()
+    r = within - n * 0.693359375 - n * -2.12194440e-4
+    p = torch.full_like(r, 1.9875691500e-4)
+    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = p * r + coefficient
+    y = p * (r * r) + r + 1.0
+    power = n.nan_to_num().int()
+    half = power >> 1
+    low, high = (((part + 127) << 23).view(torch.float32) for part in (half, power - half))
+    return y * low * high
+
+
+def _lane_sum(values: Tensor) -> Tensor:
+    """Sum over the last dimension (kept, of size 1) in the order of a warp: 32 lanes in turn, then halves of them."""
+    count = values.shape[-1]
+    total = values.new_zeros(*values.shape[:-1], 32)
+    for start in range(0, count, 32):
+        part = values[..., start : start + 32]
+        total[..., : part.shape[-1]] += part
+    for half in (16, 8, 4, 2, 1):
+        total = total[..., :half] + total[..., half:]
+    return total
+
+
+def _in_order(values: Tensor) -> Tensor:
+    """Sum over the last dimension (kept, of size 1), one value after the other."""
+    total = torch.zeros_like(values[..., :1])
+    for k in range(values.shape[-1]):
+        total = total + values[..., k : k + 1]
+    return total
+
+
 def _scores(logits: Tensor, score: str) -> Tensor:
     if score == "softmax":
-        return logits.softmax(-1)
-    # Not torch.sigmoid: on the CPU it rounds the elements left over by its vectors differently, so that equal logits
-    # would get unequal scores and ties would go astray.
-    return (1 + (-logits).exp()).reciprocal()
+        powers = _exp(logits - logits.amax(-1, keepdim=True))
+        return powers / _lane_sum(powers)
+    return (1 + _exp(-logits)).reciprocal()
 
 
 def _ranked(values: Tensor, count: int) -> Tensor:
@@ -44,7 +85,7 @@ def moe_gate(
     experts = _ranked(biased, top_k)
     weights = scores.gather(-1, experts)
     if normalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + SUM_FLOOR)
+        weights = weights / (_in_order(weights) + SUM_FLOOR)
     return weights * scaling, experts.int()
 
 
@@ -56,12 +97,12 @@ def moe_gate_backward(
     grad = grad_weights * scaling
     if normalize:  # w = s / D, D = sum(s) + floor: ds = (g - sum(g w)) / D
         s = scores.gather(-1, chosen)
-        total = s.sum(-1, keepdim=True) + SUM_FLOOR
-        grad = (grad - (grad * (s / total)).sum(-1, keepdim=True)) / total
+        total = _in_order(s) + SUM_FLOOR
+        grad = (grad - _in_order(grad * (s / total))) / total
     grad = torch.zeros_like(scores).scatter_(-1, chosen, grad)
     if score == "sigmoid":
         return grad * scores * (1 - scores)
-    return scores * (grad - (grad * scores).sum(-1, keepdim=True))
+    return scores * (grad - _lane_sum(grad * scores))
 
 
 def moe_permute(

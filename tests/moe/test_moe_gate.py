@@ -161,7 +161,7 @@ def test_rows_with_a_stride(backend, device):
     assert same_bits(dk.moe_gate(store[:, :256], None, **V3), dk.moe_gate(store[:, :256].contiguous(), None, **V3))
 
 
-def test_empty(backend, device):
+def test_empty(device):
     weights, experts = dk.moe_gate(torch.empty(0, 256, device=device), None, **V3)
     assert weights.shape == experts.shape == (0, 8)
 
