@@ -29,13 +29,13 @@ class Op:
 OPS: dict[str, Op] = {
     # quant
     "quantize_1x128": Op("quant", cuda=True, triton=True, out=True),
-    "quantize_128x128": Op("quant", cuda=True, out=True),
-    "quantize_1x128_both": Op("quant", cuda=True, out=True),
-    "dequantize": Op("quant"),
-    "silu_mul_quantize_1x128": Op("quant", cuda=True, out=True),
-    "rms_norm": Op("quant", cuda=True, grad="rms_norm_backward"),
-    "rms_norm_backward": Op("quant", module="rms_norm", cuda=True, internal=True),
-    "rms_norm_quantize_1x128": Op("quant", cuda=True, out=True),
+    "quantize_128x128": Op("quant", cuda=True, triton=True, out=True),
+    "quantize_1x128_both": Op("quant", cuda=True, triton=True, out=True),
+    "dequantize": Op("quant", triton=True),
+    "silu_mul_quantize_1x128": Op("quant", cuda=True, triton=True, out=True),
+    "rms_norm": Op("quant", cuda=True, triton=True, grad="rms_norm_backward"),
+    "rms_norm_backward": Op("quant", module="rms_norm", cuda=True, triton=True, internal=True),
+    "rms_norm_quantize_1x128": Op("quant", cuda=True, triton=True, out=True),
     # gemm
     "fp8_gemm": Op("gemm", cuda=True, triton=True, out=True),
     "fp8_gemm_accumulate": Op("gemm", module="fp8_gemm", cuda=True, triton=True, internal=True),

@@ -12,11 +12,12 @@ from torch import Tensor
 def divide(x, divisor, reciprocal):
     """x / divisor with the bits of IEEE division as far as E4M3 can see, in five instructions instead of about twelve.
 
-    reciprocal is 1 / divisor rounded to nearest. csrc/quant/divide.h has the proof and its conditions.
+    reciprocal is 1 / divisor rounded to nearest. csrc/quant/divide.h has the proof and its conditions. Triton's -x is
+    0 - x: the reciprocal is negated and not the remainders, so that -0 / divisor stays -0.
     """
     quotient = x * reciprocal
-    quotient = tl.fma(-tl.fma(divisor, quotient, -x), reciprocal, quotient)
-    return tl.fma(-tl.fma(divisor, quotient, -x), reciprocal, quotient)
+    quotient = tl.fma(tl.fma(divisor, quotient, -x), -reciprocal, quotient)
+    return tl.fma(tl.fma(divisor, quotient, -x), -reciprocal, quotient)
 
 
 @triton.jit
@@ -26,12 +27,13 @@ def magnitude(x):
 
 
 @triton.jit
-def scale_of(largest, POW2: tl.constexpr):
+def scale_of(largest, pow2):
     """Scale of blocks whose largest `magnitude` is given: a positive normal number, or NaN for what is not finite."""
     amax = tl.maximum(largest.to(tl.float32, bitcast=True), 1e-4)
     scale = tl.div_rn(amax, tl.full(amax.shape, 448.0, tl.float32))
-    if POW2:  # carrying a mantissa that is not zero into the exponent rounds up to a power of two
-        scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    # Carrying a mantissa that is not zero into the exponent rounds up to a power of two.
+    power = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    scale = tl.where(pow2, power, scale)
     return tl.where(largest < 0x7F800000, scale, float("nan"))
 
 

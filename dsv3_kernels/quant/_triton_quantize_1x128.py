@@ -21,16 +21,14 @@ CONFIGS = _triton.Table(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def triton_quantize_1x128(
-    x, q, scale, rows, columns, x_stride, scale_row, scale_block, POW2: tl.constexpr, ROWS: tl.constexpr
-):
+def triton_quantize_1x128(x, q, scale, rows, columns, x_stride, scale_row, scale_block, pow2, ROWS: tl.constexpr):
     blocks = tl.cdiv(columns, 128)
     block = tl.program_id(0) % blocks
     row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = block * 128 + tl.arange(0, 128)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     real = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    scales = scale_of(tl.max(magnitude(real), 1), POW2)
+    scales = scale_of(tl.max(magnitude(real), 1), pow2)
     tl.store(scale + row * scale_row + block.to(tl.int64) * scale_block, scales, mask=row < rows)
     tl.store(q + row[:, None] * columns + column[None, :], encode(real, scales[:, None]), mask=inside)
 
