@@ -66,6 +66,7 @@ __device__ __forceinline__ void gemm(const Fp8GemmParams& p) {
     if (warp == 0 && ptx::elect_sync()) {
       for_each_tile(
           [&](TilePlace at) { load_operands(shared, slot, &p.a, {at.m, 0}, &p.b, {at.n, 0}, first, blocks); });
+      ptx::griddepcontrol_launch_dependents();
     } else if (warp == 1) {
       for_each_tile([&](TilePlace at) {
         load_scales<kScale>(shared, slot, p.a_scale, 0, at.m, p.m - at.m, p.b_scale, 0, at.n, p.n - at.n, first,

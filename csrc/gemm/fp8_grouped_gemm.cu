@@ -2,98 +2,40 @@
 // D. E4M3 with a scale per row of A and per 128 x 128 block (or row) of each B[g].
 //
 // Tiles start at a group's first row, wherever that is; the last one of a group loads rows of the next group, which it
-// multiplies and does not store. Every warp finds its tiles by itself from the offsets (group_walk.cuh): nothing is
-// read by the host, empty groups cost nothing, rows beyond offsets[G] are neither loaded on purpose nor stored. Roles,
-// barriers and budget: gemm/fp8_tile.cuh.
-#include "gemm/fp8_grouped_gemm_params.h"
-#include "gemm/fp8_store.cuh"
-#include "gemm/fp8_tile.cuh"
-#include "gemm/group_walk.cuh"
-
-namespace dsv3 {
-namespace {
-
-template <class Tile, BScale kScale>
-__device__ __forceinline__ void gemm(const Fp8GroupedGemmParams& p) {
-  extern __shared__ __align__(1024) uint8_t memory[];
-  const uint32_t shared = ptx::cvta_to_shared(memory);
-  const int warp = warp_index();
-  initialise_ring<Tile>(shared, &p.a, &p.b, p.blocks);
-
-  // Offsets that no caller may pass stay inside the tensors.
-  const auto rows_of = [&p](int group) {
-    const int begin = max(p.offsets[group], 0);
-    return RowRange{begin, max(min(p.offsets[group + 1], p.rows) - begin, 0)};
-  };
-  // visit(group, row of A, rows left in the group, column): this CTA's tiles, in the same order for every warp.
-  const auto for_each_tile = [&](auto visit) {
-    GroupWalk<Tile> walk;
-    GroupTile tile;
-    for (int t = blockIdx.x; walk.find(t, p.groups, p.n_tiles, rows_of, tile); t += gridDim.x) {
-      const TilePlace at = rasterise<Tile>(tile.tile, (tile.rows.count + Tile::kRows - 1) / Tile::kRows, p.n_tiles);
-      visit(tile.group, tile.rows.begin + at.m, tile.rows.count - at.m, at.n);
-    }
-  };
-
-  Slot<Tile> slot;
-  if (warp < 4) {
-    ptx::setmaxnreg_dec<kProducerRegisters>();
-    if (warp == 0) {
-      const bool elected = ptx::elect_sync();
-      for_each_tile([&](int group, int row, int, int column) {
-        if (elected) load_operands(shared, slot, &p.a, {row, 0}, &p.b, {column, group}, 0, p.blocks);
-        __syncwarp();
-      });
-    } else if (warp == 1) {
-      for_each_tile([&](int group, int row, int rows, int column) {
-        load_scales<kScale>(shared, slot, p.a_scale, 0, row, rows, p.b_scale, group, column, p.n - column, 0, p.blocks);
-      });
-    }
-  } else {
-    ptx::setmaxnreg_inc<kConsumerRegisters>();
-    const Consumer<Tile> me(warp);
-    for_each_tile([&](int, int row, int rows, int column) {
-      float results[Tile::kWaves][Tile::kResults];
-      multiply_tile<kScale>(shared, slot, me, column, p.blocks, results);
-      store_tile(me.slab(shared), me, p.out, 0, row, column, rows, p.n - column, results);
-    });
-  }
-}
-
-}  // namespace
-}  // namespace dsv3
+// multiplies and does not store.
+#include "gemm/fp8_groups.cuh"
 
 extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)
     fp8_grouped_gemm_128x128_block(const __grid_constant__ dsv3::Fp8GroupedGemmParams p) {
-  dsv3::gemm<dsv3::Tile<128, 128>, dsv3::BScale::kBlock>(p);
+  dsv3::multiply_groups<dsv3::Tile<128, 128>, dsv3::BScale::kBlock, dsv3::Groups::kInARow>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)
     fp8_grouped_gemm_128x128_row(const __grid_constant__ dsv3::Fp8GroupedGemmParams p) {
-  dsv3::gemm<dsv3::Tile<128, 128>, dsv3::BScale::kRow>(p);
+  dsv3::multiply_groups<dsv3::Tile<128, 128>, dsv3::BScale::kRow, dsv3::Groups::kInARow>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)
     fp8_grouped_gemm_256x128_block(const __grid_constant__ dsv3::Fp8GroupedGemmParams p) {
-  dsv3::gemm<dsv3::Tile<256, 128>, dsv3::BScale::kBlock>(p);
+  dsv3::multiply_groups<dsv3::Tile<256, 128>, dsv3::BScale::kBlock, dsv3::Groups::kInARow>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)
     fp8_grouped_gemm_64x128(const __grid_constant__ dsv3::Fp8GroupedGemmParams p) {
-  dsv3::gemm<dsv3::Tile<64, 128>, dsv3::BScale::kRow>(p);
+  dsv3::multiply_groups<dsv3::Tile<64, 128>, dsv3::BScale::kRow, dsv3::Groups::kInARow>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)
     fp8_grouped_gemm_32x128(const __grid_constant__ dsv3::Fp8GroupedGemmParams p) {
-  dsv3::gemm<dsv3::Tile<32, 128>, dsv3::BScale::kRow>(p);
+  dsv3::multiply_groups<dsv3::Tile<32, 128>, dsv3::BScale::kRow, dsv3::Groups::kInARow>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)
     fp8_grouped_gemm_16x128(const __grid_constant__ dsv3::Fp8GroupedGemmParams p) {
-  dsv3::gemm<dsv3::Tile<16, 128>, dsv3::BScale::kRow>(p);
+  dsv3::multiply_groups<dsv3::Tile<16, 128>, dsv3::BScale::kRow, dsv3::Groups::kInARow>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)
     fp8_grouped_gemm_8x128(const __grid_constant__ dsv3::Fp8GroupedGemmParams p) {
-  dsv3::gemm<dsv3::Tile<8, 128>, dsv3::BScale::kRow>(p);
+  dsv3::multiply_groups<dsv3::Tile<8, 128>, dsv3::BScale::kRow, dsv3::Groups::kInARow>(p);
 }

@@ -37,6 +37,7 @@ __device__ __forceinline__ void wgrad(const Fp8GroupedWgradParams& p) {
       for_each_tile([&](int, int first, int blocks, TilePlace at) {
         load_operands(shared, slot, &p.a, {at.m, 0}, &p.b, {at.n, 0}, first, blocks);
       });
+      ptx::griddepcontrol_launch_dependents();
     } else if (warp == 1) {
       for_each_tile([&](int, int first, int blocks, TilePlace at) {
         load_scales<BScale::kRow>(shared, slot, p.a_scale, 0, at.m, p.m - at.m, p.b_scale, 0, at.n, p.n - at.n, first,

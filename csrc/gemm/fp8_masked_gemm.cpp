@@ -1,6 +1,6 @@
 // Launcher of fp8_masked_gemm.
+#include "gemm/fp8_grouped_gemm_params.h"
 #include "gemm/fp8_launch.h"
-#include "gemm/fp8_masked_gemm_params.h"
 
 namespace dsv3 {
 
@@ -13,9 +13,9 @@ void fp8_masked_gemm(const GemmOperand& a, const GemmScale& a_scale, const GemmO
   const Fp8Plan plan = plan_launch(driver, Fp8Op::kMaskedGemm, out.groups, a, b, b_scale, out, choice, target);
   const TileSize tile = plan.kernel->tile;
 
-  Fp8MaskedGemmParams params{};
+  Fp8GroupedGemmParams params{};
   set_operands(params, driver, kOp, "a", a, a_scale, "b", b, b_scale, out, tile);
-  params.counts = static_cast<const int32_t*>(counts);
+  params.offsets = static_cast<const int32_t*>(counts);
   params.groups = to_int32(kOp, "G", out.groups);
   params.rows = to_int32(kOp, "Tmax", out.rows);
   const int64_t most_tiles = out.groups * tiles_along(out.rows, tile.m) * params.n_tiles;

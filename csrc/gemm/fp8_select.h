@@ -183,7 +183,11 @@ Fp8Plan plan(const Fp8Kernel (&kernels)[kCount], std::string_view policy, const 
   int64_t wanted[3] = {128, 128, 1};
   if (policy != "fixed") {
     const char *at = policy.data(), *const end = at + policy.size();
-    for (int i = 0; i < 3 && at < end; ++i) at = std::from_chars(at, end, wanted[i]).ptr + 1;
+    for (int i = 0; i < 3 && at < end; ++i) {
+      const auto [next, error] = std::from_chars(at, end, wanted[i]);
+      if (error != std::errc()) wanted[0] = 0;  // no kernel's
+      at = next + 1;
+    }
   }
   for (const Fp8Kernel& kernel : kernels) {
     const bool fits = (x.by_row ? kernel.by_row : kernel.by_block) && (wanted[2] == 1 || kernel.splits);

@@ -123,7 +123,8 @@ __device__ __forceinline__ int warp_index() {
   return __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0);
 }
 
-// First thing in the kernel, by all threads. Without k-blocks there are no tensor maps.
+// First thing in the kernel, by all threads. Without k-blocks there are no tensor maps. A launch that may start before
+// its predecessor has ended waits here; warp 0 lets its own successor start when the last copy is under way.
 template <class Tile>
 __device__ __forceinline__ void initialise_ring(uint32_t shared, const TensorMap* a, const TensorMap* b, int blocks) {
   if (threadIdx.x == 0) {
@@ -143,6 +144,7 @@ __device__ __forceinline__ void initialise_ring(uint32_t shared, const TensorMap
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
+  ptx::griddepcontrol_wait();  // what is above touches no memory of the caller's
 }
 
 // Where an operand's tile lies in its tensor map [planes, rows, K].

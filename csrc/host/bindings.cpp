@@ -17,6 +17,7 @@ py::dict kernels() {
     row["shared_bytes"] = kernel.shared_bytes;
     row["cluster"] = kernel.cluster;
     row["tile"] = kernel.tile;
+    row["waits"] = kernel.waits;
     table[kernel.name] = row;
   }
   return table;
@@ -60,6 +61,16 @@ class UseDriver {
   Driver* before_ = nullptr;
 };
 
+// `with early_launches():` lets this thread's kernels start before their predecessors end.
+class EarlyLaunches {
+ public:
+  void enter() { before_ = Driver::launch_early(true); }
+  void exit(const py::args&) { Driver::launch_early(before_); }
+
+ private:
+  bool before_ = false;
+};
+
 // torch's table, or nullptr: torch before 2.10, or a version of it that this file does not know.
 const DlpackExchange* dlpack_of_torch() {
   const py::object type = py::module_::import("torch").attr("Tensor");
@@ -101,7 +112,7 @@ TensorArgument tensor(py::handle object) {
 PYBIND11_MODULE(_host, m) {
   using namespace dsv3;
   m.doc() = "Launchers of the CUDA kernels, and the driver they go through.";
-  m.def("kernels", &kernels, "{name: image, threads, shared_bytes, cluster, tile} of every shipped kernel.");
+  m.def("kernels", &kernels, "{name: image, threads, shared_bytes, cluster, tile, waits} of every shipped kernel.");
   m.def("launch_counts", &launch_counts, "{name: launches since the last reset, on any driver}.");
   m.def("reset_launch_counts", &reset_launch_counts);
   m.def("preload", &preload, py::arg("device"), py::call_guard<py::gil_scoped_release>(),
@@ -112,6 +123,10 @@ PYBIND11_MODULE(_host, m) {
       .def(py::init<const std::string&>(), py::arg("path"))
       .def("__enter__", &UseDriver::enter)
       .def("__exit__", &UseDriver::exit);
+  py::class_<EarlyLaunches>(m, "early_launches", "Context manager: see dsv3_kernels.early_launches.")
+      .def(py::init<>())
+      .def("__enter__", &EarlyLaunches::enter)
+      .def("__exit__", &EarlyLaunches::exit);
   bind_quant(m);
   bind_gemm(m);
   bind_mla(m);

@@ -19,6 +19,7 @@ constexpr const char* kCuda = "libcuda.so.1";
 constexpr int kOldestVersion = 13000;  // the images are of CUDA 13; driver 580 is its first
 
 thread_local Driver* chosen = nullptr;
+thread_local bool early_launches = false;
 std::atomic<uint64_t> counts[kNumKernels] = {};
 std::atomic<bool> initialised{false};  // some driver of this process is
 std::atomic<bool> forked{false};       // ... and this process is a child of the one that did it
@@ -95,6 +96,10 @@ Driver& Driver::at(const std::string& path) {
 
 Driver* Driver::use(Driver* driver) {
   return std::exchange(chosen, driver);
+}
+
+bool Driver::launch_early(bool early) {
+  return std::exchange(early_launches, early);
 }
 
 Driver& Driver::of(const char* op, const Target& target) {
@@ -269,7 +274,7 @@ void Driver::launch_raw(const char* op, const Kernel& kernel, Dim3 grid, const v
     attribute.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
     attribute.value.clusterDim = {cluster, 1, 1};
   }
-  if (options.programmatic) {
+  if (early_launches && kernel.waits) {
     CUlaunchAttribute& attribute = attributes[num_attributes++];
     attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
     attribute.value.programmaticStreamSerializationAllowed = 1;

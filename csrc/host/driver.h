@@ -86,7 +86,6 @@ struct LaunchOptions {
   static constexpr unsigned kFromTable = ~0u;
   unsigned shared_bytes = kFromTable;  // dynamic shared memory per CTA
   unsigned cluster = kFromTable;       // CTAs per cluster, along x
-  bool programmatic = false;           // may start before its predecessor ends; the kernel runs griddepcontrol.wait
 };
 
 class Driver {
@@ -96,6 +95,9 @@ class Driver {
   static Driver& of(const char* op, const Target& target);
   // Sets this thread's driver (nullptr: none) and returns the one before.
   static Driver* use(Driver* driver);
+  // Whether this thread's kernels that wait for their predecessor themselves (Kernel::waits) may be launched before it
+  // ends (programmatic stream serialisation); returns what was so before.
+  static bool launch_early(bool early);
   // The one instance per library.
   static Driver& at(const std::string& path);
 

@@ -276,3 +276,32 @@ def test_host_time(driver, monkeypatch):
     op = torch.ops.dsv3_kernels.quantize_1x128_out.default
     with torch.no_grad():
         assert best_of(lambda: op(x, False, "mn", q, scale), 8) < 8
+
+
+def test_early_launches_are_asked_for_by_a_block_of_a_thread(driver):
+    """Only kernels that wait for their predecessor may start before it ends, and only inside the block."""
+    from dsv3_kernels.gemm import _cuda as gemm
+
+    codes, scales = torch.zeros(8, 128, dtype=torch.uint8).view(E4M3), torch.zeros(8, 1)
+    out = torch.zeros(8, 8, dtype=torch.bfloat16)
+
+    def multiply():
+        gemm.fp8_gemm(codes, scales, codes, scales, None, out.dtype, "auto", None, out)
+
+    multiply()
+    with dk.early_launches():
+        multiply()
+        launch(*tensors())  # a kernel that does not wait
+        with dk.early_launches():
+            multiply()
+        multiply()
+
+        def elsewhere():
+            with _host.use_driver(driver.path):
+                multiply()
+
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+    multiply()
+    assert [got.programmatic for got in driver.launches] == [False, True, False, True, True, False, False]

@@ -78,3 +78,14 @@ def test_image_sizes() -> None:
     """All images of this family together stay small."""
     total = sum((sass.IMAGES / f"{image}.cubin").stat().st_size for image in {row["image"] for row in KERNELS.values()})
     assert total <= 4 * MIB
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_waits_for_its_predecessor_before_it_touches_memory(kernel: str) -> None:
+    """What early_launches needs: one wait, before every access of global memory; one signal, after the last copy."""
+    names = sass.opcodes(KERNELS[kernel]["image"], kernel)
+    assert KERNELS[kernel]["waits"] and names.count("ACQBULK") == 1 and names.count("PREEXIT") == 1
+    accesses = ("LDG", "STG", "LDGSTS", "ATOM", "RED", "UTMALDG", "LD.", "ST.")
+    touches = [index for index, name in enumerate(names) if name.startswith(accesses)]
+    assert names.index("ACQBULK") < min(touches)
+    assert names.index("PREEXIT") > max(index for index, name in enumerate(names) if name.startswith("UTMALDG"))
