@@ -269,6 +269,10 @@ Ref Dec::srcWide(const Operand& o, Type t, unsigned* bytes) {
       const Var& v = *o.var;
       *bytes = want >= 8 ? 8 : 4;
       if (v.space == Space::Shared) return kb.sreg(Sreg::SharedAddress, *bytes, kb.sharedOffset(v) + (uint32_t)o.i);
+      // 32 bits hold an offset in the parameter space, which cvta.param makes an address of; 64 bits the address
+      // itself.
+      if (v.space == Space::Param && kb.isEntryParam(v) && *bytes == 4)
+        return constant(kb.params[&v] + (uint64_t)o.i, 4);
       if (v.space == Space::Param && kb.isEntryParam(v))
         return constant((uint64_t)kb.k.params + kb.params[&v] + (uint64_t)o.i, 8);
       if (v.space == Space::Param) return constant(kLocalWindow + kb.frameOffset(v) + (uint64_t)o.i, 8);

@@ -602,6 +602,16 @@ struct FromShared {
   uint64_t operator()(uint64_t a) const { return (uint32_t)a; }
 };
 
+void fromParam(Warp& w, const Inst& in, uint32_t m) {
+  uint64_t r[kLanes];
+  for (unsigned i = 0; i < kLanes; ++i) {
+    r[i] = lane64(w, in.a, i);
+    if (r[i] < w.kernel->paramBytes) r[i] += (uint64_t)w.kernel->params;
+  }
+  storeLanes(w, in.d, r, m);
+  w.setValid(in.d, m, w.validOf(in.a));
+}
+
 void decodeCvta(Dec& d) {
   bool to = d.take("to");
   int space =
@@ -610,20 +620,14 @@ void decodeCvta(Dec& d) {
   if (t != Type::U64) d.fail("addresses have 64 bits");
   d.wantArgs(2, 2);
   d.out.d = d.dst(0, 8);
-  const Operand& o = d.arg(1);
-  Ref a;
-  if (o.kind == Operand::Symbol && (space == 1 || space == 2 || space == 5 || space == 6))
-    a = d.src(o, Type::U64);
-  else
-    a = d.src(o, Type::U64);
-  d.out.a = a;
-  bool shared = space == 1 || space == 5 || space == 6;
+  d.out.a = d.src(1, Type::U64);
+  const bool shared = space == 1 || space == 5 || space == 6, param = space == 4 || space == 7;
   if (shared)
     d.out.fn = to ? (Handler)op1<uint64_t, uint64_t, FromShared> : (Handler)op1<uint64_t, uint64_t, ToShared>;
   else if (space == 2)
     d.out.fn = to ? (Handler)op1<uint64_t, uint64_t, FromShared> : (Handler)op1<uint64_t, uint64_t, ToLocal>;
   else
-    d.out.fn = op1<uint64_t, uint64_t, Ident64>;
+    d.out.fn = param && !to ? (Handler)fromParam : (Handler)op1<uint64_t, uint64_t, Ident64>;
 }
 
 void isspacep(Warp& w, const Inst& in, uint32_t m) {

@@ -86,6 +86,16 @@ def test_address_spaces(sim):
     assert [set(g.tolist()) for g in got] == [{5}, {1}, {9}, {12}, {6}, {1 | 2 | 16}]
 
 
+@pytest.mark.parametrize("bits", [32, 64])
+def test_address_of_a_parameter(sim, bits):
+    """A parameter's address fits 32 bits in its own space; cvta.param makes it generic."""
+    move = "mov.b32 %r1, bytes; cvt.u64.u32 %d1, %r1;" if bits == 32 else "mov.b64 %d1, bytes;"
+    body = f"{move} cvta.param.u64 %d1, %d1; ld.u32 %r2, [%d1+8]; ld.param.u64 %d0, [out]; st.global.u32 [%d0], %r2;"
+    out = np.zeros(1, np.uint32)
+    sim.run(kernel(body, ".param .u64 out, .param .align 8 .b8 bytes[16]"), out, bytes(range(16)), block=1)
+    assert out[0] == 0x0B0A0908
+
+
 def test_addresses_in_a_cluster(sim):
     """mapa names another CTA's byte, getctarank tells whose it is."""
     body = f"""{START} .shared .align 4 .b32 s; mov.u32 %r1, s; mov.u32 %r2, %cluster_ctarank; add.u32 %r3, %r2, 1; and.b32 %r3, %r3, 3; mapa.shared::cluster.u32 %r4, %r1, %r3;

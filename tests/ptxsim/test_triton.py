@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import triton_kernels as kernels
+from simulator import SimError
 from triton_kernels import compile_kernel
 
 RNG = np.random.default_rng(0)
@@ -230,17 +234,37 @@ def test_matmul_tensor_descriptors(sim, timing):
     matmul(sim, k, torch.bfloat16, 100, 72, 192, 64, 64, out=torch.bfloat16)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_attention(sim, dtype):
+def attention(sim, dtype, change=lambda ptx: ptx):
     pointer = "*" + NAMES[dtype]
     k = compile_kernel(
         kernels.attention,
         {"q": pointer, "k": pointer, "v": pointer, "out": "*fp32", "S": "i32", "scale": "fp32"},
         {"BM": 64, "BN": 64, "D": 64},
     )
+    k = replace(k, ptx=change(k.ptx))
     S, D = 150, 64
     q, kk, v = (randn(S, D, dtype=dtype) for _ in range(3))
     out = torch.full((S, D), float("nan"))
     k.launch(sim, raw(q), raw(kk), raw(v), raw(out), S, 0.125, grid=3)
     want = torch.softmax(q.double() @ kk.double().T * 0.125, 1) @ v.double()
     assert (out.double() - want).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("timing", ["early", "late"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_attention(sim, dtype, timing):
+    sim.option(timing=timing)
+    attention(sim, dtype)
+
+
+@pytest.mark.parametrize("timing", ["early", "late"])
+def test_attention_without_its_proxy_fences(sim, timing):
+    """What Triton before 3.7.1 emitted: wgmma reads what cp.async brought without fence.proxy.async."""
+
+    def without(ptx: str) -> str:
+        assert "fence.proxy.async" in ptx
+        return re.sub(r"fence\.proxy\.async\S*;", "", ptx)
+
+    sim.option(timing=timing)
+    with pytest.raises(SimError, match=r"race on shared memory.*cp\.async.*no proxy fence \(fence\.proxy\.async\)"):
+        attention(sim, torch.bfloat16, without)
