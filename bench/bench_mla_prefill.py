@@ -10,7 +10,7 @@ from torch import Tensor
 import dsv3_kernels as dk
 
 from .bench_quant import against_eager, normal
-from .cases import Case
+from .cases import Call, Case
 
 PAGE = 64
 BYTES = {"bf16": 1152, "fp8": 656}  # of a token in the cache
@@ -126,6 +126,108 @@ def rope(tokens: int, heads: int, *, quick: bool = False) -> Case:
     )
 
 
+SCALE = 0.1352338
+
+
+def heads_of_a_chunk(device: torch.device, queries: int, keys: int, sequences: int, heads: int) -> tuple[Any, ...]:
+    """Packed sequences of equal lengths; keys and values are the halves of one tensor, as W_UKV leaves them."""
+    kv = normal(device, sequences * keys, heads, 256)
+    bounds = [torch.arange(sequences + 1, dtype=torch.int32, device=device) * length for length in (queries, keys)]
+    q, k_rope = normal(device, sequences * queries, heads, 192), normal(device, sequences * keys, 64)
+    return q, kv[..., :128], k_rope, kv[..., 128:], *bounds
+
+
+def pairs(queries: int, keys: int, causal: bool) -> int:
+    """Of a query and a key that it sees, of queries that are the last of the keys."""
+    return queries * keys - (queries * (queries - 1) // 2 if causal else 0)
+
+
+def one_head(inputs: tuple[Any, ...], queries: int, keys: int, causal: bool) -> tuple[Tensor, ...]:
+    """q, k, v of the last sequence's last head in float64, its weights and log-sum-exps."""
+    q, k_nope, k_rope, v = (t[-n:] for t, n in zip(inputs, (queries, keys, keys, keys), strict=False))
+    q, k, v = q[:, -1].double(), torch.cat([k_nope[:, -1], k_rope], -1).double(), v[:, -1].double()
+    s = SCALE * q @ k.mT
+    if causal:
+        at = [torch.arange(n, device=s.device) for n in (queries, keys)]
+        s.masked_fill_(at[1] > at[0][:, None] + keys - queries, -torch.inf)
+    lse = s.logsumexp(-1)
+    return q, k, v, s.sub_(lse[:, None]).exp_(), lse
+
+
+def off(what: str, got: Tensor, wanted: Tensor) -> str | None:
+    """More than 1% of the largest value: an order above what bfloat16 costs, an order below what a mistake does."""
+    return None if (got.double() - wanted).abs().max() <= 1e-2 * wanted.abs().max() else f"{what}: off"
+
+
+def cudnn(*inputs: Any) -> Call:
+    """torch's attention with cuDNN forced, on keys that were expanded beforehand. One sequence, causal."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k_nope, k_rope, v = inputs[:4]
+    k = torch.cat([k_nope, k_rope[:, None].expand(-1, q.shape[1], -1)], -1)
+    heads = [t.transpose(0, 1)[None] for t in (q, k, v)]
+
+    def attend() -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, scale=SCALE)
+
+    attend()
+    return attend
+
+
+def mla_prefill(
+    queries: int, keys: int, sequences: int, heads: int, causal: bool = True, *, quick: bool = False
+) -> Case:
+    def check(inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> str | None:
+        _, _, v, p, lse = one_head(inputs, queries, keys, causal)
+        wrong = off("mla_prefill", outputs[0][-queries:, -1], p @ v)
+        return wrong or off("mla_prefill: lse", outputs[1][-queries:, -1], lse)
+
+    return Case(
+        op="mla_prefill",
+        shape={"B": sequences, "queries": queries, "keys": keys, "H": heads, "causal": int(causal)},
+        make=lambda device: heads_of_a_chunk(device, queries, keys, sequences, heads),
+        run=lambda *inputs: dk.mla_prefill(*inputs, softmax_scale=SCALE, causal=causal),
+        check=check,
+        bytes=sequences * heads * (queries * 640 + keys * 512) + sequences * keys * 128,
+        flops=640 * heads * sequences * pairs(queries, keys, causal),
+        unit="bf16",
+        peers={"torch, cuDNN": cudnn} if causal and sequences == 1 and queries == keys else {},
+        quick=quick,
+    )
+
+
+def mla_prefill_backward(tokens: int, sequences: int, heads: int, *, quick: bool = False) -> Case:
+    def make(device: torch.device) -> tuple[Any, ...]:
+        inputs = heads_of_a_chunk(device, tokens, tokens, sequences, heads)
+        out, lse = dk.mla_prefill(*inputs, softmax_scale=SCALE)
+        return (*inputs[:4], normal(device, *out.shape), out, lse, *inputs[4:])
+
+    def run(q: Tensor, k_nope: Tensor, k_rope: Tensor, v: Tensor, grad_out: Tensor, *rest: Any) -> Any:
+        return torch.ops.dsv3_kernels.mla_prefill_backward(grad_out, q, k_nope, k_rope, v, *rest, SCALE, True)
+
+    def check(inputs: tuple[Any, ...], grads: tuple[Tensor, ...]) -> str | None:
+        q, k, v, p, _ = one_head(inputs, tokens, tokens, True)
+        grad = inputs[4][-tokens:, -1].double()
+        ds = p * (grad @ v.mT - (grad * (p @ v)).sum(-1, keepdim=True)) * SCALE
+        wanted = ds @ k, (ds.mT @ q)[:, :128], p.mT @ grad
+        got = [t[-tokens:, -1] for t in (grads[0], grads[1], grads[3])]
+        wrong = [off("mla_prefill_backward", *pair) for pair in zip(got, wanted, strict=True)]
+        return next((text for text in wrong if text), None)
+
+    return Case(
+        op="mla_prefill_backward",
+        shape={"B": sequences, "T": tokens, "H": heads},
+        make=make,
+        run=run,
+        check=check,
+        bytes=sequences * tokens * (heads * (2 * 384 + 2 * 512 + 2 * 256 + 4) + 256),
+        flops=1664 * heads * sequences * pairs(tokens, tokens, True),
+        unit="bf16",
+        quick=quick,
+    )
+
+
 # Decoding steps, and the chunks of a prompt.
 CASES = [
     rope(128, 128, quick=True),
@@ -134,4 +236,10 @@ CASES = [
     *[mla_cache_append(tokens, kind, quick=tokens == 128) for tokens in (128, 8192) for kind in BYTES],
     *[mla_cache_gather(requests, 8192, kind, quick=requests == 1) for requests in (1, 16) for kind in BYTES],
     merge_attention(2048, 128, quick=True),
+    mla_prefill(4096, 4096, 1, 128, quick=True),
+    mla_prefill(8192, 8192, 1, 128),
+    mla_prefill(1024, 1024, 8, 128),
+    mla_prefill(2048, 16384, 1, 128, causal=False),
+    mla_prefill_backward(4096, 1, 128, quick=True),
+    mla_prefill_backward(8192, 1, 128),
 ]

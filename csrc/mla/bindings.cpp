@@ -86,6 +86,25 @@ void bind_mla(py::module_& m) {
     const py::gil_scoped_release unlocked;
     mla_prefill(inputs, pointer(out), pointer(lse), num_sms, {device, stream});
   });
+  m.def("mla_prefill_backward",
+        [](const py::tuple& grad_out, const py::tuple& q, const py::tuple& k_nope, const py::tuple& k_rope,
+           const py::tuple& v, uintptr_t out, uintptr_t lse, uintptr_t cu_q, uintptr_t cu_k, int64_t sequences,
+           float scale, bool causal, uintptr_t delta, uintptr_t rope_parts, int64_t head_groups, uintptr_t grad_q,
+           uintptr_t grad_k_nope, uintptr_t grad_k_rope, uintptr_t grad_v, int num_sms, int device, uintptr_t stream) {
+          const PrefillInputs inputs = prefill(q, k_nope, k_rope, v, cu_q, cu_k, sequences, scale, causal);
+          const PrefillGradients gradients{rows(grad_out, static_cast<int>(RowType::kBFloat16)),
+                                           pointer(out),
+                                           pointer(lse),
+                                           pointer(delta),
+                                           pointer(rope_parts),
+                                           head_groups,
+                                           pointer(grad_q),
+                                           pointer(grad_k_nope),
+                                           pointer(grad_k_rope),
+                                           pointer(grad_v)};
+          const py::gil_scoped_release unlocked;
+          mla_prefill_backward(inputs, gradients, num_sms, {device, stream});
+        });
 }
 
 }  // namespace dsv3

@@ -36,4 +36,20 @@ struct PrefillInputs {
 };
 void mla_prefill(const PrefillInputs& x, void* out, void* lse, int num_sms, const Target& target);
 
+// grad_out as out [T, heads, 128], contiguous. Workspaces: delta [T, heads] and rope_parts [head_groups, S, 64],
+// float32.
+struct PrefillGradients {
+  MlaRows grad_out;
+  const void* out;
+  const void* lse;
+  void* delta;
+  void* rope_parts;
+  int64_t head_groups;
+  void* grad_q;
+  void* grad_k_nope;
+  void* grad_k_rope;
+  void* grad_v;
+};
+void mla_prefill_backward(const PrefillInputs& x, const PrefillGradients& y, int num_sms, const Target& target);
+
 }  // namespace dsv3

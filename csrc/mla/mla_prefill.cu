@@ -17,10 +17,9 @@
 // Loop       start S = Q K[j]^T and O += P V[j + 1]; wait for S; softmax of S while O is under way; wait for O; scale
 //            it; P = bf16(S). Nothing is in flight over the back edge, which ptxas would serialise (C7514).
 // Registers  24 for the producer, 240 for the consumers: S 64, O 64, P 32
-// Budget     cycles of a block per SM: tensor 1536 + 1024; shared memory 2304 (wgmma reads 208 KB, copies write 80 KB,
-// at
-//            128 bytes a cycle); exp 1024 (16 a cycle); about 600 for the rest of the softmax. The tensor cores bound
-//            it, as long as one warpgroup's softmax hides behind the other's products. Shared memory: 229456 bytes.
+// Budget     cycles of a block per SM: tensor 1536 + 1024; shared memory 2304 (wgmma reads 208 KB, copies write 80 KB);
+//            exp 1024 (16 a cycle), and about 600 for the rest of the softmax. The tensor cores bound it, as long as
+//            one warpgroup's softmax hides behind the other's products. Shared memory: 229456 bytes.
 #include "mla/mla_prefill_params.h"
 #include "mla/sequences.cuh"
 #include "ptx/cluster.cuh"

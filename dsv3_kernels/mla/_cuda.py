@@ -168,3 +168,60 @@ def mla_prefill(
         num_sms,
         *target(q),
     )
+
+
+def mla_prefill_backward_cannot(
+    grad_out: Tensor, q: Tensor, k_nope: Tensor, k_rope: Tensor, v: Tensor, out: Tensor, lse: Tensor, *bounds: Any
+) -> str | None:
+    return "no heads" if q.shape[1] == 0 else mla_prefill_cannot(q, k_nope, k_rope, v, *bounds)
+
+
+HEAD_GROUPS = 16  # partial sums of the rotary key's gradient: 4 KB a key at most
+
+
+def mla_prefill_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k_nope: Tensor,
+    k_rope: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float,
+    causal: bool,
+    grad_q: Tensor,
+    grad_k_nope: Tensor,
+    grad_k_rope: Tensor,
+    grad_v: Tensor,
+    num_sms: int = 0,
+) -> None:
+    heads = q.shape[1]
+    groups = -(-heads // -(-heads // HEAD_GROUPS))
+    grad_out, out, lse = grad_out.contiguous(), out.contiguous(), lse.contiguous()
+    rope_parts = lse.new_empty(groups, *k_rope.shape)
+    delta = torch.empty_like(lse)
+    _host.mla_prefill_backward(
+        layout(grad_out),
+        layout(q),
+        layout(k_nope),
+        layout(k_rope),
+        layout(v),
+        out.data_ptr(),
+        lse.data_ptr(),
+        cu_q.data_ptr(),
+        cu_k.data_ptr(),
+        cu_q.shape[0] - 1,
+        scale,
+        causal,
+        delta.data_ptr(),
+        rope_parts.data_ptr(),
+        groups,
+        grad_q.data_ptr(),
+        grad_k_nope.data_ptr(),
+        grad_k_rope.data_ptr(),
+        grad_v.data_ptr(),
+        num_sms,
+        *target(q),
+    )

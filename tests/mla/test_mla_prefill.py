@@ -25,11 +25,17 @@ def inputs(queries: int, keys: int, heads: int, dtype=torch.float32, widths=WIDT
     return [(torch.randn(shape) * (spread if i < 3 else 1)).to(dtype) for i, shape in enumerate(shapes)]
 
 
-def definition(q, k_nope, k_rope, v, cu_q, cu_k, grad_out, causal, dtype, scale=SCALE):
+def served(backend: str) -> list[torch.dtype]:
+    """What a backend computes: kernels take bfloat16 only."""
+    return [torch.bfloat16] if backend != "eager" else [torch.bfloat16, torch.float32]
+
+
+def definition(q, k_nope, k_rope, v, cu_q, cu_k, grad_out, causal, dtype, scale=SCALE, factor=0.0):
     """Results and gradients in float64, and how far an implementation with sums in float32 may be off.
 
     A sum of n products is off by at most about sqrt(n) half units of the sum of the products' sizes; 16 covers every
-    width here. Errors go forward from there: scores, weights, outputs rounded to `dtype`, and so on.
+    width here. Errors go forward from there: scores, weights, outputs rounded to `dtype`, and so on. `factor` is the
+    rounding of weights and their gradients to what tensor cores multiply.
     """
     exact = 2.0**-53 if dtype == torch.float64 else 2.0**-24
     rounding, inner = roundoff(dtype), 16 * exact
@@ -51,6 +57,8 @@ def definition(q, k_nope, k_rope, v, cu_q, cu_k, grad_out, causal, dtype, scale=
         L = s.logsumexp(-1, keepdim=True)
         p = (s - L.masked_fill(L.isneginf(), 0)).exp()
         p_off = 2 * s_off.amax(-1, keepdim=True) + 2 * inner * (1 + L.abs().nan_to_num(posinf=0))
+        L_off = p_off + exact * L.abs().nan_to_num(posinf=0)
+        p_off = p_off + factor
         O = p @ V
         O_off = rounding * O.abs() + (p_off + inner) * (p @ V.abs())
         dV = p.mT @ dO
@@ -59,10 +67,10 @@ def definition(q, k_nope, k_rope, v, cu_q, cu_k, grad_out, causal, dtype, scale=
         dS = p * (dP - row_sum)
         dS_off = dS.abs() * p_off + p * (inner * dO.abs() @ V.abs().mT + (dO.abs() * O_off).sum(-1, keepdim=True))
         dS_off += p * inner * (dO * O).abs().sum(-1, keepdim=True)
+        dS_off += dS.abs() * factor
         dQ, dK = scale * dS @ K, scale * dS.mT @ Q
         dQ_off = rounding * dQ.abs() + scale * (dS_off + inner * dS.abs()) @ K.abs()
         dK_off = scale * (dS_off + inner * dS.abs()).mT @ Q.abs()
-        L_off = p_off + exact * L.abs().nan_to_num(posinf=0)
         places = [slice(q0, q1)] * 3 + [slice(k0, k1)] * 2
         values, errors = (O, L[..., 0], dQ, dK, dV), (O_off, L_off[..., 0], dQ_off, dK_off, dV_off)
         for i, rows in enumerate(places):
@@ -79,7 +87,7 @@ def definition(q, k_nope, k_rope, v, cu_q, cu_k, grad_out, causal, dtype, scale=
 NAMES = ("out", "lse", "grad q", "grad k_nope", "grad k_rope", "grad v")
 
 
-def check(device, tensors, cu_q, cu_k, causal, scale=SCALE):
+def check(device, tensors, cu_q, cu_k, causal, scale=SCALE, factor=0.0):
     """Forward and backward on `device` against the definition."""
     dtype = tensors[0].dtype
     grad_out = torch.randn(*tensors[0].shape[:2], tensors[3].shape[2]).to(dtype)
@@ -88,7 +96,7 @@ def check(device, tensors, cu_q, cu_k, causal, scale=SCALE):
     assert out.dtype == dtype and lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert out.is_contiguous() and lse.is_contiguous() and not lse.requires_grad
     out.backward(grad_out.to(device))
-    wanted, off = definition(*tensors, cu_q, cu_k, grad_out, causal, dtype, scale)
+    wanted, off = definition(*tensors, cu_q, cu_k, grad_out, causal, dtype, scale, factor)
     for name, got, want, bound in zip(NAMES, (out, lse, *(t.grad for t in ours)), wanted, off, strict=True):
         close(got, want, bound, name)
 
@@ -102,16 +110,25 @@ RAGGED = [
     ([130, 257], [130, 300]),  # several blocks of queries
     ([200], [60]),  # whole blocks that see nothing
     ([0, 0], [0, 3]),
-    ([], []),
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def rounding(backend: str) -> float:
+    """Of weights before they are multiplied."""
+    return 0.0 if backend == "eager" else roundoff(torch.bfloat16)
+
+
 @pytest.mark.parametrize("lengths", RAGGED, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
-def test_against_float64(backend, device, dtype, lengths, causal):
+def test_against_float64(backend, device, lengths, causal):
     cu_q, cu_k = map(bounds_of, lengths)
-    check(device, inputs(int(cu_q[-1]), int(cu_k[-1]), 3, dtype), cu_q, cu_k, causal)
+    for dtype in served(backend):
+        tensors = inputs(int(cu_q[-1]), int(cu_k[-1]), 3, dtype)
+        check(device, tensors, cu_q, cu_k, causal, factor=rounding(backend))
+
+
+def test_no_sequences(device):
+    check(device, inputs(0, 0, 3), bounds_of([]), bounds_of([]), True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
@@ -131,22 +148,28 @@ def test_toy_widths(device, widths, heads):
 def test_constant_and_peaked_weights(backend, device, spread):
     """All scores equal; and scores of several hundred, where one key takes all."""
     cu = bounds_of([40])
-    check(device, inputs(40, 40, 2, spread=spread), cu, cu, True)
+    for dtype in served(backend):
+        check(device, inputs(40, 40, 2, dtype, spread=spread), cu, cu, True, factor=rounding(backend))
 
 
 def test_a_row_without_keys_gives_zero_and_minus_infinity(backend, device):
     cu_q, cu_k = bounds_of([3, 2]).to(device), bounds_of([1, 0]).to(device)
-    tensors = [t.to(device) for t in inputs(5, 1, 2)]
-    out, lse = dk.mla_prefill(*tensors, cu_q, cu_k, softmax_scale=SCALE)
-    empty = torch.tensor([True, True, False, True, True])
-    assert (out[empty] == 0).all() and (lse[empty] == -torch.inf).all()
-    close(out[2], tensors[3][0], 1e-6)
-    assert lse[2].isfinite().all()
+    for dtype in served(backend):
+        tensors = [t.to(device) for t in inputs(5, 1, 2, dtype)]
+        out, lse = dk.mla_prefill(*tensors, cu_q, cu_k, softmax_scale=SCALE)
+        empty = torch.tensor([True, True, False, True, True])
+        assert (out[empty] == 0).all() and (lse[empty] == -torch.inf).all()
+        close(out[2], tensors[3][0], 1e-6)
+        assert lse[2].isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_strided_rows_and_nothing_else(backend, device, dtype):
+def test_strided_rows_and_nothing_else(backend, device):
     """Inputs are parts of wider tensors with NaN around them, and rows beyond the sequences are NaN."""
+    for dtype in served(backend):
+        strided_rows_and_nothing_else(backend, device, dtype)
+
+
+def strided_rows_and_nothing_else(backend, device, dtype):
     cu_q, cu_k = torch.tensor([1, 4, 9], dtype=torch.int32), torch.tensor([2, 7, 12], dtype=torch.int32)
     q, k_nope, k_rope, v = inputs(10, 14, 3, dtype)
     wide_q, kv, wide_rope = (torch.full(s, torch.nan, dtype=dtype) for s in ((10, 4, 200), (14, 3, 256), (14, 576)))
@@ -162,7 +185,7 @@ def test_strided_rows_and_nothing_else(backend, device, dtype):
     out.backward(grad_out.to(device))
     zeroed = [t.where(i.view(-1, *[1] * (t.dim() - 1)), 0) for t, i in ((q, inside_q), (k_nope, inside_k))]
     zeroed += [k_rope.where(inside_k[:, None], 0), v.where(inside_k[:, None, None], 0)]
-    wanted, off = definition(*zeroed, cu_q, cu_k, grad_out.nan_to_num(), True, dtype)
+    wanted, off = definition(*zeroed, cu_q, cu_k, grad_out.nan_to_num(), True, dtype, factor=rounding(backend))
     grads = stores[0].grad[:, :3, 8:], stores[1].grad[..., :128], stores[2].grad[:, 512:], stores[1].grad[..., 128:]
     for name, got, want, bound in zip(NAMES, (out, lse, *grads), wanted, off, strict=True):
         close(got, want, bound, name)
@@ -170,7 +193,8 @@ def test_strided_rows_and_nothing_else(backend, device, dtype):
 
 
 def test_keys_after_a_query_do_not_matter(backend, device):
-    tensors, cu = [t.to(device) for t in inputs(140, 140, 2)], bounds_of([140]).to(device)
+    dtype = served(backend)[-1]
+    tensors, cu = [t.to(device) for t in inputs(140, 140, 2, dtype)], bounds_of([140]).to(device)
     before = dk.mla_prefill(*tensors, cu, cu, softmax_scale=SCALE)
     for tensor in tensors[1:]:
         tensor[100:] = -3 * tensor[100:]
@@ -181,7 +205,7 @@ def test_keys_after_a_query_do_not_matter(backend, device):
 
 def test_twice_the_same_bits(backend, device):
     cu = bounds_of([30, 30, 141]).to(device)
-    tensors = [t.to(device).requires_grad_() for t in inputs(201, 201, 3)]
+    tensors = [t.to(device).requires_grad_() for t in inputs(201, 201, 3, served(backend)[-1])]
 
     def run():
         out, lse = dk.mla_prefill(*tensors, cu, cu, softmax_scale=SCALE)
