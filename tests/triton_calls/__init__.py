@@ -14,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class Call:
-    """`run()` must launch `kernels`; their PTX for sm_90 must hold the `instructions` (regular expressions)."""
+    """`run()` must launch `kernels`; their PTX for sm_90 together holds the `instructions` (regular expressions)."""
 
     run: Callable[[], Any]
     kernels: tuple[str, ...]
