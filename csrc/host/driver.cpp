@@ -274,7 +274,7 @@ void Driver::launch_raw(const char* op, const Kernel& kernel, Dim3 grid, const v
     attribute.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
     attribute.value.clusterDim = {cluster, 1, 1};
   }
-  if (early_launches && kernel.waits) {
+  if ((early_launches || options.early) && kernel.waits) {
     CUlaunchAttribute& attribute = attributes[num_attributes++];
     attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
     attribute.value.programmaticStreamSerializationAllowed = 1;

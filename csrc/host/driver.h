@@ -86,6 +86,7 @@ struct LaunchOptions {
   static constexpr unsigned kFromTable = ~0u;
   unsigned shared_bytes = kFromTable;  // dynamic shared memory per CTA
   unsigned cluster = kFromTable;       // CTAs per cluster, along x
+  bool early = false;                  // as inside launch_early: for the second kernel of an op
 };
 
 class Driver {

@@ -40,7 +40,7 @@ void mla_decode(const DecodeRows& q, const DecodeCache& cache, const DecodeTable
   static constexpr const Kernel& kFp8 = decode_kernel("mla_decode_fp8");
   static constexpr const Kernel& kSimple = decode_kernel("mla_decode_simple");
   static constexpr const Kernel& kCombine = kernel("mla_decode_combine");
-  static_assert(kCombine.threads == kCombineThreads);
+  static_assert(kCombine.threads == kCombineThreads && kCombine.waits);
   const int64_t rows = q.queries * q.heads;
   if (q.requests == 0 || rows == 0) return;
   if (rows > std::numeric_limits<int32_t>::max() / 2) throw Error("mla_decode: q: more rows than a grid covers");
@@ -120,7 +120,7 @@ void mla_decode(const DecodeRows& q, const DecodeCache& cache, const DecodeTable
     throw Error("mla_decode: q: more rows than a grid covers");
   }
   LaunchOptions options;
-  options.programmatic = true;
+  options.early = true;
   driver.launch(kOp, kCombine, {static_cast<unsigned>(groups * q.requests), 1, 1}, params, target,
                 {splits, outputs, sums, {workspace, workspace_bytes, Access::kRead}}, options);
 }

@@ -195,6 +195,7 @@ __device__ __forceinline__ void run(const MlaDecodeParams& p) {
   const int warp = warp_index();
   ptx::griddepcontrol_launch_dependents();
   initialise_barriers(shared, Cache::kFullArrivals);
+  ptx::griddepcontrol_wait();
   if (warp < 4) {
     ptx::setmaxnreg_dec<Cache::kProducerRegisters>();
     Slot slot;

@@ -105,6 +105,7 @@ extern "C" __global__ void __launch_bounds__(dsv3::kDecodeThreads, 1)
   const int warp = warp_index();
   ptx::griddepcontrol_launch_dependents();
   initialise_barriers(shared, 1);
+  ptx::griddepcontrol_wait();
   if (warp < 4) {
     ptx::setmaxnreg_dec<kProducerRegisters>();
     if (warp == 0) {

@@ -30,6 +30,13 @@ def test_no_local_memory_and_no_gpu_wide_fence(kernel: str) -> None:
     assert not [name for name in names if name.startswith(("LDL", "STL", "ERRBAR", "MEMBAR.ALL.GPU", "MEMBAR.ALL.SYS"))]
 
 
+@pytest.mark.parametrize("kernel", [*ATTENTION, "mla_decode_combine"])
+def test_waits_for_its_predecessor(kernel: str) -> None:
+    names = sass.opcodes(KERNELS[kernel], kernel)
+    assert _host.kernels()[kernel]["waits"] and names.count("ACQBULK") == 1
+    assert names.count("PREEXIT") == (kernel in ATTENTION)
+
+
 @pytest.mark.parametrize(
     ("kernel", "products", "waits"),
     [
