@@ -6,7 +6,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 CXX_FILES := $(shell find csrc tests/build -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv native ptxsim demo test test-fast lint test-gpu bench gpu gpu-native gpu-validate gpu-wheels clean
+.PHONY: help venv native ptxsim demo test test-fast lint test-gpu bench gpu gpu-native gpu-probes gpu-validate gpu-wheels clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -71,7 +71,11 @@ test-gpu: gpu-native  ## the tests on a GPU; one that is missing is a failure
 bench: gpu-native  ## side by side with the peers that are importable
 	$(GPU_PY) -m bench.run $(BENCH_ARGS)
 
-gpu gpu-validate: export BENCH_OUT := $(or $(BENCH_OUT),$(OUT),$(CURDIR)/build/gpu-out)
+gpu gpu-probes gpu-validate: export BENCH_OUT := $(or $(BENCH_OUT),$(OUT),$(CURDIR)/build/gpu-out)
+gpu-probes: gpu-native
+	@mkdir -p "$$BENCH_OUT"
+	$(GPU_PY) tests/ptxsim/probes.py --out "$$BENCH_OUT/probes.jsonl"
+
 gpu-validate: gpu-native
 	@mkdir -p "$$BENCH_OUT"
 	$(GPU_PY) -m dsv3_kernels validate --jsonl "$$BENCH_OUT/bench.jsonl"

@@ -73,6 +73,13 @@ class TensorMap:
             fill,
         )
         self.data = ctypes.string_at(start, 128)
+        self.address = address
+        self._how = (kind, dims, strides, box, swizzle, fill, element_strides)
+
+    def over(self, sim, address: int) -> TensorMap:
+        """The same map of a tensor that lies elsewhere."""
+        kind, *rest = self._how
+        return TensorMap(sim, kind, address, *rest)
 
 
 class Simulator:

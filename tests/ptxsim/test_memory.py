@@ -248,24 +248,25 @@ STORES = {
 }  # fmt: skip
 
 
+def st_async(sim, form: str, **change) -> None:
+    n = STORES[form]
+    kind, operands = form.split(" ", 1)
+    vector, kind = (f".v{kind[1]}", kind[3:]) if kind[0] == "v" else ("", kind)
+    action = f"st.async.shared::cluster.mbarrier::complete_tx::bytes{vector}.{kind} {operands}, [%r11];"
+    x, y, out = run_remote(sim, action, **{"nbytes": 4 * n} | change)
+    assert np.array_equal(out[:, :n], y[:, :n]) and np.array_equal(out[:, n:], x[:, n:])
+
+
 @pytest.mark.parametrize("timing", ["early", "late", "random"])
 @pytest.mark.parametrize("form", STORES)
 def test_st_async(sim, form, timing):
     sim.option(timing=timing)
-    n = STORES[form]
-    kind, operands = form.split(" ", 1)
-    pre, suffix = ("v" + kind[1], kind[3:]) if kind[0] == "v" else ("", kind)
-    action = (
-        f"st.async.shared::cluster.mbarrier::complete_tx::bytes{'.' + pre if pre else ''}.{suffix} {operands}, [%r11];"
-    )
-    x, y, out = run_remote(sim, action, 4 * n)
-    assert np.array_equal(out[:, :n], y[:, :n]) and np.array_equal(out[:, n:], x[:, n:])
-    with pytest.raises(
-        SimError, match=r"race on shared memory of CTA 1.*nothing orders|CTA 1 may exit before .*has written its shared"
-    ):
-        run_remote(sim, action, 4 * n, wait=False)
+    st_async(sim, form)
+    text = r"race on shared memory of CTA 1.*nothing orders|CTA 1 may exit before .*has written its shared"
+    with pytest.raises(SimError, match=text):
+        st_async(sim, form, wait=False)
     with pytest.raises(SimError, match="deadlock"):
-        run_remote(sim, action, 4 * n + 4)
+        st_async(sim, form, nbytes=4 * STORES[form] + 4)
 
 
 @pytest.mark.parametrize("timing", ["early", "late"])

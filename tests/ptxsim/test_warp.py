@@ -191,17 +191,25 @@ def test_what_does_nothing_here(sim):
     assert set(warp(sim, body, x)[0]) == {x[0]}
 
 
+def setmaxnreg(sim, inc: int, dec: int) -> None:
+    """Three warpgroups of 168 registers a thread: what the first gives up the others take."""
+    out = np.zeros(384, np.uint32)
+    text = f""".visible .entry k(.param .u64 p) .maxntid 384,1,1 {{ .reg .b32 %t; .reg .b64 %d; .reg .pred %p; mov.u32 %t, %tid.x;
+    ld.param.u64 %d, [p]; mad.wide.u32 %d, %t, 4, %d; setp.lt.u32 %p, %t, 128; @%p bra A;
+    setmaxnreg.inc.sync.aligned.u32 {inc}; bra B; A: setmaxnreg.dec.sync.aligned.u32 {dec}; B: st.global.u32 [%d], %t; ret; }}"""
+    sim.run(text, out, block=384)
+    assert np.array_equal(out, np.arange(384))
+
+
 def test_setmaxnreg(sim):
-    """Two warpgroups: what one gives up the other takes."""
-    frame = ".visible .entry k(.param .u64 p) .maxntid 256,1,1 {{ .reg .b32 %t; .reg .pred %p; mov.u32 %t, %tid.x; setp.lt.u32 %p, %t, 128; @%p bra A; setmaxnreg.inc.sync.aligned.u32 {}; ret; A: setmaxnreg.dec.sync.aligned.u32 {}; ret; }}"
-    x = np.zeros(1, np.uint32)
-    sim.run(frame.format(256, 24), x, block=256)  # 65536 / 256 = 256 registers a thread
+    setmaxnreg(sim, 232, 40)  # 2 (232 - 168) = 168 - 40
     for inc, dec, text in (
-        (248, 24, "setmaxnreg.inc to 248, but the warp has 256"),
-        (256, 20, "multiple of 8 in 24..256"),
+        (160, 40, r"setmaxnreg\.inc to 160, but the warp has 168"),
+        (232, 176, r"setmaxnreg\.dec to 176, but the warp has only 168"),
+        (256, 20, r"multiple of 8 in 24\.\.256"),
     ):
         with pytest.raises(SimError, match=text):
-            sim.run(frame.format(inc, dec), x, block=256)
+            setmaxnreg(sim, inc, dec)
 
 
 # ---- barriers of a CTA
