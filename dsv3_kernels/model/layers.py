@@ -6,7 +6,7 @@ Tokens of all sequences lie packed in one dimension: x is [T, hidden]. Module pa
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -67,6 +67,25 @@ class Step:
             return function(*inputs)
         return self.fp8.again(function, *inputs, attention=attention)
 
+    def cut(self, *tensors: Any) -> tuple[Any, ...]:
+        """Where a phase begins: other names for what it reads, so that autograd, asked for the gradients of these, does
+        not go on to what made them and finds one of them above another. Without a tape the tensors themselves."""
+        return tensors if self.tape is None else tuple(None if t is None else t.view_as(t) for t in tensors)
+
+    def note(
+        self,
+        sources: tuple[Any, ...],
+        inputs: tuple[Any, ...],
+        outputs: tuple[Any, ...],
+        *modules: nn.Module | None,
+        exchange: str = "",
+    ) -> None:
+        """Put a phase on the tape, where there is one; `inputs` is what `cut` made of `sources`."""
+        if self.tape is not None:
+            pairs = [(s, t) for s, t in zip(sources, inputs, strict=True) if t is not None and t.requires_grad]
+            parameters = [p for m in modules if m is not None for p in m.parameters() if p.requires_grad]
+            self.tape.append(Phase(pairs, [t for t in outputs if t is not None], parameters, exchange))
+
     def summed(self, update: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What a norm reads: both, or, where backward computes the norm again, their sum, so that one is kept."""
         if residual is None or self.fp8 is None:
@@ -76,11 +95,12 @@ class Step:
 
 @dataclass
 class Phase:
-    """A piece of a block between two exchanges: autograd goes from `outputs` to `inputs` and to the parameters."""
+    """A piece of a pass between two exchanges: autograd goes from `outputs` to `inputs` and to the parameters."""
 
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
-    parameters: list[Tensor] = field(default_factory=list)
+    inputs: list[tuple[Tensor, Tensor]]  # (the tensor, its name inside the phase)
+    outputs: list[Tensor]
+    parameters: list[Any]
+    exchange: str = ""  # that its backward starts
 
 
 class Norm(nn.Module):
@@ -323,6 +343,13 @@ class MoE(nn.Module):
         """The tensor through which autograd goes back from an exchange."""
         return sent[0] if self.parallel is None else sent.link.token
 
+    def carried(self, sent: Any, carrier: Tensor) -> Any:
+        """The same exchange with autograd going through `carrier`."""
+        if self.parallel is None:
+            return (carrier, *sent[1:])
+        sent.link.token = carrier
+        return sent
+
 
 class Attention(nn.Module):
     """Multi-head latent attention (section 2.1.1): the cache holds the normed latent and one rotary key per token."""
@@ -452,35 +479,36 @@ class DecoderLayer(nn.Module):
 
         In training in FP8, backward computes again what lies between products: norms, queries, keys and values.
         """
-        start = (update,) if residual is None else (update, residual)
+        before = (update, residual)
+        update, residual = start = step.cut(update, residual)
         attention, mlp = self.self_attn, self.mlp
         q, kv, residual = step.again(self._enter_attention, *step.summed(update, residual), step)
         out = step.again(attention.attend, q, kv, step, attention=True)
         update = attention.leave(out, step)
         h, residual, *entered = step.again(self._enter_mlp, *step.summed(update, residual), step)
-        attended = [self.input_layernorm, attention, self.post_attention_layernorm]
+        attended = (self.input_layernorm, attention, self.post_attention_layernorm)
         if isinstance(mlp, MLP):
             out = mlp.finish(entered[0], step)
-            note(step, start, (out, residual), *attended, mlp)
+            step.note(before, start, (out, residual), *attended, mlp)
             return out, residual
-        logits, gate_up = entered
-        weights, experts = mlp.route(logits, step)
+        weights, experts = mlp.route(entered[0], step)
         sent = mlp.dispatch_send(h, weights, experts)
-        yield "dispatch"
-        rows, handle = mlp.compute(sent, step)
-        back = mlp.combine_send(rows, handle)
-        yield "combine"
-        out = mlp.combine_recv(back, weights)
-        crossing: tuple[Tensor, ...] = (weights,)
+        crossing = (mlp.carrier(sent), weights, entered[1])
+        there, weights, gate_up = cut = step.cut(*crossing)
         shared = mlp.shared_experts
+        step.note(before, start, (residual, *crossing), *attended, mlp.gate, shared and shared.gate_up)
+        yield "dispatch"
+        rows, handle = mlp.compute(mlp.carried(sent, there), step)
+        back = mlp.combine_send(rows, handle)
+        returned = mlp.carrier(back)
+        step.note(crossing[:1], cut[:1], (returned,), mlp.experts, exchange="dispatch backward")
+        yield "combine"
+        (here,) = step.cut(returned)
+        out = mlp.combine_recv(mlp.carried(back, here), weights)
         if shared is not None:
             out = out + shared.finish(gate_up, step)
-            crossing = (weights, gate_up)
-        if step.tape is not None:
-            there, returned = mlp.carrier(sent), mlp.carrier(back)
-            note(step, start, (there, residual, *crossing), *attended, mlp.gate, *([shared.gate_up] if shared else []))
-            note(step, (there,), (returned,), mlp.experts)
-            note(step, (returned, *crossing), (out,), *([shared.down] if shared else []))
+        after = (returned, *crossing[1:])
+        step.note(after, (here, *cut[1:]), (out,), shared and shared.down, exchange="combine backward")
         return out, residual
 
     def _enter_attention(self, update: Tensor, residual: Tensor | None, step: Step) -> tuple[Tensor, ...]:
@@ -499,11 +527,6 @@ class DecoderLayer(nn.Module):
         if residual is None:
             return norm(update, quantize=quantize), update
         return norm(update, residual, quantize=quantize)
-
-
-def note(step: Step, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], *modules: nn.Module) -> None:
-    if step.tape is not None:
-        step.tape.append(Phase(inputs, outputs, [p for m in modules for p in m.parameters() if p.requires_grad]))
 
 
 def cumulative(counts: list[int], device: torch.device) -> Tensor:

@@ -231,8 +231,11 @@ class DeepSeekV3(nn.Module):
         self.config = config
 
     def _allocate(self, weights: str, dtype: torch.dtype, device: torch.device) -> None:
-        self.weights, self.dtype, self.device = weights, dtype, device
         storage.materialise(self, weights, dtype, device)
+        self._tabulate(weights, dtype, device)
+
+    def _tabulate(self, weights: str, dtype: torch.dtype, device: torch.device) -> None:
+        self.weights, self.dtype, self.device = weights, dtype, device
         config, yarn = self.config, self.config.yarn or Yarn(1.0, self.config.max_position_embeddings)
         mscale, mscale_all_dim = yarn.rotary_mscales
         self.cos_sin = dk.yarn_cos_sin(
@@ -411,7 +414,7 @@ class DeepSeekV3(nn.Module):
         _checks.shape("model", "tokens", tokens, ("batch", "tokens"))
         _checks.value("model", "tokens", tokens.numel() > 0, list(tokens.shape), "at least one sequence of one token")
         _checks.rows("model", "tokens", tokens)
-        _checks.device("model", tokens=tokens, weights=self.lm_head.weight)
+        _checks.device("model", tokens=tokens, weights=self.cos_sin)
         _inside("tokens", tokens, self.config.vocab_size)
         return tokens.shape[0], tokens.shape[1]
 

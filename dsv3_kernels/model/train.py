@@ -12,7 +12,7 @@ import dsv3_kernels as dk
 
 from .. import _checks
 from .fp8 import Recipe
-from .layers import MoE
+from .layers import MoE, Step
 from .model import split_routing
 from .mtp import chain
 from .weights import pieces
@@ -56,19 +56,34 @@ def loss(
         _checks.shape("loss", "documents", documents, tokens.shape)
         _checks.device("loss", documents=documents, tokens=tokens)
     step.routing, own = split_routing(model, routing, tokens)
-    normed, residual = model.hidden(step)
-    parts = {"main": _cross_entropy(model, normed.view(batch, width, -1), tokens, 1, documents)}
-    fed = model.feed(normed, residual).view(batch, width, -1)
-    depths = [
-        _cross_entropy(model, hidden, tokens, k + 1, documents)
-        for k, hidden in enumerate(chain(model, tokens, step, fed, own, depths=width - 2), start=1)
-    ]
-    parts["mtp"] = torch.stack(depths).mean() if depths else torch.zeros_like(parts["main"])
+    normed, residual = (hidden.view(batch, width, -1) for hidden in model.hidden(step))
+    parts = losses(model, step, tokens, normed, residual, routing=own, documents=documents)
     total = parts["main"] + mtp_weight * parts["mtp"]
     if balance_alpha:
         parts["balance"] = _balance(model, batch, width, balance_alpha)
         total = total + parts["balance"]
     return total, {name: part.detach() for name, part in parts.items()}
+
+
+def losses(
+    model: DeepSeekV3,
+    step: Step,
+    tokens: Tensor,
+    normed: Tensor,
+    residual: Tensor,
+    *,
+    routing: list[Tensor] | None = None,
+    documents: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """{"main", "mtp"} from what `DeepSeekV3.hidden` gives, both [B, S, H]; options as in `loss`."""
+    parts = {"main": _cross_entropy(model, normed, tokens, 1, documents)}
+    fed = model.feed(normed, residual)
+    depths = [
+        _cross_entropy(model, hidden, tokens, k + 1, documents)
+        for k, hidden in enumerate(chain(model, tokens, step, fed, routing, depths=tokens.shape[1] - 2), start=1)
+    ]
+    parts["mtp"] = torch.stack(depths).mean() if depths else torch.zeros_like(parts["main"])
+    return parts
 
 
 def _cross_entropy(model: DeepSeekV3, hidden: Tensor, tokens: Tensor, ahead: int, documents: Any = None) -> Tensor:
