@@ -19,7 +19,7 @@ LEAST: tl.constexpr = tl.constexpr(FIXED_KEYS // KEY_BLOCK)
 def triton_mla_decode_plan(
     seqlens, work, splits, bounds, B, W, parts, start_cost, FIXED: tl.constexpr, REQUESTS: tl.constexpr
 ):
-    request = tl.arange(REQUESTS)
+    request = tl.arange(0, REQUESTS)
     keys = tl.maximum(tl.load(seqlens + request, mask=request < B, other=0), 0).to(tl.int64)  # lengths up to 2^31 - 1
     blocks = tl.cdiv(keys, BLOCK)
     if FIXED:
