@@ -196,9 +196,11 @@ class Run:
 
     def host(self, console: Console) -> int:
         """Times of the host alone: import, launch, a whole op, the build; and of many ranks on the CPU."""
-        from . import overhead, parallel
+        from . import overhead, parallel, training
 
-        for name, probe in (overhead.probes(self.quick) | parallel.probes(self.quick)).items():
+        for name, probe in (
+            overhead.probes(self.quick) | parallel.probes(self.quick) | training.probes(self.quick)
+        ).items():
             if name in self.done:
                 continue
             try:
