@@ -147,6 +147,24 @@ def moe_unpermute_backward(tokens: int, columns: int) -> Case:
     )
 
 
+def moe_update_bias() -> Case:
+    """A speed of 0 keeps the bias as it was, however often it runs."""
+
+    def make(device: torch.device) -> tuple[Any, ...]:
+        return normal(device, EXPERTS), (normal(device, EXPERTS) * 100).int()
+
+    def run(bias: Tensor, counts: Tensor) -> Tensor:
+        dk.moe_update_bias(bias, counts, 0.0)
+        return bias
+
+    def check(inputs: tuple[Any, ...], output: Tensor) -> str | None:
+        return None if torch.equal(output, normal(output.device, EXPERTS)) else "moe_update_bias: the bias is off"
+
+    return Case(
+        op="moe_update_bias", shape={"E": EXPERTS}, make=make, run=run, check=check, bytes=EXPERTS * 12, quick=True
+    )
+
+
 CASES = [
     moe_gate(128, quick=True),
     moe_gate(4096, quick=True),
@@ -157,4 +175,5 @@ CASES = [
     moe_unpermute(128, 7168, quick=True),
     moe_unpermute(4096, 7168, quick=True),
     moe_unpermute_backward(4096, 7168),
+    moe_update_bias(),
 ]

@@ -54,12 +54,12 @@ OPS: dict[str, Op] = {
     "mla_cache_gather": Op("mla", cuda=True),
     "merge_attention": Op("mla", cuda=True),
     # moe
-    "moe_gate": Op("moe", cuda=True, grad="moe_gate_backward"),
-    "moe_gate_backward": Op("moe", module="moe_gate", cuda=True, internal=True),
-    "moe_permute": Op("moe", cuda=True, grad="moe_unpermute"),
-    "moe_unpermute": Op("moe", cuda=True, grad="moe_unpermute_backward"),
-    "moe_unpermute_backward": Op("moe", module="moe_unpermute", cuda=True, internal=True),
-    "moe_update_bias": Op("moe"),
+    "moe_gate": Op("moe", cuda=True, triton=True, grad="moe_gate_backward"),
+    "moe_gate_backward": Op("moe", module="moe_gate", cuda=True, triton=True, internal=True),
+    "moe_permute": Op("moe", cuda=True, triton=True, grad="moe_unpermute"),
+    "moe_unpermute": Op("moe", cuda=True, triton=True, grad="moe_unpermute_backward"),
+    "moe_unpermute_backward": Op("moe", module="moe_unpermute", cuda=True, triton=True, internal=True),
+    "moe_update_bias": Op("moe", triton=True),
     "moe_balance_loss": Op("moe", grad="moe_balance_loss_backward"),
     "moe_balance_loss_backward": Op("moe", module="moe_balance_loss", internal=True),
 }

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
+from .._triton_sums import halves
 from ._triton_encode import as_rows
 
 WIDEST = 8192  # columns of which a program holds its part of the weight's gradient in registers, 32 a lane
@@ -39,17 +40,6 @@ def add_columns(total, terms):
     c2, c6 = tl.split(c26)
     c3, c7 = tl.split(c37)
     return total + c0 + c1 + c2 + c3 + c4 + c5 + c6 + c7
-
-
-@triton.jit
-def halves(total):
-    """Sum of each row of [ROWS, up to 256 lanes], kept: its second half is added to the first until one is left."""
-    for _ in tl.static_range(8):
-        if total.shape[1] > 1:
-            parts = total.reshape(total.shape[0], 2, total.shape[1] // 2).permute(0, 2, 1)
-            low, high = tl.split(parts)
-            total = low + high
-    return total
 
 
 @triton.jit
