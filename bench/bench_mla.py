@@ -9,7 +9,7 @@ from torch import Tensor
 
 import dsv3_kernels as dk
 
-# There: mla_prefill, mla_prefill_backward, mla_cache_append, mla_cache_gather, merge_attention, rope.
+# There: mla_prefill, mla_prefill_backward, mla_prologue, mla_cache_append, mla_cache_gather, merge_attention, rope.
 from . import bench_mla_prefill
 from .bench_quant import normal
 from .cases import Call, Case

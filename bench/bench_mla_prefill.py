@@ -48,6 +48,34 @@ def mla_cache_append(tokens: int, kind: str, *, quick: bool = False) -> Case:
     )
 
 
+def mla_prologue(tokens: int, kind: str, *, quick: bool = False) -> Case:
+    def make(device: torch.device) -> tuple[Any, ...]:
+        angles = torch.rand(tokens, 32, generator=torch.Generator().manual_seed(0)) * 6.28
+        table = torch.cat([angles.cos(), angles.sin()], -1).to(device)
+        positions = torch.arange(tokens, dtype=torch.int32, device=device)
+        weights = [1 + normal(device, width) / 8 for width in (1536, 512)]
+        x, slots = normal(device, tokens, 2112), torch.arange(tokens, device=device)
+        return x, *weights, positions, table, cache(device, tokens, kind), slots
+
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return *dk.mla_prologue(*inputs, eps=1e-6), inputs[5]
+
+    def check(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> str | None:
+        with dk.backend("eager"):
+            wanted = run(*inputs[:5], torch.zeros_like(inputs[5]), inputs[6])
+        return against_eager("mla_prologue", outputs, wanted)
+
+    return Case(
+        op="mla_prologue",
+        shape={"T": tokens, "cache": kind},
+        make=make,
+        run=run,
+        check=check,
+        bytes=tokens * (4224 + 1536 + 48 + BYTES[kind] + 268),
+        quick=quick,
+    )
+
+
 def mla_cache_gather(requests: int, keys: int, kind: str, *, quick: bool = False) -> Case:
     total, pages = requests * keys, -(-keys // PAGE)
 
@@ -234,6 +262,7 @@ CASES = [
     rope(8192, 128, quick=True),
     rope(8192, 1),
     *[mla_cache_append(tokens, kind, quick=tokens == 128) for tokens in (128, 8192) for kind in BYTES],
+    *[mla_prologue(tokens, kind, quick=tokens == 128) for tokens in (1, 128, 8192) for kind in BYTES],
     *[mla_cache_gather(requests, 8192, kind, quick=requests == 1) for requests in (1, 16) for kind in BYTES],
     merge_attention(2048, 128, quick=True),
     mla_prefill(4096, 4096, 1, 128, quick=True),

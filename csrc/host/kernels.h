@@ -107,6 +107,8 @@ inline constexpr Kernel kKernels[] = {
     {"moe_unpermute_backward_f16", "moe_unpermute", 256, 0, 1, "a token, or 32 rows"},
     {"moe_unpermute_f64", "moe_unpermute", 256, 0, 1, "a token"},
     {"moe_unpermute_backward_f64", "moe_unpermute", 256, 0, 1, "a token, or 32 rows"},
+    {"mla_prologue_bf16", "mla_prologue", 256, 0, 1, "4 tokens"},
+    {"mla_prologue_fp8", "mla_prologue", 256, 0, 1, "4 tokens"},
 };
 
 inline constexpr size_t kNumKernels = sizeof(kKernels) / sizeof(kKernels[0]);

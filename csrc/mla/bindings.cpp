@@ -105,6 +105,35 @@ void bind_mla(py::module_& m) {
           const py::gil_scoped_release unlocked;
           mla_prefill_backward(inputs, gradients, num_sms, {device, stream});
         });
+  m.def("mla_prologue",
+        [](const py::tuple& x, uintptr_t q_weight, int q_weight_type, uintptr_t kv_weight, int kv_weight_type,
+           uintptr_t positions, bool positions_are_int64, const py::tuple& cos_sin, uintptr_t slots, int64_t rank,
+           double eps, const py::tuple& kv_cache, bool fp8, uintptr_t q, const py::tuple& scale, uintptr_t latent,
+           uintptr_t k_rope, bool pow2_scale, bool cache_pow2_scale, int device, uintptr_t stream) {
+          const PrologueInputs inputs{bytes(x, 2),
+                                      pointer(q_weight),
+                                      static_cast<RowType>(q_weight_type),
+                                      pointer(kv_weight),
+                                      static_cast<RowType>(kv_weight_type),
+                                      pointer(positions),
+                                      positions_are_int64,
+                                      table(cos_sin),
+                                      pointer(slots),
+                                      rank,
+                                      eps};
+          const TensorArgument scales = tensor(scale);
+          const PrologueOutputs outputs{cache(kv_cache, fp8 ? 1 : 2),
+                                        pointer(q),
+                                        scales.data,
+                                        scales.strides[2],
+                                        scales.strides[3],
+                                        pointer(latent),
+                                        pointer(k_rope),
+                                        pow2_scale,
+                                        cache_pow2_scale};
+          const py::gil_scoped_release unlocked;
+          mla_prologue(inputs, outputs, {device, stream});
+        });
 }
 
 }  // namespace dsv3

@@ -25,6 +25,32 @@ void mla_cache_gather(const MlaCache& cache, const MlaTable& block_table, const 
 void merge_attention(const MlaRows& out_a, const MlaRows& lse_a, const MlaRows& out_b, const MlaRows& lse_b, void* out,
                      void* lse, const Target& target);
 
+// x [T, rank + 576] bf16; of the cache's rows, the bytes tell the format. latent and k_rope are null when not asked
+// for.
+struct PrologueInputs {
+  MlaBytes x;
+  const void* q_weight;
+  RowType q_weight_type;
+  const void* kv_weight;
+  RowType kv_weight_type;
+  const void* positions;
+  bool positions_are_int64;
+  MlaTable cos_sin;
+  const void* slots;
+  int64_t rank;
+  double eps;
+};
+struct PrologueOutputs {
+  MlaCache cache;
+  void* q;
+  void* scale;
+  int64_t scale_row_stride, scale_block_stride;
+  void* latent;
+  void* k_rope;
+  bool pow2_scale, cache_pow2_scale;
+};
+void mla_prologue(const PrologueInputs& x, const PrologueOutputs& y, const Target& target);
+
 // q [T, heads, 192], k_nope [S, heads, 128], k_rope [S, 64], v [S, heads, 128]; cu_q and cu_k [sequences + 1].
 struct PrefillInputs {
   MlaRows q, k_nope, k_rope, v;

@@ -10,17 +10,10 @@
 //           that are not aligned to such accesses go pair by pair.
 #include "mla/pack.cuh"
 #include "mla/rope_params.h"
+#include "mla/turn.cuh"
 
 namespace dsv3 {
 namespace {
-
-// (a, b) turned by the angle whose cosine and sine are (c, s).
-template <class T>
-__device__ __forceinline__ void turn(T& a, T& b, float c, float s) {
-  const float real = widen(a), imaginary = widen(b);
-  a = narrow<T>(__fsub_rn(__fmul_rn(real, c), __fmul_rn(imaginary, s)));
-  b = narrow<T>(__fadd_rn(__fmul_rn(real, s), __fmul_rn(imaginary, c)));
-}
 
 // Four pairs of a row from `first` on, aligned.
 template <class T, bool kInterleaved>

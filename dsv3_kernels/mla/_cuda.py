@@ -96,6 +96,61 @@ def mla_cache_gather(
     )
 
 
+def mla_prologue_cannot(
+    x: Tensor, q_weight: Tensor, kv_weight: Tensor, positions: Tensor, cos_sin: Tensor, kv_cache: Tensor, *_: Any
+) -> str | None:
+    rank = q_weight.shape[0]
+    if x.dtype is not torch.bfloat16:
+        return f"{x.dtype}: the kernel computes bfloat16"
+    if (kv_weight.shape[0], cos_sin.shape[1]) != (512, 64) or rank % 8 or not 0 < rank <= 2048:
+        return f"widths {rank}, {kv_weight.shape[0]} and {cos_sin.shape[1]}: the kernel has at most 2048, 512 and 64"
+    if q_weight.data_ptr() % 16 or kv_weight.data_ptr() % 16:
+        return "a weight does not start at a multiple of 16 bytes"
+    return _misaligned(x=x, kv_cache=kv_cache) or _misplaced(kv_cache)
+
+
+def mla_prologue(
+    x: Tensor,
+    q_weight: Tensor,
+    kv_weight: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    kv_cache: Tensor,
+    slots: Tensor,
+    eps: float,
+    pow2_scale: bool,
+    cache_pow2_scale: bool,
+    keys: bool,
+    q: Tensor,
+    scale: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+) -> None:
+    positions, slots = positions.contiguous(), slots.contiguous()
+    _host.mla_prologue(
+        layout(x),
+        q_weight.data_ptr(),
+        _TYPES[q_weight.dtype],
+        kv_weight.data_ptr(),
+        _TYPES[kv_weight.dtype],
+        positions.data_ptr(),
+        positions.dtype is torch.int64,
+        layout(cos_sin),
+        slots.data_ptr(),
+        q.shape[1],
+        eps,
+        layout(kv_cache),
+        kv_cache.dtype is torch.uint8,
+        q.data_ptr(),
+        layout(scale),
+        latent.data_ptr() if keys else 0,
+        k_rope.data_ptr() if keys else 0,
+        pow2_scale,
+        cache_pow2_scale,
+        *target(x),
+    )
+
+
 def merge_attention_cannot(out_a: Tensor, *_: Any) -> str | None:
     return _float64(out_a)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._eager import in_range, wide
-from ..quant._eager import quantize_1x128
+from ..quant._eager import quantize_1x128, rms_norm
 from ._cache import LATENT, ROPE, SCALES
 from .mla_decode_plan import FIXED_KEYS, FIXED_SPLITS, KEY_BLOCK, items
 
@@ -198,6 +198,26 @@ def mla_cache_append(kv_cache: Tensor, slots: Tensor, latent: Tensor, k_rope: Te
     slots, latent, k_rope = slots[kept], latent[kept], k_rope[kept]
     rows = _encode(latent, k_rope, pow2_scale) if kv_cache.dtype == torch.uint8 else torch.cat([latent, k_rope], -1)
     kv_cache[slots // page, slots % page] = rows
+
+
+def mla_prologue(
+    x: Tensor,
+    q_weight: Tensor,
+    kv_weight: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    kv_cache: Tensor,
+    slots: Tensor,
+    eps: float,
+    pow2_scale: bool,
+    cache_pow2_scale: bool,
+    keys: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    query, key, k_rope = x.split([q_weight.shape[0], kv_weight.shape[0], cos_sin.shape[1]], -1)
+    q, scale = quantize_1x128(rms_norm(query, q_weight, eps, None)[0], pow2_scale, "mn")
+    latent, k_rope = rms_norm(key, kv_weight, eps, None)[0], rope(k_rope, positions, cos_sin, True, False)
+    mla_cache_append(kv_cache, slots, latent, k_rope, cache_pow2_scale)
+    return (q, scale, latent, k_rope) if keys else (q, scale, x.new_empty(0), x.new_empty(0))
 
 
 def mla_cache_gather(

@@ -10,7 +10,7 @@ from torch import Tensor
 import dsv3_kernels as dk
 
 from . import UNIT, Bits, Inputs, Near, Problem, case, rounded, summing
-from .quant import quantize, real
+from .quant import near_codes, quantize, real, rms
 
 BF16 = torch.bfloat16
 LATENT, ROPE, SCALE = 512, 64, 192**-0.5
@@ -185,6 +185,37 @@ def mla_cache_append(r: Inputs) -> Problem:
 @case("mla_cache_append")
 def mla_cache_append_fp8(r: Inputs) -> Problem:
     return append_problem(r, fp8=True)
+
+
+@case("mla_prologue")
+def mla_prologue(r: Inputs) -> Problem:
+    x = r.randn(5, 1536 + LATENT + ROPE, dtype=BF16)
+    weights = [1 + r.randn(width, dtype=BF16) / 8 for width in (1536, LATENT)]
+    angles = torch.outer(torch.arange(9).double(), 10000.0 ** (-torch.arange(0, ROPE, 2).double() / ROPE))
+    table = torch.cat([angles.cos(), angles.sin()], -1).float()
+    positions = torch.tensor([8, 0, 3, 3, 1])
+    parts = x.cpu().double().split([1536, LATENT, ROPE], -1)
+    query, key = (rms(part, weight.cpu().double(), 1e-6) for part, weight in zip(parts, weights, strict=False))
+    cos, sin = table[positions].double().chunk(2, -1)
+    rotary = rotate(parts[2], cos, sin, True)
+    norms = [rounded(value, value.abs() * summing(1536), BF16) for value in (query, key)]
+    ropes = rounded(rotary, 4 * summing(2) * torch.ones((), dtype=torch.float64), BF16)
+    before = torch.full((2, 64, LATENT + ROPE), 7, dtype=BF16)
+    slots = torch.tensor(SLOTS, device=r.device)
+
+    def run() -> dict[str, Tensor]:
+        cache = before.to(r.device, copy=True)
+        args = x, *weights, positions.to(r.device), table.to(r.device), cache, slots
+        q, scale, latent, k_rope = dk.mla_prologue(*args, eps=1e-6, keys=True)
+        rows = cache.view(-1, LATENT + ROPE)[slots[slots >= 0]]
+        return {"real": real(q, scale), "scale": scale, "latent": latent, "k_rope": k_rope, "cache": rows}
+
+    kept = slots.cpu() >= 0
+    cached = Near(
+        torch.cat([key, rotary], -1)[kept], torch.cat([norms[1].bound, ropes.bound.expand(5, ROPE)], -1)[kept]
+    )
+    wanted = near_codes(query, norms[0].bound) | {"latent": norms[1], "k_rope": ropes, "cache": cached}
+    return Problem("5 tokens, bf16 cache", run, wanted)
 
 
 def gather_problem(r: Inputs, fp8: bool) -> Problem:
