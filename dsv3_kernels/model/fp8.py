@@ -32,6 +32,7 @@ from ..gemm.fp8_grouped_gemm import fp8_grouped_gemm
 from ..gemm.fp8_grouped_wgrad import fp8_grouped_wgrad
 from ..gemm.fp8_linear import check_layer
 from ..mla.mla_prefill import mla_prefill  # noqa: F401  (registers the op)
+from ..pipeline.weight_grad import WeightGrad
 from ..quant.dequantize import dequantize
 from ..quant.quantize_1x128 import quantize_1x128
 from ..quant.quantize_1x128_both import quantize_1x128_both
@@ -131,6 +132,7 @@ class _Linear(torch.autograd.Function):
         q, scale = quantize_1x128(x, pow2_scale=pow2)
         ctx.save_for_backward(*((q, scale) if keep_codes else (x, None)), w, w_scale, offsets)
         ctx.dtype, ctx.pow2, ctx.pow2_grad = x.dtype, pow2, pow2_grad
+        ctx.weight, ctx.weight_grad = weight, WeightGrad.capture()
         backends.save_for_backward(ctx)
         return _product(q, scale, w, w_scale, offsets, x.dtype)
 
@@ -145,7 +147,7 @@ class _Linear(torch.autograd.Function):
                 grad.contiguous(), offsets=offsets, pow2_scale=ctx.pow2_grad
             )
             grad_x = _product(q, scale, w.mT.contiguous(), w_scale.mT, offsets, ctx.dtype)
-            grad_weight = _weight_gradient(q_t, q_t_scale, x, offsets, ctx.pow2)
+            grad_weight = _weight_gradient(ctx, q_t, q_t_scale, x, offsets)
         return grad_x, grad_weight, *([None] * 7)
 
 
@@ -164,6 +166,7 @@ class _SwigluLinear(torch.autograd.Function):
         q, scale = silu_mul_quantize_1x128(gate_up, pow2_scale=pow2)
         ctx.save_for_backward(*quantize_1x128(gate_up, pow2_scale=pow2), w, w_scale, offsets)
         ctx.dtype, ctx.pow2, ctx.pow2_grad = gate_up.dtype, pow2, pow2_grad
+        ctx.weight, ctx.weight_grad = weight, WeightGrad.capture()
         backends.save_for_backward(ctx)
         return _product(q, scale, w, w_scale, offsets, gate_up.dtype)
 
@@ -179,7 +182,7 @@ class _SwigluLinear(torch.autograd.Function):
             pull = _product(q, scale, w.mT.contiguous(), w_scale.mT, offsets, torch.float32)
             sigmoid = torch.sigmoid(gate)
             silu = gate * sigmoid
-            grad_weight = _weight_gradient(q_t, q_t_scale, silu * up, offsets, ctx.pow2)
+            grad_weight = _weight_gradient(ctx, q_t, q_t_scale, silu * up, offsets)
             grad_gate_up = torch.cat([pull * up * (sigmoid + silu * (1 - sigmoid)), pull * silu], dim=-1)
         return grad_gate_up.to(ctx.dtype), grad_weight, *([None] * 5)
 
@@ -192,9 +195,15 @@ def _product(
     return fp8_grouped_gemm(q, scale, w, w_scale, offsets, out_dtype=dtype)
 
 
-def _weight_gradient(grad_t: Tensor, grad_scale: Tensor, x: Tensor, offsets: Tensor | None, pow2: bool) -> Tensor:
-    """grad.T @ x in float32, both in tiles of 128 tokens."""
-    _, _, x_t, x_scale, offsets_t = quantize_1x128_both(x, offsets=offsets, pow2_scale=pow2)
-    if offsets_t is None:
-        return fp8_gemm(grad_t, grad_scale, x_t, x_scale, out_dtype=torch.float32)
-    return fp8_grouped_wgrad(grad_t, grad_scale, x_t, x_scale, offsets_t)
+def _weight_gradient(ctx: Any, grad_t: Tensor, grad_scale: Tensor, x: Tensor, offsets: Tensor | None) -> Tensor | None:
+    """grad.T @ x in float32, both in tiles of 128 tokens; None where a pipeline's schedule has it computed later."""
+
+    def compute() -> Tensor:
+        with backends.restored(ctx):
+            _, _, x_t, x_scale, offsets_t = quantize_1x128_both(x, offsets=offsets, pow2_scale=ctx.pow2)
+            if offsets_t is None:
+                return fp8_gemm(grad_t, grad_scale, x_t, x_scale, out_dtype=torch.float32)
+            return fp8_grouped_wgrad(grad_t, grad_scale, x_t, x_scale, offsets_t)
+
+    gradient: Tensor | None = ctx.weight_grad(ctx.weight, compute)
+    return gradient

@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3_kernels.model import Config, DeepSeekV3, fp8, train
+from dsv3_kernels.pipeline import WeightGrad
 
 
 def gradients(model, tokens, **options) -> dict[str, Tensor]:
@@ -150,6 +151,23 @@ def test_what_is_computed_again_has_the_same_bits(replay, monkeypatch):
     monkeypatch.setattr(fp8.Recipe, "again", lambda _, function, *inputs, attention=False: function(*inputs))
     kept = gradients(model, tokens, recipe="fp8", routing=routing)
     assert all(torch.equal(got[name], kept[name]) for name in kept)
+
+
+def test_weight_gradients_can_wait(replay):
+    """As zb1p and DualPipe have them wait: none of the products' until the hook runs; then the same bits."""
+    model, tokens, routing, _ = replay
+    wanted = gradients(model, tokens, recipe="fp8", routing=routing)
+    model.zero_grad()
+    hook = WeightGrad()
+    with hook.active():
+        total, _ = train.loss(model, tokens, recipe="fp8", routing=routing)
+    with hook.active(), hook.deferring():
+        total.backward()
+    waiting = {name for name in wanted if name not in train.gradients(model)}
+    assert {name.split(".")[-2] for name in waiting} >= {"q_a_proj", "kv_b_proj", "o_proj", "up_proj", "down_proj"}
+    assert not any("norm" in name or "eh_proj" in name for name in waiting)
+    hook.run()
+    assert all(torch.equal(grad, wanted[name]) for name, grad in train.gradients(model).items())
 
 
 class Counted(TorchDispatchMode):
