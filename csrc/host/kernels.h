@@ -71,6 +71,7 @@ inline constexpr Kernel kKernels[] = {
     {"fp8_grouped_wgrad_256x128", "fp8_grouped_wgrad", 384, 219200, 1, "256 x 128 of a gradient, persistent", true},
     {"mla_decode_plan", "mla_decode_plan", 256, 0, 1, "a whole batch"},
     {"mla_decode_bf16", "mla_decode", 384, 230496, 1, "64 rows of a request, 64 keys at a time, persistent", true},
+    {"mla_decode_bf16_pair", "mla_decode", 384, 230496, 2, "64 rows of a request, 64 keys at a time, persistent", true},
     {"mla_decode_fp8", "mla_decode", 384, 230496, 1, "64 rows of a request, 64 keys at a time, persistent", true},
     {"mla_decode_combine", "mla_decode", 256, 0, 1, "8 rows of a request", true},
     {"mla_decode_simple", "mla_decode_simple", 384, 230496, 1, "64 rows of a request, 64 keys at a time, persistent",

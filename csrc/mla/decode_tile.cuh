@@ -6,7 +6,8 @@
 //            weights       2 panels         P of even and odd tiles (mla_decode.cu only)
 //            statistics    4 x 64 float     running maximum of even and odd tiles; sums of even and odd tiles
 // Barriers   full[s][h]    half h of stage s has landed: 1 arrival with the bytes (bfloat16), or 4 (FP8: its warps)
-//            empty[s][h]   8 arrivals: 4 warps that formed the scores, 4 that multiplied the weights with that half
+//            empty[s][h]   8 arrivals: 4 warps that formed the scores, 4 that multiplied the weights with that half; in
+//                          a cluster, of every CTA, because each copies a part of the tile to all
 //            Halves: panels 0 to 3, and 4 to 8. Both sides walk the ring with a Slot that lives as long as the CTA.
 // Numbers    The bits of a row depend on its own query, keys and cuts alone: a key that it does not see adds nothing to
 //            its sums, and a rescaling by 1 is left out because it changes no bit.
@@ -63,12 +64,13 @@ __device__ __forceinline__ int warp_index() {
 }
 
 // First thing in a kernel, by all threads.
+template <int kCtas>
 __device__ __forceinline__ void initialise_barriers(uint32_t shared, uint32_t full_arrivals) {
   if (threadIdx.x == 0) {
 #pragma unroll
     for (int i = 0; i < kHalves * static_cast<int>(kDecodeStages); ++i) {
       ptx::mbarrier_init(shared + kFull + 8 * i, full_arrivals);
-      ptx::mbarrier_init(shared + kEmpty + 8 * i, 8);
+      ptx::mbarrier_init(shared + kEmpty + 8 * i, 8 * kCtas);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -77,7 +79,23 @@ __device__ __forceinline__ void initialise_barriers(uint32_t shared, uint32_t fu
     }
     ptx::fence_mbarrier_init();
   }
-  __syncthreads();
+  if constexpr (kCtas == 1) {
+    __syncthreads();
+  } else {
+    __syncwarp();
+    ptx::barrier_cluster_arrive_relaxed();
+    ptx::barrier_cluster_wait();
+  }
+}
+
+// Last thing, by all threads: no CTA of a cluster leaves while another may write or arrive there.
+template <int kCtas>
+__device__ __forceinline__ void leave() {
+  if constexpr (kCtas > 1) {
+    __syncwarp();
+    ptx::barrier_cluster_arrive_relaxed();
+    ptx::barrier_cluster_wait();
+  }
 }
 
 // The plan's item, cut to what the cache holds: a plan that is older than the lengths reads nothing out of bounds.
@@ -107,10 +125,13 @@ __device__ __forceinline__ void for_each_item(const MlaDecodeParams& p, Visit vi
 }
 
 // Producer of a bfloat16 cache: one warp. A box is what a tile has of one page: rows that lie in the page but past the
-// length come along (the consumers clear them); pages past the length are neither looked up nor copied.
+// length come along (the consumers clear them); pages past the length are neither looked up nor copied. The CTAs of a
+// cluster have the same items: each copies every other panel, to both.
+template <int kCtas>
 __device__ __forceinline__ void load_tiles(const MlaDecodeParams& p, uint32_t shared, Slot& slot, const Item& item) {
   const int lane = threadIdx.x % 32;
   const bool elected = ptx::elect_sync();
+  const int rank = static_cast<int>(ptx::cluster_ctarank());
   const int* table = p.table + item.request * p.table_stride;
   const int box_rows = min(1 << p.page_bits, static_cast<int>(kDecodeKeys));
   const int last_entry = (item.last - 1) >> p.page_bits;
@@ -148,9 +169,14 @@ __device__ __forceinline__ void load_tiles(const MlaDecodeParams& p, uint32_t sh
         if (elected) {
           const uint32_t destination = shared + slot.tile() + first_panel * kPanel + box * box_rows * 128;
 #pragma unroll 1
-          for (int panel = 0; panel < panels; ++panel) {
-            ptx::cp_async_bulk_tensor_3d_g2s_hint(destination + panel * kPanel, &p.cache_map, full,
-                                                  (first_panel + panel) * 64, row, page, policy);
+          for (int panel = kCtas == 1 ? 0 : rank; panel < panels; panel += kCtas) {
+            if constexpr (kCtas == 1) {
+              ptx::cp_async_bulk_tensor_3d_g2s_hint(destination + panel * kPanel, &p.cache_map, full,
+                                                    (first_panel + panel) * 64, row, page, policy);
+            } else {
+              ptx::cp_async_bulk_tensor_3d_g2s_multicast(destination + panel * kPanel, &p.cache_map, full,
+                                                         (first_panel + panel) * 64, row, page, (1 << kCtas) - 1);
+            }
           }
         }
         __syncwarp();
@@ -387,6 +413,17 @@ __device__ __forceinline__ void rescale(const float (&factor)[2], float (&o)[128
 __device__ __forceinline__ void arrive(uint32_t barrier, const Consumer& me) {
   __syncwarp();
   if (me.lane == 0) ptx::mbarrier_arrive(barrier);
+}
+
+// This warp no longer reads what the barrier guards: known to every CTA that writes there.
+template <int kCtas>
+__device__ __forceinline__ void release(uint32_t barrier, const Consumer& me) {
+  if constexpr (kCtas == 1) {
+    arrive(barrier, me);
+  } else {
+    __syncwarp();
+    if (me.lane < kCtas) ptx::mbarrier_arrive_cluster(ptx::mapa(barrier, me.lane));
+  }
 }
 
 // The output's half of this warpgroup, and the log-sum-exp, from the complete sums of this thread's rows. All scores

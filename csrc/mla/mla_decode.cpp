@@ -12,9 +12,9 @@ namespace {
 constexpr const char* kOp = "mla_decode";
 
 // The row of a kernel made of decode_tile.cuh; one that does not say what that needs does not compile.
-constexpr const Kernel& decode_kernel(std::string_view name) {
+constexpr const Kernel& decode_kernel(std::string_view name, unsigned cluster = 1) {
   const Kernel& row = kernel(name);
-  if (row.threads != kDecodeThreads || row.shared_bytes != kDecodeSharedBytes || row.cluster != 1) {
+  if (row.threads != kDecodeThreads || row.shared_bytes != kDecodeSharedBytes || row.cluster != cluster) {
     throw "not such a kernel";
   }
   return row;
@@ -37,6 +37,7 @@ void mla_decode(const DecodeRows& q, const DecodeCache& cache, const DecodeTable
                 const DecodePlan& plan, double softmax_scale, bool causal, const DecodeRows& out, void* lse,
                 void* workspace, bool simple, const Target& target) {
   static constexpr const Kernel& kBf16 = decode_kernel("mla_decode_bf16");
+  static constexpr const Kernel& kPair = decode_kernel("mla_decode_bf16_pair", 2);
   static constexpr const Kernel& kFp8 = decode_kernel("mla_decode_fp8");
   static constexpr const Kernel& kSimple = decode_kernel("mla_decode_simple");
   static constexpr const Kernel& kCombine = kernel("mla_decode_combine");
@@ -99,11 +100,8 @@ void mla_decode(const DecodeRows& q, const DecodeCache& cache, const DecodeTable
   const Buffer sums{lse, words(q.requests * rows), Access::kWrite};
   const size_t workspace_bytes = workspace != nullptr ? words(plan.items * rows * (kDecodeLatent + 1)) : 0;
   const unsigned row_blocks = static_cast<unsigned>((rows + kDecodeRows - 1) / kDecodeRows);
-  driver.launch(kOp,
-                cache.fp8 ? kFp8
-                : simple  ? kSimple
-                          : kBf16,
-                {row_blocks, static_cast<unsigned>(plan.parts), 1}, params, target,
+  const Kernel& attention = cache.fp8 ? kFp8 : simple ? kSimple : row_blocks % 2 == 0 ? kPair : kBf16;
+  driver.launch(kOp, attention, {row_blocks, static_cast<unsigned>(plan.parts), 1}, params, target,
                 {{q.data, span(q, kDecodeWidth), Access::kRead},
                  {cache.data, cache_bytes, Access::kRead},
                  {table.data, table_bytes, Access::kRead},

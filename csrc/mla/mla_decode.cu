@@ -5,16 +5,19 @@ namespace dsv3 {
 namespace {
 
 // Where keys come from: how many warps bring them, and whether consumers clear the rows that do not exist.
+template <int kCtasOfCluster>
 struct Bf16Cache {
+  static constexpr int kCtas = kCtasOfCluster;
   static constexpr int kProducers = 1, kFullArrivals = 1;
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
   static constexpr bool kClears = true;
   static __device__ __forceinline__ void load(const MlaDecodeParams& p, uint32_t shared, Slot& slot, int,
                                               const Item& item) {
-    load_tiles(p, shared, slot, item);
+    load_tiles<kCtas>(p, shared, slot, item);
   }
 };
 struct Fp8Cache {
+  static constexpr int kCtas = 1;
   static constexpr int kProducers = kFp8Warps, kFullArrivals = kFp8Warps;
   static constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
   static constexpr bool kClears = false;
@@ -57,18 +60,19 @@ __device__ __forceinline__ void take(const MlaDecodeParams& p, uint32_t shared, 
 }
 
 // ... and when it is over: the values' half and the weights' place are free.
+template <class Cache>
 __device__ __forceinline__ void taken(uint32_t shared, const Slot& slot, const Consumer& me, float (&o)[128]) {
   ptx::wgmma_wait_group<0>();
   ptx::pin(o);
-  arrive(shared + slot.empty(me.warpgroup), me);
+  release<Cache::kCtas>(shared + slot.empty(me.warpgroup), me);
   arrive(shared + kFree + 8 * (1 - me.warpgroup), me);
 }
 
-template <bool kFirst, bool kClears>
+template <bool kFirst, class Cache>
 __device__ __forceinline__ void attend(const MlaDecodeParams& p, uint32_t shared, const Slot& before, const Slot& slot,
                                        const Consumer& me, Exchange& exchange, const uint32_t (&rope)[4][4], int first,
                                        int rows, bool masked, RowState& state, float (&o)[128]) {
-  if (kClears && rows < static_cast<int>(kDecodeKeys)) {
+  if (Cache::kClears && rows < static_cast<int>(kDecodeKeys)) {
     ptx::mbarrier_wait_parity(shared + slot.full(0), slot.parity);
     ptx::mbarrier_wait_parity(shared + slot.full(1), slot.parity);
     clear_rows(shared + slot.tile(), rows, me.thread % 128, 128);
@@ -91,7 +95,7 @@ __device__ __forceinline__ void attend(const MlaDecodeParams& p, uint32_t shared
   }
   ptx::pin(s);
 #pragma unroll
-  for (int half = 0; half < kHalves; ++half) arrive(shared + slot.empty(half), me);
+  for (int half = 0; half < kHalves; ++half) release<Cache::kCtas>(shared + slot.empty(half), me);
 
   float maximum[2], factor[2];
   row_maxima(state, me, first, masked, s, maximum);
@@ -114,7 +118,7 @@ __device__ __forceinline__ void attend(const MlaDecodeParams& p, uint32_t shared
   ptx::fence_proxy_async_shared();
   arrive(shared + kReady + 8 * me.warpgroup, me);
 
-  if constexpr (!kFirst) taken(shared, before, me, o);
+  if constexpr (!kFirst) taken<Cache>(shared, before, me, o);
   rescale(factor, o);
   ptx::pin(o);
   ptx::wgmma_fence();
@@ -122,10 +126,10 @@ __device__ __forceinline__ void attend(const MlaDecodeParams& p, uint32_t shared
   ptx::wgmma_commit_group();
   ptx::wgmma_wait_group<0>();
   ptx::pin(o);
-  arrive(shared + slot.empty(me.warpgroup), me);
+  release<Cache::kCtas>(shared + slot.empty(me.warpgroup), me);
 }
 
-template <bool kClears>
+template <class Cache>
 __device__ __forceinline__ void consume(const MlaDecodeParams& p, uint32_t shared, const Consumer& me) {
   const Rows rows(p);
   Slot slot;  // of the item's first tile
@@ -143,9 +147,9 @@ __device__ __forceinline__ void consume(const MlaDecodeParams& p, uint32_t share
     int tile = me.warpgroup;
     const auto step = [&](auto is_first) {
       const int first = item.first + tile * static_cast<int>(kDecodeKeys);
-      attend<decltype(is_first)::value, kClears>(p, shared, before, mine, me, exchange, rope, first,
-                                                 min(item.last - first, static_cast<int>(kDecodeKeys)),
-                                                 first + static_cast<int>(kDecodeKeys) > unmasked, state, o);
+      attend<decltype(is_first)::value, Cache>(p, shared, before, mine, me, exchange, rope, first,
+                                               min(item.last - first, static_cast<int>(kDecodeKeys)),
+                                               first + static_cast<int>(kDecodeKeys) > unmasked, state, o);
       tile += 2;
     };
     if (me.warpgroup == 0) {
@@ -166,7 +170,7 @@ __device__ __forceinline__ void consume(const MlaDecodeParams& p, uint32_t share
     }
     if (tiles > 0 && (tiles - 1) % 2 != me.warpgroup) {
       take(p, shared, before, me, exchange, state, o);
-      taken(shared, before, me, o);
+      taken<Cache>(shared, before, me, o);
     }
     for (int t = 0; t < tiles; ++t) slot.advance();
 
@@ -194,7 +198,7 @@ __device__ __forceinline__ void run(const MlaDecodeParams& p) {
   const uint32_t shared = ptx::cvta_to_shared(memory);
   const int warp = warp_index();
   ptx::griddepcontrol_launch_dependents();
-  initialise_barriers(shared, Cache::kFullArrivals);
+  initialise_barriers<Cache::kCtas>(shared, Cache::kFullArrivals);
   ptx::griddepcontrol_wait();
   if (warp < 4) {
     ptx::setmaxnreg_dec<Cache::kProducerRegisters>();
@@ -202,9 +206,11 @@ __device__ __forceinline__ void run(const MlaDecodeParams& p) {
     if (warp < Cache::kProducers) {
       for_each_item(p, [&](int, const Item& item) { Cache::load(p, shared, slot, warp, item); });
     }
+    leave<Cache::kCtas>();
   } else {
     ptx::setmaxnreg_inc<Cache::kConsumerRegisters>();
-    consume<Cache::kClears>(p, shared, Consumer(warp));
+    consume<Cache>(p, shared, Consumer(warp));
+    leave<Cache::kCtas>();
   }
 }
 
@@ -213,7 +219,13 @@ __device__ __forceinline__ void run(const MlaDecodeParams& p) {
 
 extern "C" __global__ void __launch_bounds__(dsv3::kDecodeThreads, 1)
     mla_decode_bf16(const __grid_constant__ dsv3::MlaDecodeParams p) {
-  dsv3::run<dsv3::Bf16Cache>(p);
+  dsv3::run<dsv3::Bf16Cache<1>>(p);
+}
+
+// Clusters of two blocks of rows, which read the same keys: each copies half of them, to both.
+extern "C" __global__ void __launch_bounds__(dsv3::kDecodeThreads, 1)
+    mla_decode_bf16_pair(const __grid_constant__ dsv3::MlaDecodeParams p) {
+  dsv3::run<dsv3::Bf16Cache<2>>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(dsv3::kDecodeThreads, 1)

@@ -59,7 +59,7 @@ __device__ __forceinline__ void attend(const MlaDecodeParams& p, uint32_t shared
   ptx::wgmma_wait_group<0>();
   ptx::pin(o);
 #pragma unroll
-  for (int half = 0; half < kHalves; ++half) arrive(shared + slot.empty(half), me);
+  for (int half = 0; half < kHalves; ++half) release<1>(shared + slot.empty(half), me);
 }
 
 __device__ __forceinline__ void consume(const MlaDecodeParams& p, uint32_t shared, const Consumer& me) {
@@ -104,13 +104,13 @@ extern "C" __global__ void __launch_bounds__(dsv3::kDecodeThreads, 1)
   const uint32_t shared = ptx::cvta_to_shared(memory);
   const int warp = warp_index();
   ptx::griddepcontrol_launch_dependents();
-  initialise_barriers(shared, 1);
+  initialise_barriers<1>(shared, 1);
   ptx::griddepcontrol_wait();
   if (warp < 4) {
     ptx::setmaxnreg_dec<kProducerRegisters>();
     if (warp == 0) {
       Slot slot;
-      for_each_item(p, [&](int, const Item& item) { load_tiles(p, shared, slot, item); });
+      for_each_item(p, [&](int, const Item& item) { load_tiles<1>(p, shared, slot, item); });
     }
   } else {
     ptx::setmaxnreg_inc<kConsumerRegisters>();

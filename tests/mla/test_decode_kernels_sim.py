@@ -21,7 +21,8 @@ from dsv3_kernels.mla import _cuda_decode
 pytestmark = needs_simulator
 
 SCALE = 0.1352338
-FAST, SIMPLE, FP8_KERNEL, COMBINE = "mla_decode_bf16", "mla_decode_simple", "mla_decode_fp8", "mla_decode_combine"
+FAST, PAIR, SIMPLE = "mla_decode_bf16", "mla_decode_bf16_pair", "mla_decode_simple"
+FP8_KERNEL, COMBINE = "mla_decode_fp8", "mla_decode_combine"
 LENGTHS = {str(n): [n] for n in (0, 1, 63, 64, 65, 129, 300)} | {"mixed": [1, 2000]}
 
 
@@ -49,7 +50,8 @@ def run(
     """Outputs of one launch; `sms` bounds the parts of the plan."""
     plan = plan_of(lengths, q, policy, sms) if plan is None else plan
     out, lse = q.new_full((*q.shape[:3], 512), torch.nan), q.new_full(q.shape[:3], torch.nan, dtype=torch.float32)
-    kernel = FP8_KERNEL if cache.dtype == FP8 else SIMPLE if simple else FAST
+    pairs = -(-q.shape[1] * q.shape[2] // 64) % 2 == 0
+    kernel = FP8_KERNEL if cache.dtype == FP8 else SIMPLE if simple else PAIR if pairs else FAST
     with launches(kernel):
         _cuda_decode.mla_decode(q, cache, table, lengths, *plan, scale, causal, 512, out, lse, simple=simple)
     return out, lse
@@ -159,7 +161,7 @@ def test_against_float64(case: Case) -> None:
     check(got, q, as_read(keys, cache, table, seqlens) if case.dtype == FP8 else keys, case.causal)
 
 
-@pytest.mark.parametrize(("lengths", "heads", "sms"), [([300, 0, 64], 5, 1), ([1, 450], 40, 6)], ids=str)
+@pytest.mark.parametrize(("lengths", "heads", "sms"), [([300, 0, 64], 5, 1), ([1, 330], 40, 6)], ids=str)
 def test_the_simple_kernel_has_the_same_bits(lengths: list[int], heads: int, sms: int) -> None:
     cache, table, seqlens, keys = filled(lengths, 32, torch.bfloat16)
     q = queries(len(lengths), 2, heads)
@@ -169,14 +171,15 @@ def test_the_simple_kernel_has_the_same_bits(lengths: list[int], heads: int, sms
 
 
 @pytest.mark.parametrize("options", SCHEDULES.values(), ids=SCHEDULES)
-@pytest.mark.parametrize("kernel", [FAST, SIMPLE, FP8_KERNEL])
+@pytest.mark.parametrize("kernel", [FAST, PAIR, SIMPLE, FP8_KERNEL])
 def test_under_any_schedule(kernel: str, options: dict[str, str]) -> None:
     """Several items on one CTA, odd and even numbers of tiles, a request in three items."""
     cache, table, seqlens, _ = filled([330, 70, 0, 128], 16, FP8 if kernel == FP8_KERNEL else torch.bfloat16)
-    q = queries(4, 1, 70)
-    plain = run(q, cache, table, seqlens, sms=6, simple=kernel == SIMPLE)
+    q = queries(4, 1, 70 if kernel == PAIR else 20)
+    sms = 6 if kernel == PAIR else 3
+    plain = run(q, cache, table, seqlens, sms=sms, simple=kernel == SIMPLE)
     with schedule(**options):
-        assert same_bits(plain, run(q, cache, table, seqlens, sms=6, simple=kernel == SIMPLE))
+        assert same_bits(plain, run(q, cache, table, seqlens, sms=sms, simple=kernel == SIMPLE))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FP8])
@@ -293,17 +296,17 @@ def test_lengths_beyond_the_table_are_cut_to_it() -> None:
     check(out, q, keys, causal=False)
 
 
-@pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, FAST), (torch.bfloat16, SIMPLE), (FP8, FP8_KERNEL)])
-def test_budget(dtype: torch.dtype, name: str) -> None:
+@pytest.mark.parametrize("name", [FAST, PAIR, SIMPLE, FP8_KERNEL])
+def test_budget(name: str) -> None:
     """Bytes and cycles per tile as docs/mla.md has them; every output byte once; no bank met twice."""
-    tiles, heads = 4, 64
+    tiles, heads, dtype = 4, 128 if name == PAIR else 64, FP8 if name == FP8_KERNEL else torch.bfloat16
     cache, table, seqlens, _ = filled([64 * tiles], 64, dtype)
     q = queries(1, 1, heads)
     with schedule(banks="1"):
         plan = plan_of(seqlens, q, "balanced", 1)
         run(q, cache, table, seqlens, plan=plan, simple=name == SIMPLE)
     spent = counters()
-    assert spent["wgmma_cycles"] == tiles * (3328 if name == SIMPLE else 2176)
+    assert spent["wgmma_cycles"] == tiles * (3328 if name == SIMPLE else 2176) * (heads // 64)
     assert spent["tma_read"] == (0 if dtype == FP8 else tiles * 64 * 1152)
     assert spent["global_write"] == heads * (1024 + 4)
     assert spent["shared_wavefronts"] == spent["shared_ideal"] > 0
@@ -313,30 +316,27 @@ def test_budget(dtype: torch.dtype, name: str) -> None:
 UNREACHED: dict[str, str] = {}
 
 
-@pytest.mark.parametrize("kernel", [FAST, SIMPLE, FP8_KERNEL, COMBINE])
+@pytest.mark.parametrize("kernel", [FAST, PAIR, SIMPLE, FP8_KERNEL, COMBINE])
 def test_every_basic_block_is_reached(kernel: str) -> None:
     dtype = FP8 if kernel == FP8_KERNEL else torch.bfloat16
     with coverage(kernel) as seen:
         # More than 32 splits; more pages than two times 32; unaligned rows, whole and in splits (below).
-        shapes = (16, [2300, 0, 65], 2, 35, 40), (16, [1100], 1, 1, 1), (128, [129, 1], 1, 3, 2)
+        shapes = (16, [2300, 0, 65], 1, 3, 40), (16, [1100], 1, 3, 1), (128, [129, 1], 2, 3, 2)
         for page, lengths, count, heads, sms in shapes:
             cache, table, seqlens, _ = filled(lengths, page, dtype)
-            q = queries(len(lengths), count, heads)
+            q = queries(len(lengths), count, heads + (64 // count if kernel == PAIR else 0))
             run(q, cache, table, seqlens, sms=sms, simple=kernel == SIMPLE)
         if dtype == FP8:
             cache.view(-1, 656)[table[0, 0] * 128, :512] = torch.arange(512).to(torch.uint8)
             run(q, cache, table, seqlens)
-        odd = torch.full((2, 1, 3, 600), torch.nan, dtype=torch.bfloat16)
+        odd, wide = (torch.full((*q.shape[:3], n), torch.nan, dtype=torch.bfloat16) for n in (600, 601))
         odd[..., 1:577] = q
-        wide = torch.full((2, 1, 3, 601), torch.nan, dtype=torch.bfloat16)
-        for sms in (1, 8):
+        for sms in (1, 12):
             plan = plan_of(seqlens, q, "balanced", sms)
-            lse = torch.full((2, 1, 3), torch.nan)
+            lse = torch.full(q.shape[:3], torch.nan)
+            args = odd[..., 1:577], cache, table, seqlens, *plan, SCALE, True, 512, wide[..., 3:515], lse
             with _simulator.active("cuda"):
-                _cuda_decode.mla_decode(
-                    odd[..., 1:577], cache, table, seqlens, *plan, SCALE, True, 512, wide[..., 3:515], lse,
-                    simple=kernel == SIMPLE,
-                )  # fmt: skip
+                _cuda_decode.mla_decode(*args, simple=kernel == SIMPLE)
             assert same_bits((wide[..., 3:515].contiguous(), lse), run(q, cache, table, seqlens, plan=plan))
             assert wide[..., :3].isnan().all() and wide[..., 515:].isnan().all()
     assert seen.unreached(unreachable=UNREACHED) == []

@@ -13,7 +13,7 @@ from dsv3_kernels import _host
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {name: row["image"] for name, row in _host.kernels().items() if name.startswith("mla_decode")}
-ATTENTION = ("mla_decode_bf16", "mla_decode_fp8", "mla_decode_simple")
+ATTENTION = ("mla_decode_bf16", "mla_decode_bf16_pair", "mla_decode_fp8", "mla_decode_simple")
 MIB = 2**20
 
 
@@ -43,6 +43,7 @@ def test_waits_for_its_predecessor(kernel: str) -> None:
         # A first tile (36 for the scores, 4 for the output), any other (4 more for the other warpgroup's weights), and
         # the last one's weights for the warpgroup that did not form them.
         ("mla_decode_bf16", 40 + 44 + 4, 2 + 3 + 1),
+        ("mla_decode_bf16_pair", 40 + 44 + 4, 2 + 3 + 1),
         ("mla_decode_fp8", 40 + 44 + 4, 2 + 3 + 1),
         ("mla_decode_simple", 40, 2),
     ],
