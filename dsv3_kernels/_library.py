@@ -43,7 +43,7 @@ OPS: dict[str, Op] = {
     "fp8_masked_gemm": Op("gemm", cuda=True, triton=True),
     "fp8_grouped_wgrad": Op("gemm", cuda=True, triton=True, out=True),
     "fp8_grouped_wgrad_accumulate": Op("gemm", module="fp8_grouped_wgrad", cuda=True, triton=True, internal=True),
-    "fp8_grouped_gemm_swiglu_quantize": Op("gemm", triton=True),
+    "fp8_grouped_gemm_swiglu_quantize": Op("gemm", cuda=True, triton=True),
     # mla
     "rope": Op("mla", cuda=True, grad="rope"),
     "mla_prefill": Op("mla", cuda=True, grad="mla_prefill_backward"),

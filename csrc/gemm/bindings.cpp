@@ -51,6 +51,17 @@ void grouped(py::handle a, py::handle a_scale, py::handle b, py::handle b_scale,
            {device, stream});
 }
 
+void swiglu(py::handle a, py::handle a_scale, py::handle b, py::handle b_scale, py::handle offsets, py::handle weights,
+            py::handle q, py::handle q_scale, bool pow2_scale, int num_sms, int device, uintptr_t stream) {
+  const GemmOperand a_operand = operand(a), b_operand = operand(b);
+  const GemmScale a_scales = scale(a_scale), b_scales = scale(b_scale), weights_of = scale(weights);
+  const GemmScale q_scales = scale(q_scale);
+  void *const offsets_of = tensor(offsets).data, *const q_of = tensor(q).data;
+  const py::gil_scoped_release unlocked;
+  fp8_grouped_gemm_swiglu_quantize(a_operand, a_scales, b_operand, b_scales, offsets_of, weights_of, q_of, q_scales,
+                                   pow2_scale, num_sms, {device, stream});
+}
+
 py::dict words_of_plan(const std::string& op, int64_t groups, int64_t rows, int64_t n, int64_t k, bool by_row,
                        int64_t out_bytes, const char* policy, int64_t expected_m, int num_sms, int device) {
   const int64_t sms = device < 0 ? kSms : Driver::of(op.c_str(), {device, 0}).multiprocessors({device, 0});
@@ -78,6 +89,7 @@ void bind_gemm(py::module_& m) {
   m.def("fp8_grouped_gemm", &grouped<&fp8_grouped_gemm>);
   m.def("fp8_masked_gemm", &grouped<&fp8_masked_gemm>);
   m.def("fp8_grouped_wgrad", &grouped<&fp8_grouped_wgrad>);
+  m.def("fp8_grouped_gemm_swiglu_quantize", &swiglu);
   m.def("fp8_plan", &words_of_plan,
         "What a launch of these sizes would be (csrc/gemm/fp8_select.h); device -1: an H200's SMs.");
 }

@@ -50,4 +50,9 @@ void fp8_masked_gemm(const GemmOperand& a, const GemmScale& a_scale, const GemmO
 void fp8_grouped_wgrad(const GemmOperand& a, const GemmScale& a_scale, const GemmOperand& b, const GemmScale& b_scale,
                        const void* offsets, const GemmOutput& out, const GemmChoice& choice, const Target& target);
 
+// b is [groups, 2 F, K]; weights are one-dimensional, or have no address; q [S, F] is contiguous.
+void fp8_grouped_gemm_swiglu_quantize(const GemmOperand& a, const GemmScale& a_scale, const GemmOperand& b,
+                                      const GemmScale& b_scale, const void* offsets, const GemmScale& weights, void* q,
+                                      const GemmScale& scale, bool pow2_scale, int num_sms, const Target& target);
+
 }  // namespace dsv3

@@ -220,3 +220,22 @@ def fp8_grouped_wgrad_accumulate(
     a_t: Tensor, a_scale: Tensor, b_t: Tensor, b_scale: Tensor, offsets: Tensor, num_sms: int | None, out: Tensor
 ) -> None:
     _grouped(_host.fp8_grouped_wgrad, a_t, a_scale, b_t, b_scale, offsets, out, True, num_sms)
+
+
+fp8_grouped_gemm_swiglu_quantize_cannot = fp8_gemm_cannot
+
+
+def fp8_grouped_gemm_swiglu_quantize(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    offsets: Tensor,
+    weights: Tensor | None,
+    pow2_scale: bool,
+    num_sms: int | None,
+    q: Tensor,
+    scale: Tensor,
+) -> None:
+    launch = _host.fp8_grouped_gemm_swiglu_quantize
+    launch(a, a_scale, b, b_scale, offsets, weights, q, scale, pow2_scale, num_sms or 0, *target(a))

@@ -68,7 +68,7 @@ def test_it_is_the_two_ops_in_float32(backend, device):
     weights = torch.randn(30, device=device)
     got = dk.fp8_grouped_gemm_swiglu_quantize(*a, *b, bounds, weights=weights)
     gate_up = dk.fp8_grouped_gemm(*a, *b, bounds, out_dtype=torch.float32)
-    if backend == "eager":
+    if "triton" not in backend:
         assert same_bits(got, dk.silu_mul_quantize_1x128(gate_up, weights=weights))
     assert same_bits(dk.fp8_grouped_gemm_swiglu_quantize(*a, *b, bounds, weights=weights, num_sms=8), got)
 
