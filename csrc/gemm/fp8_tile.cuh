@@ -173,14 +173,13 @@ __device__ __forceinline__ void load_operands(uint32_t shared, Slot<Tile>& slot,
   }
 }
 
-// Scales of an operand's rows from `row` on, of which its matrix has `rows` left. A row beyond takes the last one's
-// scale, since its results are not stored.
+// Scales of an operand's rows of a tile, from the scale `index` on; its matrix has `rows` left. A row beyond takes the
+// last one's scale, since its results are not stored.
 struct ScalePlace {
   const ScaleView& view;
-  int group, row, rows;
+  int group, row, index, rows;
 
   __device__ __forceinline__ const float* corner(int first_block) const {
-    const int index = view.rows_per_scale == 1 ? row : row / 128;
     return view.data + group * view.group_stride + index * view.row_stride + first_block * view.block_stride;
   }
 };
@@ -195,14 +194,15 @@ __device__ __forceinline__ void load_scales(uint32_t shared, Slot<Tile>& slot, c
   constexpr int kRightLanes = kScale == BScale::kBlock ? 2 : Tile::kN < 32 ? Tile::kN : 32;
   constexpr int kRightLoads = kScale == BScale::kBlock || Tile::kN < 32 ? 1 : Tile::kN / 32;
   const int lane = threadIdx.x % 32;
-  const ScalePlace of_a{a, group_a, row, rows}, of_b{b, group_b, column, columns};
+  const bool b_by_row = Tile::kSwapped ? b.rows_per_scale == 1 : kScale == BScale::kRow;
+  const ScalePlace of_a{a, group_a, row, row, rows};
+  const ScalePlace of_b{b, group_b, column, b_by_row ? column : column / 128, columns};
   const ScalePlace &left = Tile::kSwapped ? of_b : of_a, &right = Tile::kSwapped ? of_a : of_b;
   const float *left_corner = left.corner(first_block), *right_corner = right.corner(first_block);
   // Offsets within the tile; launchers refuse strides that overflow them. The 128 rows of a swapped tile's B may have
   // one scale. A right operand with a scale per block has two at most: lane 0 copies that of the tile's first column
   // and lane 1 that of its last one.
-  const bool one_scale = Tile::kSwapped && left.view.rows_per_scale != 1;
-  const uint32_t left_stride = one_scale ? 0 : static_cast<uint32_t>(left.view.row_stride);
+  const uint32_t left_stride = Tile::kSwapped && !b_by_row ? 0 : static_cast<uint32_t>(left.view.row_stride);
   const uint32_t right_stride = static_cast<uint32_t>(right.view.row_stride);
   const int left_last = min(Tile::kM, left.rows) - 1, right_end = min(Tile::kN, right.rows);
   const int right_last = kScale == BScale::kRow ? right_end - 1 : (right.row + right_end - 1) / 128 - right.row / 128;

@@ -86,6 +86,9 @@ uint64_t translate(uint64_t a, uint64_t bytes) {
   return end;
 }
 
+// Output of this size is not filled with a pattern: a tensor with huge strides takes memory only where it is written.
+constexpr size_t kSparse = 1 << 28;
+
 std::vector<Region> copyIn(std::vector<Declared> list) {
   std::sort(list.begin(), list.end(), [](const Declared& x, const Declared& y) { return x.address < y.address; });
   std::vector<Region> regions;
@@ -113,15 +116,17 @@ std::vector<Region> copyIn(std::vector<Declared> list) {
     if (allRead) {
       memcpy((void*)r.copy, (void*)r.begin, n);
     } else {
-      memset((void*)r.copy, 0xa5, n);
-      b.valid.assign(n, 0);
+      if (n < kSparse) memset((void*)r.copy, 0xa5, n);
+      b.valid.resize(n);
       for (auto& p : r.parts)
         if (p.access & 1) {
           memcpy((void*)(r.copy + (p.address - r.begin)), (void*)p.address, p.bytes);
           memset(b.valid.data() + (p.address - r.begin), 1, p.bytes);
         }
     }
-    if (r.write) r.before.assign((uint8_t*)r.copy, (uint8_t*)r.copy + n);
+    bool anyRead = false;
+    for (auto& p : r.parts) anyRead |= (p.access & 1) != 0;
+    if (r.write && anyRead) r.before.assign((uint8_t*)r.copy, (uint8_t*)r.copy + n);
   }
   return regions;
 }
@@ -133,7 +138,19 @@ void copyBack(std::vector<Region>& regions) {
     const size_t n = r.end - r.begin;
     const uint8_t* now = (uint8_t*)r.copy;
     uint8_t* host = (uint8_t*)r.begin;
-    const std::vector<uint8_t>& valid = Arena::get().find(r.copy, 1)->valid;
+    const auto& valid = Arena::get().find(r.copy, 1)->valid;
+    if (r.before.empty()) {  // nothing was read, so that what is valid was written
+      for (size_t i = 0; i < n;) {
+        const void* at = memchr(valid.data() + i, 1, n - i);
+        if (!at) break;
+        i = (size_t)((const uint8_t*)at - valid.data());
+        size_t j = i;
+        while (j < n && valid[j]) ++j;
+        memcpy(host + i, now + i, j - i);
+        i = j;
+      }
+      continue;
+    }
     for (size_t i = 0; i < n;) {
       if (now[i] == r.before[i] && (valid.empty() || !valid[i])) {
         ++i;
@@ -604,7 +621,7 @@ SIM_API int cuMemAlloc_v2(uint64_t* p, size_t bytes) {
   return guarded([&]() -> int {
     if (!bytes) return report(InvalidValue, "zero bytes");
     *p = Arena::get().allocate(bytes, "cuMemAlloc of " + std::to_string(bytes) + " bytes");
-    Arena::get().find(*p, 1)->valid.assign(bytes, 0);
+    Arena::get().find(*p, 1)->valid.resize(bytes);
     return Success;
   });
 }

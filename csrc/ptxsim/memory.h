@@ -3,6 +3,8 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -17,13 +19,28 @@ inline bool inLocal(uint64_t a) {
   return (a >> 32) == 2;
 }
 
+// Bytes that start as zeros and take memory only where they are touched: calloc's, which `resize` leaves alone.
+template <class T>
+struct Untouched {
+  using value_type = T;
+  T* allocate(size_t n) {
+    void* p = calloc(n, sizeof(T));
+    if (!p) throw std::bad_alloc();
+    return static_cast<T*>(p);
+  }
+  void deallocate(T* p, size_t) { free(p); }
+  void construct(T*) {}
+  bool operator==(const Untouched&) const { return true; }
+  bool operator!=(const Untouched&) const { return false; }
+};
+
 struct Buffer {
   uint64_t begin = 0, end = 0;
   bool writable = true;
   bool live = false;
   std::string name;
   uint8_t* host = nullptr;       // where it is copied back to
-  std::vector<uint8_t> valid;    // of a buffer the kernel may not read before it wrote: 1 = written
+  std::vector<uint8_t, Untouched<uint8_t>> valid;  // of a buffer the kernel may not read before it wrote: 1 = written
   std::vector<uint32_t> shadow;  // race detector, made on demand
 };
 
