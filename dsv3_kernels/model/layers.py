@@ -315,13 +315,13 @@ class MoE(nn.Module):
             self.counts = counts if self.counts is None else self.counts + counts
         return weights, experts
 
-    def dispatch_send(self, h: Tensor | Quantized, weights: Tensor, experts: Tensor) -> Any:
+    def dispatch_send(self, h: Tensor | Quantized, weights: Tensor, experts: Tensor, step: Step) -> Any:
         x, scale = (h.x if isinstance(h, Quantized) else h), None
         if self.experts.gate_up.quantize_activations:
             x, scale = self.experts.gate_up.quantize(h)
         if self.parallel is None:
             return dk.moe_permute(x, experts, self.num_experts, scale=scale)
-        return self.parallel.dispatch_send(x, experts, weights, scale=scale)
+        return self.parallel.dispatch_send(x, experts, weights, scale=scale, fp8_wire=step.fp8 is not None)
 
     def compute(self, sent: Any, step: Step) -> tuple[Tensor, Any]:
         """Experts on the rows that were sent: (their rows, handle)"""
@@ -492,7 +492,7 @@ class DecoderLayer(nn.Module):
             step.note(before, start, (out, residual), *attended, mlp)
             return out, residual
         weights, experts = mlp.route(entered[0], step)
-        sent = mlp.dispatch_send(h, weights, experts)
+        sent = mlp.dispatch_send(h, weights, experts, step)
         crossing = (mlp.carrier(sent), weights, entered[1])
         there, weights, gate_up = cut = step.cut(*crossing)
         shared = mlp.shared_experts

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..quant.dequantize import dequantize
+from ..quant.quantize_1x128 import quantize_1x128
 from .transport import EPTimeoutError, Exchange, Group, Transport, VirtualRanks
 
 T = TypeVar("T")
@@ -197,7 +199,14 @@ class ExpertParallel:
     # Dispatch ------------------------------------------------------------------------------------------------------
 
     def dispatch(
-        self, x: Any, experts: Any, weights: Any, *, scale: Any = None, capacity: int | None = None
+        self,
+        x: Any,
+        experts: Any,
+        weights: Any,
+        *,
+        scale: Any = None,
+        capacity: int | None = None,
+        fp8_wire: bool = False,
     ) -> tuple[Any, Any, Any, Any, Handle]:
         """Sends tokens to their experts.
 
@@ -208,16 +217,28 @@ class ExpertParallel:
             scale: float32 [T, C], sent with the rows of a float8 ``x``.
             capacity: rows of every output, for static shapes and no host synchronisation; more rows than that raise
                 :class:`EPCapacityError` at :meth:`check` or at the next call. None: exactly the rows that came.
+            fp8_wire: a float ``x`` travels as E4M3 codes with a power-of-two scale per 128 elements, and arrives as the
+                numbers that these stand for (quantising them so again changes nothing). Gradients travel as they are
+                (technical report, section 3.3.3).
 
         Returns:
             ``rows`` [S, hidden], ``row_scale`` [S, C] or None, ``row_weights`` [S], ``offsets`` int32 [experts here +
             1] (rows of the rank's i-th expert are offsets[i]:offsets[i + 1]; rows past the last are zero), and a handle
             for :meth:`combine`. Differentiable in ``x`` (not float8) and ``weights``.
         """
-        return self.dispatch_recv(self.dispatch_send(x, experts, weights, scale=scale, capacity=capacity))
+        return self.dispatch_recv(
+            self.dispatch_send(x, experts, weights, scale=scale, capacity=capacity, fp8_wire=fp8_wire)
+        )
 
     def dispatch_send(
-        self, x: Any, experts: Any, weights: Any, *, scale: Any = None, capacity: int | None = None
+        self,
+        x: Any,
+        experts: Any,
+        weights: Any,
+        *,
+        scale: Any = None,
+        capacity: int | None = None,
+        fp8_wire: bool = False,
     ) -> _Dispatching:
         """The first half of :meth:`dispatch`: plans and sends. Its result goes to :meth:`dispatch_recv`."""
         self._raise_overflow(wait=False)
@@ -229,6 +250,8 @@ class ExpertParallel:
             raise TypeError(f"dispatch: capacity: got {type(capacity).__name__}, wanted an int or None")
         if capacity is not None and capacity < 1:
             raise ValueError(f"dispatch: capacity: got {capacity}, wanted at least 1")
+        if fp8_wire and xs[0].dtype in _FLOAT8:
+            raise TypeError(f"dispatch: fp8_wire: got {xs[0].dtype} rows, wanted float16, bfloat16 or float32")
 
         with torch.no_grad():
             plans = [self._plan(e, capacity) for e in chosen]
@@ -242,6 +265,8 @@ class ExpertParallel:
                     plan.recv_counts = plan.send_counts
             payload = []
             for plan, xi, si, ei, wi in zip(plans, xs, scales, chosen, gates, strict=True):
+                if fp8_wire:
+                    xi, si = quantize_1x128(xi, pow2_scale=True, scale_layout="k")
                 parts = [xi, ei.int(), wi] if si is None else [xi, ei.int(), wi, si]
                 packed = _pack(parts)
                 packed = torch.cat([packed, packed.new_full((1, packed.shape[1]), 255)])  # the padding's experts are -1
@@ -262,6 +287,8 @@ class ExpertParallel:
             for rank, plan, packed in zip(self._transport.local_ranks, plans, pending.exchange.wait(), strict=True):
                 got = _unpack(packed, pending.layout)
                 offset, count = self._expand(plan, got[1], rank, pending.capacity)
+                if got[0].dtype != pending.x[0].dtype:  # codes on the wire alone
+                    got = [dequantize(got[0], got[3], dtype=pending.x[0].dtype), *got[1:3]]
                 x.append(self._rows(got[0], plan))
                 weight = got[2][plan.source, plan.choice]
                 weights.append(weight if plan.valid is None else torch.where(plan.valid.squeeze(-1), weight, 0))
