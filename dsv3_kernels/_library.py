@@ -46,8 +46,8 @@ OPS: dict[str, Op] = {
     "fp8_grouped_gemm_swiglu_quantize": Op("gemm", cuda=True, triton=True),
     # mla
     "rope": Op("mla", cuda=True, grad="rope"),
-    "mla_prefill": Op("mla", cuda=True, grad="mla_prefill_backward"),
-    "mla_prefill_backward": Op("mla", module="mla_prefill", cuda=True, internal=True),
+    "mla_prefill": Op("mla", cuda=True, triton=True, grad="mla_prefill_backward"),
+    "mla_prefill_backward": Op("mla", module="mla_prefill", cuda=True, triton=True, internal=True),
     "mla_decode": Op("mla", cuda=True, triton=True, out=True),
     "mla_decode_plan": Op("mla", cuda=True, triton=True),
     "mla_prologue": Op("mla", cuda=True),

@@ -85,6 +85,17 @@ def test_any_schedule(dtype, heads, options) -> None:
     assert same_bits(got, again) and seen.unreached() == []
 
 
+def test_many_splits() -> None:
+    """More than the joining kernel takes at a time, the largest scores among the last."""
+    q = torch.randn(1, 2, 2, 576).bfloat16() * 0.2
+    cache, table, lengths, keys = filled([800], 128, torch.bfloat16)
+    cache[table[0, 6], 20] = 12 * q[0, 0, 0]
+    keys[0][788] = 12 * q[0, 0, 0].double()
+    plan = dk.mla_decode_plan(lengths, num_queries=2, num_heads=2, num_sms=18)
+    assert int(plan.splits[1]) > 8
+    check(decode(q, cache, table, lengths, plan=plan), q, keys)
+
+
 def test_fixed_splits_do_not_depend_on_the_batch() -> None:
     q = torch.randn(3, 1, 4, 576).bfloat16()
     cache, table, lengths, _ = filled([600, 1100, 0], 64, torch.bfloat16)

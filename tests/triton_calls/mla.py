@@ -7,7 +7,7 @@ import torch
 import dsv3_kernels as dk
 from dsv3_kernels.mla.mla_decode_plan import Plan
 
-from . import Call, bf16, i32
+from . import Call, bf16, f32, i32
 
 WGMMA = r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.bf16\.bf16"
 MMA = r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16"
@@ -24,13 +24,68 @@ def decode(heads: int, fp8: bool, plan: bool) -> Callable[[], object]:
     return run
 
 
+def prefill(backward: bool) -> object:
+    """Two sequences of 4096 tokens; keys and values as the up-projection leaves them."""
+    tokens, heads = 8192, 128
+    kv, bounds = bf16(tokens, heads, 256), i32(3)
+    inputs = bf16(tokens, heads, 192), kv[..., :128], bf16(tokens, 64), kv[..., 128:]
+    if not backward:
+        return dk.mla_prefill(*inputs, bounds, bounds, softmax_scale=1.0)
+    given = bf16(tokens, heads, 128), *inputs, bf16(tokens, heads, 128), f32(tokens, heads)
+    return torch.ops.dsv3_kernels.mla_prefill_backward(*given, bounds, bounds, 1.0, True)
+
+
+def rotate(interleaved: bool) -> object:
+    return dk.rope(bf16(4096, 128, 64), i32(4096), f32(4096, 64), interleaved=interleaved)
+
+
+def cache_of(fp8: bool) -> torch.Tensor:
+    return torch.empty(8192, 64, 656, dtype=torch.uint8) if fp8 else bf16(8192, 64, 576)
+
+
+def append(fp8: bool) -> object:
+    slots = torch.zeros(4096, dtype=torch.int64)
+    return dk.mla_cache_append(cache_of(fp8), slots, bf16(4096, 512), bf16(4096, 64))
+
+
+def merge() -> object:
+    return dk.merge_attention(bf16(4096, 128, 128), f32(4096, 128), bf16(4096, 128, 128), f32(4096, 128))
+
+
+VECTORS = (r"ld\.global\.v4",)
 KERNELS = ("triton_mla_decode", "triton_mla_decode_join")
 CALLS = {
+    "rope": [
+        Call(lambda interleaved=interleaved: rotate(interleaved), ("triton_rope",), VECTORS)
+        for interleaved in (True, False)
+    ],
+    "mla_cache_append": [
+        Call(lambda: append(False), ("triton_mla_cache_append",), VECTORS),
+        Call(lambda: append(True), ("triton_mla_cache_append_fp8",), (r"cvt\.rn\.satfinite\.e4m3x2\.f32",), 89),
+    ],
+    "mla_cache_gather": [
+        Call(
+            lambda fp8=fp8: dk.mla_cache_gather(cache_of(fp8), i32(64, 64), i32(65), 8192),
+            (f"triton_mla_cache_gather{end}",),
+            VECTORS,
+            least,
+        )
+        for fp8, end, least in ((False, "", 80), (True, "_fp8", 89))
+    ],
+    "merge_attention": [Call(merge, ("triton_merge_attention",), VECTORS)],
     "mla_decode": [
         Call(decode(128, False, True), KERNELS, (WGMMA,)),
         Call(decode(16, False, False), KERNELS, (MMA,)),
         Call(decode(128, True, True), KERNELS, (WGMMA,), 89),
         Call(decode(16, True, False), KERNELS, (MMA,), 89),
+    ],
+    "mla_prefill": [Call(lambda: prefill(False), ("triton_mla_prefill",), (WGMMA,))],
+    "mla_prefill_backward": [
+        Call(
+            lambda: prefill(True),
+            tuple(f"triton_mla_prefill_backward_{part}" for part in ("row_sums", "queries", "keys", "join")),
+            (WGMMA,),
+        )
     ],
     "mla_decode_plan": [
         Call(lambda: dk.mla_decode_plan(i32(128), num_queries=1, num_heads=128), ("triton_mla_decode_plan",)),
