@@ -169,11 +169,14 @@ def stages(
     group: ranks that hold the same stages and share their experts out, each bringing its own sequences, at most
     `max_tokens` tokens of them in a microbatch. Layers are spread evenly, the later stages holding the fewer.
 
-    ValueError: more stages than layers, a stage that does not exist.
+    ValueError: more stages than layers, a stage that does not exist, MTP layers with the embedding on another rank.
     """
     total = config.num_hidden_layers
     _checks.value("stages", "count", 1 <= count <= total, count, f"1 to {total}, one layer or more in each")
     _checks.value("stages", "which", all(0 <= i < count for i in which), list(which), f"stages 0 to {count - 1}")
+    together = not config.num_nextn_predict_layers or (0 in which) == (count - 1 in which)
+    wanted = "the first and the last stage on one rank: the MTP layers share the embedding"
+    _checks.value("stages", "which", together, list(which), wanted)
     model = DeepSeekV3.sharded(config, group, max_tokens)
     bounds = [-(-total * i // count) for i in range(count + 1)]
     made = [Stage(model, range(bounds[i], bounds[i + 1]), recipe, mtp_weight) for i in which]

@@ -75,6 +75,8 @@ class Options:
             _checks.value(OP, name, value >= 0, value, "0 or more")
         _checks.value(OP, "sequence", self.sequence > 1, self.sequence, "at least 2 tokens")
         _checks.one_of(OP, "recipe", self.recipe, *train.RECIPES)
+        grows = not self.ramp or self.micro_batch is not None
+        _checks.value(OP, "micro_batch", grows, None, "a number: with ramp the batch grows by so many sequences a rank")
 
 
 class Trainer:
@@ -375,7 +377,7 @@ class Trainer:
         return {}
 
     def _digest(self) -> str:
-        return hashlib.sha256(self.tokens.to(torch.int32).numpy().tobytes()).hexdigest()[:16]
+        return hashlib.sha256(self.tokens.to(torch.int32).cpu().numpy().tobytes()).hexdigest()[:16]
 
     def _barrier(self) -> None:
         if self.world > 1:

@@ -193,8 +193,11 @@ def test_bad_stages():
     for which, count, words in (
         ([0], 5, "count: got 5, wanted 1 to 4"),
         ([2], 2, r"which: got \[2\], wanted stages 0 to 1"),
+        ([1], 2, r"which: got \[1\], wanted the first and the last stage on one rank"),
     ):
         with pytest.raises(ValueError, match=words):
             stages(Config(**DEEP), which, count)
+    assert len(stages(Config(**DEEP), [1], 4)) == 1
+    assert len(stages(Config(**DEEP | {"num_nextn_predict_layers": 0}), [1], 2)) == 1
     with pytest.raises(ValueError, match="recipe: got 'int8'"):
-        stages(Config(**DEEP), [0], 2, recipe="int8")
+        stages(Config(**DEEP), [0, 1], 2, recipe="int8")

@@ -200,6 +200,11 @@ def test_a_lost_number_is_found(recipe, tmp_path):
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
+def test_the_batch_grows():
+    made = short(ramp=True, micro_batch=1, batch=10, steps=100)
+    assert [len(made._microbatches(step)) for step in (0, 1, 2, 3, 4, 99)] == [2, 5, 7, 10, 10, 10]
+
+
 def test_microbatches_add_up():
     whole, cut = (short(recipe="float32", micro_batch=micro) for micro in (None, 2))
     for made in (whole, cut):
@@ -254,6 +259,7 @@ def test_bad_options(tmp_path):
         ({"sequence": 33}, "train: sequence: got 33, wanted at most max_position_embeddings = 32"),
         ({"recipe": "int8"}, "train: recipe: got 'int8'"),
         ({"expert_parallel": 2}, "train: expert_parallel: got 2, wanted a divisor of the 1 ranks"),
+        ({"ramp": True}, "train: micro_batch: got None, wanted a number: with ramp"),
         ({"rate": -1.0}, "train: rate: got -1.0, wanted 0 or more"),
     ):
         with pytest.raises(ValueError) as error:
