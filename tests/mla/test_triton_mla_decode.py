@@ -90,7 +90,7 @@ def test_many_splits() -> None:
     q = torch.randn(1, 2, 2, 576).bfloat16() * 0.2
     cache, table, lengths, keys = filled([800], 128, torch.bfloat16)
     cache[table[0, 6], 20] = 12 * q[0, 0, 0]
-    keys[0][788] = 12 * q[0, 0, 0].double()
+    keys[0][788] = cache[table[0, 6], 20].double()
     plan = dk.mla_decode_plan(lengths, num_queries=2, num_heads=2, num_sms=18)
     assert int(plan.splits[1]) > 8
     check(decode(q, cache, table, lengths, plan=plan), q, keys)
