@@ -36,11 +36,14 @@ venv: .venv/installed native ptxsim  ## set up .venv: the package (editable), it
 demo: venv  ## the main job: a real checkpoint, from disk to tokens
 	.venv/bin/dsv3 demo
 
+# A worker per core; a test that spreads over processes of its own is one worker's.
+WORKERS ?= -n logical --maxprocesses 8 --dist worksteal
+
 test: venv  ## every test that needs no GPU
-	$(PY) -m pytest tests $(PYTEST_ARGS)
+	$(PY) -m pytest tests $(WORKERS) $(PYTEST_ARGS)
 
 test-fast: venv  ## the same without the slow ones
-	$(PY) -m pytest tests -m 'not slow' $(PYTEST_ARGS)
+	$(PY) -m pytest tests $(WORKERS) -m 'not slow' $(PYTEST_ARGS)
 
 lint: .venv/installed  ## ruff, mypy, clang-format
 	$(PY) -m ruff check .

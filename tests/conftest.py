@@ -21,7 +21,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--gpu") and not torch.cuda.is_available():
         pytest.exit(f"--gpu: torch {torch.__version__} sees no GPU", returncode=1)
-    torch.set_num_threads(max(1, min(2, os.cpu_count() or 1)))
+    # Beside other workers a second thread waits for a core more often than it computes.
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    torch.set_num_threads(max(1, min(2 if alone else 1, os.cpu_count() or 1)))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
