@@ -105,7 +105,7 @@ def triton_moe_permute_copy(
         expert = item - tokens
         end = tl.load(offsets + expert + 1)
         for padding in range(tl.load(offsets + expert) + tl.load(totals + expert), end):
-            row = padding.to(tl.int64)
+            row = tl.cast(padding, tl.int64)
             tl.store(rows + row * columns + column, tl.zeros((COLUMNS,), rows.dtype.element_ty), mask=inside)
             if scale is not None:
                 to = row_scale + row * row_scale_stride + block.to(tl.int64) * row_scale_block
