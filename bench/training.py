@@ -10,12 +10,11 @@ from typing import Any
 
 def probes(quick: bool) -> dict[str, Callable[[], dict[str, Any]]]:
     """{name: measurement}; each returns figures with their units in their names."""
-    steps = 2 if quick else 5
+    steps, recipes, depths = (2, ("fp8",), (2,)) if quick else (5, ("float32", "bf16", "fp8"), (1, 2, 3))
     found: dict[str, Callable[[], dict[str, Any]]] = {
-        f"training step, toy, 256 tokens, {recipe}": functools.partial(step, recipe, steps)
-        for recipe in ("float32", "bf16", "fp8")
+        f"training step, toy, 256 tokens, {recipe}": functools.partial(step, recipe, steps) for recipe in recipes
     }
-    return found | {f"speculation, demo checkpoint, {n} drafts": functools.partial(drafts, n) for n in (1, 2, 3)}
+    return found | {f"speculation, demo checkpoint, {n} drafts": functools.partial(drafts, n) for n in depths}
 
 
 def step(recipe: str, steps: int) -> dict[str, Any]:

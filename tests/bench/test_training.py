@@ -8,7 +8,7 @@ from bench import training, training_precision
 
 
 def test_probes():
-    assert len(training.probes(quick=True)) == 6
+    assert (len(training.probes(quick=True)), len(training.probes(quick=False))) == (2, 6)
     assert training.step("bf16", 1)["step_s"] > 0
     figures = training.drafts(2)
     assert 0.3 < figures["accepted"] < 1 and 1.5 < figures["tokens_per_pass"] <= 3
