@@ -31,7 +31,7 @@ OPS: dict[str, Op] = {
     "quantize_1x128": Op("quant", cuda=True, triton=True, out=True),
     "quantize_128x128": Op("quant", cuda=True, triton=True, out=True),
     "quantize_1x128_both": Op("quant", cuda=True, triton=True, out=True),
-    "dequantize": Op("quant", triton=True),
+    "dequantize": Op("quant", cuda=True, triton=True),
     "silu_mul_quantize_1x128": Op("quant", cuda=True, triton=True, out=True),
     "rms_norm": Op("quant", cuda=True, triton=True, grad="rms_norm_backward"),
     "rms_norm_backward": Op("quant", module="rms_norm", cuda=True, triton=True, internal=True),

@@ -3,6 +3,15 @@
 
 namespace dsv3 {
 
+namespace {
+
+QuantMatrices matrices(py::handle argument) {
+  const TensorArgument t = tensor(argument);
+  return {t.data, t.sizes[1], t.sizes[2], t.sizes[3], t.strides[1], t.strides[2], t.strides[3]};
+}
+
+}  // namespace
+
 void bind_quant(py::module_& m) {
   m.def(
       "quantize_1x128",
@@ -79,6 +88,12 @@ void bind_quant(py::module_& m) {
                           static_cast<ElementType>(type), static_cast<ElementType>(weight_type), {device, stream});
       },
       Unlocked());
+  m.def("dequantize",
+        [](py::handle q, py::handle scale, uintptr_t out, bool by_row, int type, int device, uintptr_t stream) {
+          const QuantMatrices codes = matrices(q), scales = matrices(scale);
+          const py::gil_scoped_release unlocked;
+          dequantize(codes, scales, pointer(out), by_row, static_cast<ElementType>(type), {device, stream});
+        });
 }
 
 }  // namespace dsv3

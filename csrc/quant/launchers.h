@@ -48,4 +48,14 @@ void rms_norm_backward(const void* grad, const void* x, const void* weight, cons
                        void* grad_weight, void* partial, int64_t rows, int64_t columns, int64_t x_stride, double eps,
                        ElementType type, ElementType weight_type, const Target& target);
 
+// [matrices, rows, columns] in any strides.
+struct QuantMatrices {
+  const void* data;
+  int64_t matrices, rows, columns, matrix_stride, row_stride, column_stride;
+};
+
+// A scale per row of q, or per 128 rows; out is contiguous, of the type named.
+void dequantize(const QuantMatrices& q, const QuantMatrices& scale, void* out, bool by_row, ElementType type,
+                const Target& target);
+
 }  // namespace dsv3

@@ -1,6 +1,7 @@
 // Launcher of quantize_128x128. Arguments were checked in Python; here they become a grid and a parameter struct.
 #include "quant/launchers.h"
 #include "quant/quantize_128x128_params.h"
+#include "quant/vectors.h"
 
 namespace dsv3 {
 
@@ -12,13 +13,12 @@ void quantize_128x128(const void* w, void* q, void* scale, int64_t matrices, int
   static constexpr const Kernel* kBlocks[] = {&kernel("quantize_128x128_f32"), &kernel("quantize_128x128_bf16"),
                                               &kernel("quantize_128x128_f16")};
   if (matrices == 0 || rows == 0 || columns == 0) return;
-  const int64_t bytes = type == ElementType::kFloat32 ? 4 : 2;
+  const int64_t bytes = bytes_of(type);
   const int64_t row_blocks = (rows + 127) / 128, column_blocks = (columns + 127) / 128;
   const int64_t ctas = matrices * row_blocks * column_blocks;
   if (ctas > INT32_MAX) throw Error("quantize_128x128: w has more blocks than a grid covers");
 
   const int64_t vector = 16 / bytes;  // elements per load; as many bytes per store
-  const auto aligned = [](const void* address, int64_t to) { return reinterpret_cast<uintptr_t>(address) % to == 0; };
   Quantize128x128Params params{};
   params.w = w;
   params.q = static_cast<uint8_t*>(q);
@@ -32,8 +32,8 @@ void quantize_128x128(const void* w, void* q, void* scale, int64_t matrices, int
   params.scale_column_stride = scale_column_stride;
   params.row_blocks = static_cast<uint32_t>(row_blocks);
   params.column_blocks = static_cast<uint32_t>(column_blocks);
-  params.vectors = aligned(w, 16) && (rows == 1 || w_row_stride % vector == 0) &&
-                   (matrices == 1 || w_matrix_stride % vector == 0) && aligned(q, vector) && columns % vector == 0;
+  params.vectors = rows_are_vectors(w, type, rows, w_row_stride, columns) &&
+                   (matrices == 1 || w_matrix_stride % vector == 0) && aligned(q, vector);
   params.pow2_scale = pow2_scale;
 
   const int64_t w_span = (matrices - 1) * w_matrix_stride + (rows - 1) * w_row_stride + columns;

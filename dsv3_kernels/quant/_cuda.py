@@ -101,6 +101,14 @@ def quantize_1x128_both(
     )
 
 
+def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor) -> None:
+    if q.dim() > 3:
+        # Leading dimensions that no single stride describes are copied.
+        q, scale = (t.reshape(-1, *t.shape[-2:]) for t in (q, scale))
+    by_row = q.dim() == 1 or scale.shape[-2] == q.shape[-2]
+    _host.dequantize(q, scale, out.data_ptr(), by_row, _TYPES[dtype], *target(q))
+
+
 def silu_mul_quantize_1x128(
     gate_up: Tensor, weights: Tensor | None, pow2_scale: bool, q: Tensor, scale: Tensor
 ) -> None:

@@ -70,6 +70,19 @@ def silu(dtype: torch.dtype) -> list[Call]:
     ]
 
 
+def decoded(dtype: torch.dtype) -> list[Call]:
+    """Both tiles; a stack with gaps between its matrices; rows that no vector access may touch."""
+    found: list[Call] = []
+    for shape, offset in (((2, 130, 272), 0), ((3, 1100 * 4), 0), ((5, 301), 1)):
+        *leading, columns = shape
+        codes = torch.randint(0, 0x7F, (*leading[:-1], leading[-1] + 1, columns // 8 * 8 + 32), dtype=torch.uint8)
+        q = codes[..., : leading[-1], offset : offset + columns].view(torch.float8_e4m3fn)
+        for per in (1, 128):
+            scale = torch.rand(*leading[:-1], -(-leading[-1] // per), -(-columns // 128))
+            found.append(lambda q=q, scale=scale: dk.dequantize(q, scale, dtype=dtype))
+    return found
+
+
 def norm_inputs(columns: int, dtype: torch.dtype, offset: int) -> tuple[Tensor, Tensor, Tensor]:
     return rows(3, columns, dtype, offset=offset), torch.randn(columns), rows(3, columns, dtype, offset=offset, seed=1)
 
@@ -102,6 +115,7 @@ KERNELS: dict[str, list[Call]] = {}
 for name, dtype in TYPES.items():
     KERNELS[f"quantize_1x128_both_{name}"] = both(dtype)
     KERNELS[f"silu_mul_quantize_1x128_{name}"] = silu(dtype)
+    KERNELS[f"dequantize_{name}"] = decoded(dtype)
     for op in ("rms_norm", "rms_norm_quantize_1x128"):
         KERNELS[f"{op}_warp_{name}"] = norms(getattr(dk, op), dtype, 536)
         KERNELS[f"{op}_row_{name}"] = norms(getattr(dk, op), dtype, 6200)
