@@ -276,7 +276,8 @@ __device__ __forceinline__ void hide(const Seen& seen, int first, float (&x)[32]
   }
 }
 
-// Rows of a stage past the sequence's end belong to others and may hold NaN, which a factor of 0 would not silence.
+// Rows of a stage past the sequence's end belong to others and may hold NaN, which a factor of 0 would not silence: not
+// as B of a sum, and not as dP beside a P that is hidden.
 __device__ __forceinline__ void zero_tail(uint32_t passing, int rows) {
   const int thread = threadIdx.x - 128;
 #pragma unroll 1
@@ -381,7 +382,6 @@ __device__ __forceinline__ void multiply_head(const MlaPrefillBackwardParams& p,
       ptx::wgmma_wait_group<0>();
     }
     ptx::pin(gradients);
-    if (masked) hide(seen, first, gradients);
 #pragma unroll
     for (int i = 0; i < 32; i += 4) {
       const float2 d = kKeys ? ld_shared_pair(stats + 4 * kPassing + 4 * 2 * i) : make_float2(0, 0);

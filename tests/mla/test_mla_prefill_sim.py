@@ -320,3 +320,31 @@ def test_backward_keeps_to_its_budget() -> None:
     assert spent["tma_read"] == tiles * 81920 + blocks * 40960
     assert spent["global_write"] == 128 * 2 * 384
     assert spent["shared_wavefronts"] == spent["shared_ideal"] > 0
+
+
+@pytest.mark.parametrize(
+    ("cu_q", "cu_k"),
+    [([-5, 9, 40], [3, 70, 200]), ([50, 60, 70], [90, 95, 99]), ([4, 4, 20], [-9, -2, 11])],
+)
+def test_bounds_that_no_caller_may_pass_stay_inside(cu_q, cu_k) -> None:
+    """Eager refuses them; kernels, which learn of them on the device, neither hang nor leave their tensors."""
+    case = make([33], [80], 1)
+    case.cu_q, case.cu_k = torch.tensor(cu_q, dtype=torch.int32), torch.tensor(cu_k, dtype=torch.int32)
+    out, lse = forward(case)
+    backward(case, out, lse)
+
+
+def test_what_the_kernels_leave_to_eager() -> None:
+    case = make([3], [3], 2)
+    q, k_nope, k_rope, v, *rest = case.inputs
+    odd = torch.zeros(3, 2, 196).bfloat16()[..., 1:193]
+    for words, args in {
+        "the kernel computes bfloat16": (q.float(), k_nope.float(), k_rope.float(), v.float(), *rest),
+        "the kernel has 128 and 64 for keys": (q, k_nope, k_rope, v[..., :64], *rest),
+        "the kernel takes a positive one": (q, k_nope, k_rope, v, *rest[:2], -1.0, True),
+        "q: a row does not start at a multiple of 16 bytes": (odd, k_nope, k_rope, v, *rest),
+    }.items():
+        assert words in str(_cuda.mla_prefill_cannot(*args))
+        assert words in str(_cuda.mla_prefill_backward_cannot(case.grad_out, *args[:4], v, k_rope, *args[4:]))
+    assert _cuda.mla_prefill_cannot(*case.inputs) is None
+    assert "no heads" in str(_cuda.mla_prefill_backward_cannot(case.grad_out, q[:, :0], *case.inputs[1:4], v, v, *rest))
