@@ -165,6 +165,54 @@ def moe_update_bias() -> Case:
     )
 
 
+def moe_balance_loss(tokens: int, sequences: int) -> Case:
+    def make(device: torch.device) -> tuple[Any, ...]:
+        ids = torch.arange(tokens, device=device) * sequences // tokens
+        return normal(device, tokens, EXPERTS).sigmoid(), routing(device, tokens, EXPERTS), ids.int()
+
+    def run(scores: Tensor, experts: Tensor, ids: Tensor) -> Tensor:
+        return dk.moe_balance_loss(scores, experts, seq_ids=ids, alpha=1.0)
+
+    def check(inputs: tuple[Any, ...], output: Tensor) -> str | None:
+        with dk.backend("eager"):
+            wanted = run(*inputs)
+        return None if (output - wanted).abs() <= 1e-5 * wanted else "moe_balance_loss: the loss is off"
+
+    return Case(
+        op="moe_balance_loss",
+        shape={"T": tokens, "E": EXPERTS, "S": sequences},
+        make=make,
+        run=run,
+        check=check,
+        bytes=tokens * (EXPERTS * 8 + 8 * 4),
+    )
+
+
+def moe_balance_loss_backward(tokens: int, sequences: int) -> Case:
+    forward = moe_balance_loss(tokens, sequences)
+
+    def make(device: torch.device) -> tuple[Any, ...]:
+        return torch.ones((), device=device), *forward.make(device)
+
+    def run(*inputs: Tensor) -> Tensor:
+        return torch.ops.dsv3_kernels.moe_balance_loss_backward(*inputs, 1.0)
+
+    def check(inputs: tuple[Any, ...], output: Tensor) -> str | None:
+        with dk.backend("eager"):
+            wanted = run(*inputs)
+        close = (output - wanted).abs() <= 1e-5 * wanted.abs().max()
+        return None if close.all() else "moe_balance_loss_backward: the gradient is off"
+
+    return Case(
+        op="moe_balance_loss_backward",
+        shape=forward.shape,
+        make=make,
+        run=run,
+        check=check,
+        bytes=tokens * (EXPERTS * 12 + 8 * 4),
+    )
+
+
 CASES = [
     moe_gate(128, quick=True),
     moe_gate(4096, quick=True),
@@ -176,4 +224,6 @@ CASES = [
     moe_unpermute(4096, 7168, quick=True),
     moe_unpermute_backward(4096, 7168),
     moe_update_bias(),
+    moe_balance_loss(4096, 4),
+    moe_balance_loss_backward(4096, 4),
 ]

@@ -61,8 +61,8 @@ OPS: dict[str, Op] = {
     "moe_unpermute": Op("moe", cuda=True, triton=True, grad="moe_unpermute_backward"),
     "moe_unpermute_backward": Op("moe", module="moe_unpermute", cuda=True, triton=True, internal=True),
     "moe_update_bias": Op("moe", triton=True),
-    "moe_balance_loss": Op("moe", grad="moe_balance_loss_backward"),
-    "moe_balance_loss_backward": Op("moe", module="moe_balance_loss", internal=True),
+    "moe_balance_loss": Op("moe", triton=True, grad="moe_balance_loss_backward"),
+    "moe_balance_loss_backward": Op("moe", module="moe_balance_loss", triton=True, internal=True),
 }
 
 # Public functions made of ops, with no op of their own: file in the family's folders, and the family.

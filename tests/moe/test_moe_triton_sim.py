@@ -125,3 +125,27 @@ def test_the_gradient_of_weights_has_one_order():
         for options in SCHEDULES.values():
             with schedule(**options):
                 assert same_bits(torch.ops.dsv3_kernels.moe_unpermute_backward(*args), wanted)
+
+
+def test_balance_has_one_order():
+    """Its sums are not eager's either. Counts are added up by atomics, in the order of the schedule."""
+    scores, experts, grad = torch.rand(300, 40), routing(300, 3, 40), torch.randn(())
+    ids = torch.randint(-1, 4, (300,))
+    names = [f"triton_moe_balance_loss_{part}" for part in ("count", "terms", "sum", "backward")]
+
+    def run() -> Any:
+        ours = scores.clone().requires_grad_()
+        loss = dk.moe_balance_loss(ours, experts, seq_ids=ids, alpha=0.1)
+        loss.backward(grad)
+        return loss.detach(), ours.grad
+
+    with ExitStack() as stack:
+        seen = [stack.enter_context(coverage(name)) for name in names]
+        stack.enter_context(dk.backend("sim:triton"))
+        wanted, before = run(), dk.launch_counts()
+        for options in SCHEDULES.values():
+            with schedule(**options):
+                assert same_bits(run(), wanted)
+        assert [dk.launch_counts()[name] - before[name] for name in names] == [6, 3, 6, 3]
+    for one in seen:
+        assert one.unreached(kinds=("code", "predicated")) == []

@@ -23,7 +23,21 @@ def gate_backward(experts: int, score: str) -> None:
     ops().moe_gate_backward(f32(T, K), f32(T, experts), i32(T, K), 2.5, True, score)
 
 
+BALANCE = tuple(f"triton_moe_balance_loss_{part}" for part in ("count", "terms", "sum", "backward"))
+
+
+def balance(*, backward: bool) -> None:
+    scores, experts, ids = f32(T, E), torch.zeros(T, K, dtype=torch.int32), torch.zeros(T, dtype=torch.int32)
+    if backward:
+        dk.moe_balance_loss  # noqa: B018 (defines the op)
+        torch.ops.dsv3_kernels.moe_balance_loss_backward(f32(), scores, experts, ids, 1e-4)
+    else:
+        dk.moe_balance_loss(scores, experts, seq_ids=ids, alpha=1e-4)
+
+
 CALLS = {
+    "moe_balance_loss": [Call(lambda: balance(backward=False), BALANCE[:3])],
+    "moe_balance_loss_backward": [Call(lambda: balance(backward=True), (BALANCE[0], *BALANCE[2:]))],
     "moe_gate": [
         Call(lambda: dk.moe_gate(f32(T, E), f32(E), **V3), ("triton_moe_gate",)),
         Call(
