@@ -97,7 +97,7 @@ def test_machine_code(kernel):
 
 
 @needs_disassembler
-@pytest.mark.parametrize("kernel", [name for name in KERNELS if name.startswith("quantize_1x128")])
+@pytest.mark.parametrize("kernel", [name for name, row in KERNELS.items() if row["image"] == "quantize_1x128"])
 def test_quantize_1x128_moves_vectors_and_divides_without_the_special_unit(kernel):
     code = machine_code("quantize_1x128")[kernel]
     assert len(re.findall(r"LDG\.E\.128", code)) == 4  # all of a warp's loads, before the first result is stored

@@ -74,7 +74,7 @@ CALLS: dict[str, tuple[str, str]] = {
         r"F2FP\.SATFINITE\.E4M3[\s\S]*F2FP\.SATFINITE\.E4M3",
     ),
     "cvt_rn_f16x2_e4m3x2": ("out(ptx::cvt_rn_f16x2_e4m3x2(u))", r"F2FP\.F16\.E4M3"),
-    "mul_rn_bf16x2": ("out(ptx::mul_rn_bf16x2(u, g[1]))", r"H(MUL|FMA)2\.BF16"),
+    "mul_rn_bf16x2": ("out(ptx::mul_rn_bf16x2(u, g[1]))", r"H(MUL|FMA)2(\.MMA)?\.BF16"),
     "max_nan_f32": ("out(ptx::max_nan_f32(f, __uint_as_float(g[1])))", r"FMNMX\.NAN"),
     "ex2_approx_ftz_f32": ("out(ptx::ex2_approx_ftz_f32(f))", r"MUFU\.EX2"),
     "stmatrix_x4": ("ptx::stmatrix_x4(s, u, u, u, u)", r"STSM\.16\.M88\.4"),

@@ -197,7 +197,7 @@ def test_speculation_that_disagrees_is_an_error(checkpoint, monkeypatch, capsys)
 
     def accept_all(self, logits, draft):
         _, tokens = right(self, logits, draft)
-        return torch.ones_like(draft, dtype=torch.bool), torch.stack([draft, tokens[:, 1]], 1)
+        return torch.full((len(draft),), draft.shape[1]), torch.cat([draft, tokens[:, -1:]], 1)
 
     monkeypatch.setattr(generate.Sampler, "verify", accept_all)
     assert run(checkpoint, "--max-new-tokens", "12") == 1
