@@ -25,18 +25,20 @@ def dtype(op: str, argument: str, tensor: Any, *wanted: torch.dtype) -> None:
 def shape(op: str, argument: str, tensor: Any, wanted: Sequence[Any]) -> None:
     """ValueError unless the shape fits: an int must be equal, a str names a free dimension, ... is any leading ones."""
     got = tensor.shape
-    fits = tuple(wanted)
-    if got == fits:
+    if got == wanted:
         return
+    fits = wanted
     if fits and fits[0] is Ellipsis:
         fits = fits[1:]
-        ok = len(got) >= len(fits)
-        got = got[len(got) - len(fits) :]
-    else:
-        ok = len(got) == len(fits)
-    if not ok or any(not isinstance(w, str) and g != w for g, w in zip(got, fits, strict=True)):
-        words = ", ".join("..." if w is Ellipsis else str(w) for w in wanted)
-        raise ValueError(f"{op}: {argument}: got shape {list(tensor.shape)}, wanted [{words}]")
+        got = got[max(len(got) - len(fits), 0) :]
+    if len(got) == len(fits):
+        for index, want in enumerate(fits):
+            if not isinstance(want, str) and got[index] != want:
+                break
+        else:
+            return
+    words = ", ".join("..." if w is Ellipsis else str(w) for w in wanted)
+    raise ValueError(f"{op}: {argument}: got shape {list(tensor.shape)}, wanted [{words}]")
 
 
 def at_least(op: str, argument: str, tensor: Tensor, dims: int) -> None:
@@ -59,14 +61,14 @@ def contiguous(op: str, argument: str, tensor: Any) -> None:
 
 def device(op: str, **tensors: Tensor | None) -> None:
     """RuntimeError unless all given tensors are on one device."""
-    first: tuple[str, torch.device] | None = None
+    first = device = None
     for argument, tensor in tensors.items():
         if tensor is None:
             continue
-        if first is None:
-            first = (argument, tensor.device)
-        elif tensor.device != first[1]:
-            raise RuntimeError(f"{op}: {argument}: got device {tensor.device}, wanted {first[1]} as {first[0]}")
+        if device is None:
+            first, device = argument, tensor.device
+        elif tensor.device != device:
+            raise RuntimeError(f"{op}: {argument}: got device {tensor.device}, wanted {device} as {first}")
 
 
 def value(op: str, argument: str, ok: bool, got: Any, wanted: str) -> None:
@@ -99,8 +101,9 @@ def overlap(op: str, argument: str, output: Tensor, **inputs: Tensor | None) -> 
     """ValueError when an output shares memory with an input: a kernel would read what it has overwritten."""
     if torch.compiler.is_compiling():
         return  # functionalisation gives outputs storage of their own
+    memory = output.untyped_storage().data_ptr()
     for other, tensor in inputs.items():
-        if tensor is None or tensor.untyped_storage().data_ptr() != output.untyped_storage().data_ptr():
+        if tensor is None or tensor.untyped_storage().data_ptr() != memory:
             continue
         if _spans_meet(output, tensor):
             raise ValueError(f"{op}: {argument}: shares memory with {other}, wanted memory of its own")
