@@ -13,6 +13,7 @@ uint32_t sharedOf(Warp& w, const Inst& in, int lane, Space space,
                   uint64_t address);  // shared or generic -> shared::cluster address
 
 // Puts an operation in flight. `track`: where its group is kept, or nullptr.
+void track(Warp& w, const Inst& in, uint32_t mask, std::shared_ptr<AsyncOp> op, OpTrack* t);
 void launchOp(Warp& w, const Inst& in, uint32_t mask, std::shared_ptr<AsyncOp> op, OpTrack* track);
 void commitGroups(OpTrack& t, uint32_t m);
 // Waits until at most `n` groups of the lanes of m are open (all: uncommitted ones too); false: blocked.

@@ -39,9 +39,9 @@ struct Buffer {
   bool writable = true;
   bool live = false;
   std::string name;
-  uint8_t* host = nullptr;       // where it is copied back to
+  uint8_t* host = nullptr;                         // where it is copied back to
   std::vector<uint8_t, Untouched<uint8_t>> valid;  // of a buffer the kernel may not read before it wrote: 1 = written
-  std::vector<uint32_t> shadow;  // race detector, made on demand
+  std::vector<uint32_t> shadow;                    // race detector, made on demand
 };
 
 class Arena {

@@ -64,16 +64,18 @@ void completeTx(Warp& w, const Inst& in, int lane, uint32_t address, uint32_t by
 
 // ---- operations in flight
 
-void launchOp(Warp& w, const Inst& in, uint32_t mask, std::shared_ptr<AsyncOp> op, OpTrack* track) {
+void track(Warp& w, const Inst& in, uint32_t mask, std::shared_ptr<AsyncOp> op, OpTrack* t) {
   op->cluster = w.cta->cluster;
   op->warp = &w;
   op->inst = &in;
   op->mask = mask;
+  if (!t) return;
+  for (unsigned i = 0; i < kLanes; ++i) op->group[i] = t->committed[i];
+  t->ops.push_back(std::move(op));
+}
+void launchOp(Warp& w, const Inst& in, uint32_t mask, std::shared_ptr<AsyncOp> op, OpTrack* t) {
+  track(w, in, mask, op, t);
   raceIssue(w, *op);
-  if (track) {
-    for (unsigned i = 0; i < kLanes; ++i) op->group[i] = track->committed[i];
-    track->ops.push_back(op);
-  }
   w.launch->issue(std::move(op));
 }
 void commitGroups(OpTrack& t, uint32_t m) {

@@ -1,5 +1,5 @@
-// wgmma (PTX ISA 9.7.15). Each warp of the warpgroup computes its own 16 rows; the four are checked to issue the same
-// sequence.
+// wgmma (PTX ISA 9.7.15). One operation of a warpgroup: it starts when all four warps have issued it, each of which has
+// 16 of the rows, and is over for all of them at once. The four are checked to issue the same sequence.
 #include <algorithm>
 #include <cmath>
 
@@ -68,10 +68,18 @@ inline float value(Type t, const uint8_t* p) {
   }
 }
 
+struct Part : AsyncOp {  // a warp's share, for its commit groups
+  const Shape* s = nullptr;
+  uint32_t aValid[4] = {kAll, kAll, kAll, kAll};
+  bool step() override { return done; }
+};
+
 struct Wgmma : AsyncOp {
   const Shape* s = nullptr;
   uint64_t descA = 0, descB = 0;
   bool accumulate = true;
+  std::vector<std::shared_ptr<Part>> parts;
+  std::shared_ptr<RaceClock> clock;  // of the warps that have issued it, when they did
 
   // rows [first, first + count) of the operand as floats, out[index * kpitch + k] or transposed
   void fetch(const Descriptor& d, bool mnMajor, Type t, unsigned first, unsigned count, float* out, unsigned pitch,
@@ -162,22 +170,32 @@ struct Wgmma : AsyncOp {
   }
 
   bool step() override {
-    Warp& w = *warp;
+    static thread_local std::vector<float> B(64 * 256);
+    std::vector<bool> badCol(s->n, false);
+    if (warp->launch->race) {
+      if (!s->registersA) checkOperand(Descriptor(descA), s->transA, s->a, 0, 64, "A");
+      checkOperand(Descriptor(descB), s->transB, s->b, 0, s->n, "B");
+    }
+    fetch(Descriptor(descB), s->transB, s->b, 0, s->n, B.data(), 256, true, &badCol);
+    for (auto& part : parts) {
+      rows(*part, B, badCol);
+      part->done = part->readDone = true;
+    }
+    return readDone = true;
+  }
+  void rows(const Part& part, const std::vector<float>& B, const std::vector<bool>& badCol) {
+    Warp& w = *part.warp;
     const Inst& in = *inst;
     const unsigned N = s->n, K = s->k, row0 = 16 * (w.index % 4);
-    static thread_local std::vector<float> A(16 * 64), B(64 * 256), C(16 * 256);
-    std::vector<bool> badRow(16, false), badCol(N, false);
+    static thread_local std::vector<float> A(16 * 64), C(16 * 256);
+    std::vector<bool> badRow(16, false);
     const auto& refs = in.ext->refs;
     const auto& sources = in.ext->refs2;
-    if (w.launch->race) {
-      if (!s->registersA) checkOperand(Descriptor(descA), s->transA, s->a, row0, 16, "A");
-      if (w.index % 4 == 0) checkOperand(Descriptor(descB), s->transB, s->b, 0, N, "B");
-    }
     if (s->registersA) {
       const unsigned es = typeBytes(s->a), E = 4 / es;
       for (unsigned r = 0; r < 4; ++r) {
         const uint32_t* p = w.ptr<const uint32_t>(sources[r]);
-        const uint32_t v = aValid[r];
+        const uint32_t v = part.aValid[r];
         for (unsigned l = 0; l < kLanes; ++l)
           for (unsigned e = 0; e < E; ++e) {
             const unsigned row = l / 4 + 8 * (r & 1), k = E * (l % 4) + 4 * E * (r >> 1) + e;
@@ -189,7 +207,6 @@ struct Wgmma : AsyncOp {
     } else {
       fetch(Descriptor(descA), s->transA, s->a, row0, 16, A.data(), 64, false, &badRow);
     }
-    fetch(Descriptor(descB), s->transB, s->b, 0, N, B.data(), 256, true, &badCol);
     const float sign = (float)(s->scaleA * s->scaleB);
     if (sign != 1)
       for (unsigned i = 0; i < 16; ++i)
@@ -238,6 +255,7 @@ struct Wgmma : AsyncOp {
     }
     bool anyBad = std::find(badRow.begin(), badRow.end(), true) != badRow.end() ||
                   std::find(badCol.begin(), badCol.end(), true) != badCol.end();
+    uint32_t resultValid[128];
     for (size_t r = 0; r < refs.size(); ++r) {
       resultValid[r] = accumulate ? w.valid[refs[r].id] : kAll;
     }
@@ -246,8 +264,6 @@ struct Wgmma : AsyncOp {
         for (unsigned j = 0; j < N; ++j)
           if (badRow[i] || badCol[j]) resultValid[reg(i, j)] &= ~(1u << lane(i, j));
     for (size_t r = 0; r < refs.size(); ++r) w.valid[refs[r].id] = resultValid[r];
-    readDone = true;
-    return true;
   }
   // The fp8 tensor core of sm_90 aligns all addends to the largest and keeps about 14 bits of each.
   static float truncated(const float* a, const float* b, unsigned K, float c) {
@@ -259,13 +275,10 @@ struct Wgmma : AsyncOp {
     for (unsigned k = 0; k < K; ++k) sum += std::trunc((double)a[k] * b[k * 256] / unit);
     return (float)(sum * unit);
   }
-  uint32_t aValid[4] = {kAll, kAll, kAll, kAll}, resultValid[128];
 };
 
 void mmaAsync(Warp& w, const Inst& in, uint32_t m) {
   const Shape& s = *reinterpret_cast<const Shape*>(in.imm);
-  auto op = std::make_shared<Wgmma>();
-  op->s = &s;
   auto uniform = [&](Ref r, const char* what) {
     w.needValid(in, r, m, what);
     const uint64_t v = lane64(w, r, 0);
@@ -273,32 +286,32 @@ void mmaAsync(Warp& w, const Inst& in, uint32_t m) {
       if (lane64(w, r, i) != v) w.fail(in, (int)i, std::string(what) + " differs between lanes");
     return v;
   };
-  if (!s.registersA) op->descA = uniform(in.a, "wgmma descriptor");
-  op->descB = uniform(in.b, "wgmma descriptor");
+  const uint64_t descA = s.registersA ? 0 : uniform(in.a, "wgmma descriptor"),
+                 descB = uniform(in.b, "wgmma descriptor");
   w.needValid(in, in.c, m, "wgmma scale-d");
   const uint32_t p = w.pred(in.c) ^ (in.x[0] ? kAll : 0);
   if (p != 0 && p != kAll) w.fail(in, firstLane(m), "wgmma scale-d differs between lanes");
-  op->accumulate = p != 0;
-  // The warps of a warpgroup run the same instruction with the same descriptors.
   if (w.launch->threads % 128 && w.index / 4 == w.launch->warpsPerCta / 4)
     w.fail(in, -1, "a wgmma in an incomplete warpgroup");
-  Cta::WgmmaOrder& order = w.cta->wgmma[w.index / 4];
-  const uint64_t signature = (uint64_t)(&in - w.kernel->code.data()) * 0x9e3779b97f4a7c15ull ^ op->descA * 31 ^
-                             op->descB * 131 ^ op->accumulate;
-  const uint64_t at = w.wgmmaCount++ - order.base;
-  if (at == order.issued.size())
-    order.issued.push_back(signature);
-  else if (order.issued[at] != signature)
-    w.fail(in, -1, "the warps of a warpgroup issue different wgmma (instruction, descriptor or scale-d)");
-  uint64_t least = ~0ull;
-  for (unsigned k = w.index / 4 * 4; k < w.index / 4 * 4 + 4; ++k) least = std::min(least, w.cta->warps[k].wgmmaCount);
-  while (order.base < least) order.issued.pop_front(), ++order.base;
 
-  const auto& refs = in.ext->refs;
-  if (!w.wgmma.ops.empty() && !w.wgmma.ops.back()->done)
-    op->after.push_back(w.wgmma.ops.back());  // in order within a warp
-  for (size_t r = 0; r < refs.size(); ++r) {
-    uint8_t& f = w.inflight[refs[r].id];
+  // The first warp to get here makes the operation, the others find it.
+  Cta::WgmmaOrder& order = w.cta->wgmma[w.index / 4];
+  const uint64_t at = w.wgmmaCount++ - order.base;
+  if (at == order.issued.size()) {
+    auto op = std::make_shared<Wgmma>();
+    op->s = &s, op->inst = &in;
+    op->descA = descA, op->descB = descB, op->accumulate = p != 0;
+    if (!order.issued.empty()) op->after.push_back(order.issued.back());
+    order.issued.push_back(op);
+  }
+  auto op = std::static_pointer_cast<Wgmma>(order.issued[at]);
+  if (op->inst != &in || op->descA != descA || op->descB != descB || op->accumulate != (p != 0))
+    w.fail(in, -1, "the warps of a warpgroup issue different wgmma (instruction, descriptor or scale-d)");
+  auto part = std::make_shared<Part>();
+  part->s = &s;
+
+  for (const Ref& r : in.ext->refs) {
+    uint8_t& f = w.inflight[r.id];
     if (f == 0) f = 1, ++w.numInflight;
   }
   if (s.registersA)
@@ -306,11 +319,21 @@ void mmaAsync(Warp& w, const Inst& in, uint32_t m) {
       uint8_t& f = w.inflight[in.ext->refs2[r].id];
       if (f == 1) w.fail(in, -1, "the A registers of a wgmma are accumulators of one that has not been waited for");
       if (f == 0 && in.ext->refs2[r].id) f = 2, ++w.numInflight;
-      op->aValid[r] = w.validOf(in.ext->refs2[r]);
+      part->aValid[r] = w.validOf(in.ext->refs2[r]);
     }
+  track(w, in, m, part, &w.wgmma);
+  raceJoin(w, op->clock);
+  op->parts.push_back(part);
   ++w.launch->n.wgmma;
-  if (w.index % 4 == 0) w.launch->n.wgmmaCycles += s.n / 2;
-  launchOp(w, in, m, op, &w.wgmma);
+  if (op->parts.size() < 4) return;
+  w.launch->n.wgmmaCycles += s.n / 2;
+  op->cluster = w.cta->cluster;
+  op->warp = &w;
+  raceIssueAt(*op, op->clock);
+  for (auto& x : op->parts) x->id = op->id;
+  while (!order.issued.empty() && order.issued.front()->id && order.issued.size() > 1)
+    order.issued.pop_front(), ++order.base;
+  w.launch->issue(op);
 }
 void commit(Warp& w, const Inst&, uint32_t m) {
   commitGroups(w.wgmma, m);
@@ -324,7 +347,7 @@ void waitGroup(Warp& w, const Inst& in, uint32_t m) {
     const auto& e = *op->inst->ext;
     for (auto& r : e.refs)
       if (!w.inflight[r.id]) w.inflight[r.id] = 1, ++w.numInflight;
-    if (static_cast<Wgmma*>(op.get())->s->registersA)
+    if (static_cast<Part*>(op.get())->s->registersA)
       for (unsigned r = 0; r < 4; ++r)
         if (e.refs2[r].id && !w.inflight[e.refs2[r].id]) w.inflight[e.refs2[r].id] = 2, ++w.numInflight;
   }

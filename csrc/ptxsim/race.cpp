@@ -529,17 +529,30 @@ void raceAcquire(Warp& w, Mbarrier& b, bool strongAcquire) {
 
 // ---- asynchronous operations
 
-void raceIssue(Warp& w, AsyncOp& op) {
-  RaceState* s = w.launch->race;
-  if (!s) return;
+void raceJoin(Warp& w, std::shared_ptr<RaceClock>& clock) {
+  if (!w.launch->race) return;
+  if (!clock) clock = std::make_shared<RaceClock>();
+  clock->join(w.race->clock);
+  ++w.race->own();
+}
+void raceIssueAt(AsyncOp& op, const std::shared_ptr<RaceClock>& clock) {
+  RaceState* s = op.warp->launch->race;
+  if (!s) {
+    op.id = 1;
+    return;
+  }
   auto r = std::make_shared<OpRecord>();
-  r->clock = w.race->clock;
-  r->first = w.race->first;
-  r->issuer = w.race->self;
+  r->clock = *clock;
+  r->first = op.warp->race->first;
+  r->issuer = op.warp->race->self;
   r->generic = op.generic;
   op.id = (uint32_t)s->ops.size();
   s->ops.push_back(std::move(r));
-  ++w.race->own();
+}
+void raceIssue(Warp& w, AsyncOp& op) {
+  std::shared_ptr<RaceClock> clock;
+  raceJoin(w, clock);
+  raceIssueAt(op, clock);
 }
 
 static Side opSide(const AsyncOp& op) {
@@ -598,7 +611,7 @@ void checkExit(Cta& cta) {
                   where(w, *w.wgmma.ops.front()->inst, -1));
   }
   for (auto& o : cta.wgmma)
-    if (!o.issued.empty())
+    if (!o.issued.empty() && !o.issued.back()->id)
       throw Error("kernel " + cta.launch->kernel->name +
                   ": not all warps of a warpgroup have issued the same number of wgmma");
   for (auto& b : cta.mbars)

@@ -42,8 +42,10 @@ void raceRemote(Warp& w, const Inst& in, int lane, Cta& target, const AsyncOp* o
 void racePlace(Warp& w, const Inst& in, const Place& p, uint32_t bytes, Kind kind);
 void raceRelease(Warp& w, const Inst& in, Mbarrier& b, bool release, bool remote);
 void raceAcquire(Warp& w, Mbarrier& b, bool acquire);
-void racePhase(Mbarrier& b);           // the open phase is complete
-void raceIssue(Warp& w, AsyncOp& op);  // op starts after what w has done
+void racePhase(Mbarrier& b);                                // the open phase is complete
+void raceIssue(Warp& w, AsyncOp& op);                       // op starts after what w has done
+void raceJoin(Warp& w, std::shared_ptr<RaceClock>& clock);  // the same in two steps, for one that several warps issue
+void raceIssueAt(AsyncOp& op, const std::shared_ptr<RaceClock>& clock);
 void raceAsyncShared(AsyncOp& op, Cta& cta, uint32_t offset, uint32_t bytes, Kind kind);
 void raceAsyncGlobal(AsyncOp& op, Buffer& b, uint64_t address, uint64_t bytes, Kind kind);
 void raceAsyncSignal(const AsyncOp& op, Mbarrier& b);  // op completes on b

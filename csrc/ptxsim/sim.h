@@ -275,7 +275,7 @@ struct Cta {
   int regPool = 0;     // registers free for setmaxnreg
   struct WgmmaOrder {  // the four warps of a warpgroup issue the same sequence
     uint64_t base = 0;
-    std::deque<uint64_t> issued;  // what the first warp to get there issued
+    std::deque<std::shared_ptr<AsyncOp>> issued;  // and the one before, which the next follows
   };
   std::vector<WgmmaOrder> wgmma;
   std::shared_ptr<RaceShadow> shadow;  // race detector

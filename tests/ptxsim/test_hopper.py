@@ -366,7 +366,7 @@ def fragment(a: torch.Tensor) -> np.ndarray:
 
 def wgmma(
     sim, kind, n, mode=128, trans=(False, False), registers=False, accumulate=False, scale=(1, 1), half=False,
-    operands=None, loose=0.0,
+    operands=None, loose=0.0, barrier="fence.proxy.async.shared::cta; bar.sync 0;", wait="wgmma.wait_group.sync.aligned 0;",
 ):  # fmt: skip
     """Compares one product with float64; `loose`: relative to the largest addend, what else the sum may be off."""
     _, k, op = TYPES[kind]
@@ -391,13 +391,13 @@ def wgmma(
     body = f""".reg .b32 %a<{nd}>; .reg .b32 %f<4>;
     mul.lo.u32 %r3, %r0, 16; C: setp.ge.u32 %p1, %r3, {len(image)}; @%p1 bra CE; ld.param.u64 %d0, [image]; cvt.u64.u32 %d1, %r3; add.s64 %d0, %d0, %d1;
     ld.global.v4.u32 {{%r4, %r5, %r6, %r7}}, [%d0]; add.u32 %r8, %r1, %r3; st.shared.v4.u32 [%r8], {{%r4, %r5, %r6, %r7}}; add.u32 %r3, %r3, 2048; bra C; CE:
-    fence.proxy.async.shared::cta; bar.sync 0; add.u32 %r9, %r1, {start_b};
+    {barrier} add.u32 %r9, %r1, {start_b};
     {descriptor("%r1", "%d2", lbo_a, sbo_a)} {descriptor("%r9", "%d3", lbo_b, sbo_b)}
     ld.param.u64 %d4, [regs]; mul.wide.u32 %d5, %r0, 16; add.s64 %d4, %d4, %d5; ld.global.v4.u32 {{%f0, %f1, %f2, %f3}}, [%d4];
     {" ".join(f"mov.b32 %a{i}, {0x40004000 if half else 2 if kind == 's8' else 0x40000000};" for i in range(nd))}
     wgmma.fence.sync.aligned; setp.ne.u32 %p2, {int(accumulate)}, 0;
     wgmma.mma_async.sync.aligned.m64n{n}k{k}.{op} {{{acc}}}, {"{%f0, %f1, %f2, %f3}" if registers else "%d2"}, %d3, {", ".join(["%p2", *imm])};
-    wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; ld.param.u64 %d6, [out]; mul.wide.u32 %d7, %r0, 4; add.s64 %d6, %d6, %d7;
+    wgmma.commit_group.sync.aligned; {wait} ld.param.u64 %d6, [out]; mul.wide.u32 %d7, %r0, 4; add.s64 %d6, %d6, %d7;
     {" ".join(f"st.global.b32 [%d6+{512 * i}], %a{i};" for i in range(nd))}"""
     out = np.zeros((nd, 128), np.float32 if not half and kind != "s8" else np.int32)
     regs = fragment(a) if registers else np.zeros((128, 4), np.uint32)
@@ -447,6 +447,31 @@ def test_wgmma_scales_and_half_accumulators(sim):
     wgmma(sim, "bf16", 16, scale=(-1, 1), accumulate=True)
     wgmma(sim, "f16", 24, half=True, accumulate=True)
     wgmma(sim, "e5m2", 24, half=True)
+
+
+@pytest.mark.parametrize("order", [{}, {"timing": "late"}, {"timing": "random", "seed": 4}], ids=str)
+def test_wgmma_is_one_operation_of_four_warps(sim, order):
+    """It starts when the last warp has issued it: what each wrote and fenced before that is seen. It is over for all at
+    once: any of them may then overwrite the operands."""
+    sim.option(**order)
+    fence, wait = "fence.proxy.async.shared::cta;", "wgmma.wait_group.sync.aligned 0;"
+    overwrite = "@%p0 st.shared.u32 [%r9], 0; @%p0 st.shared.u32 [%r1], 0;"
+    wgmma(sim, "bf16", 64, barrier=fence, wait=wait + overwrite)
+    with pytest.raises(SimError, match=r"race on shared memory.*no proxy fence"):
+        wgmma(sim, "bf16", 64, barrier="bar.sync 0;")
+    with pytest.raises(SimError, match=r"race on shared memory.*(nothing waits for that operation|nothing orders)"):
+        wgmma(sim, "bf16", 64, wait=overwrite + wait)
+
+
+def test_wgmma_that_a_warp_does_not_issue(sim):
+    sim.option(max_idle=100_000)
+    with pytest.raises(SimError, match=r"(?s)deadlock.*asynchronous operations that cannot finish"):
+        wgmma(
+            sim,
+            "bf16",
+            64,
+            barrier="fence.proxy.async; setp.ge.u32 %p3, %r0, 96; @%p3 bra SLEEP; bra GO; SLEEP: bra SLEEP; GO:",
+        )
 
 
 def test_wgmma_fp8_truncation_is_an_option(sim):
