@@ -47,10 +47,62 @@ def fp8_gemm(m: int, n: int, k: int, *, quick: bool = False, cpu: bool = False) 
         bytes=(m + n) * k + scales(m, k) + scales(n, k) // 128 + 2 * m * n,
         flops=2 * m * n * k,
         unit="fp8",
-        peers={"torch.scaled_mm": torch_per_tensor, "torch bf16": torch_bfloat16, "deep_gemm": deep_gemm},
+        peers={
+            "deep_gemm": deep_gemm,
+            "torch 1x128": torch_blockwise,
+            "torch per tensor": torch_per_tensor,
+            "torch bf16": torch_bfloat16,
+        },
         devices=("cuda", "cpu") if cpu else ("cuda",),
         quick=quick,
     )
+
+
+def quantised_gemm(m: int, n: int, k: int, *, quick: bool = False) -> Case:
+    """From bfloat16 activations: what a layer pays, where a rival's kernel alone is not all of it."""
+
+    def make(device: torch.device) -> tuple[Any, ...]:
+        out = torch.empty(m, n, dtype=torch.bfloat16, device=device)
+        return normal(device, m, k).bfloat16(), *dk.quantize_128x128(normal(device, n, k)), out
+
+    def run(x: Tensor, b: Tensor, b_scale: Tensor, out: Tensor) -> Tensor:
+        return dk.fp8_gemm(*dk.quantize_1x128(x), b, b_scale, out=out)
+
+    def check(inputs: tuple[Any, ...], out: Tensor) -> str | None:
+        x, b, b_scale, _ = inputs
+        return off("quantize_1x128 and fp8_gemm", out, dk.quantize_1x128(x), (b, b_scale))
+
+    def deep(x: Tensor, b: Tensor, b_scale: Tensor, out: Tensor) -> Call:
+        import deep_gemm
+        from deep_gemm.utils import per_token_cast_to_fp8
+
+        return lambda: deep_gemm.fp8_gemm_nt(per_token_cast_to_fp8(x, use_ue8m0=False), (b, b_scale), out)
+
+    def bfloat16(x: Tensor, b: Tensor, b_scale: Tensor, out: Tensor) -> Call:
+        weight = dk.dequantize(b, b_scale).t()
+        return lambda: torch.mm(x, weight, out=out)
+
+    return Case(
+        op="fp8_gemm",
+        shape={"M": m, "N": n, "K": k, "from": "bfloat16"},
+        make=make,
+        run=run,
+        check=check,
+        bytes=2 * m * k + n * k + scales(n, k) // 128 + 2 * m * n,
+        flops=2 * m * n * k,
+        unit="fp8",
+        peers={"deep_gemm": deep, "torch bf16": bfloat16},
+        quick=quick,
+    )
+
+
+def torch_blockwise(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor) -> Call:
+    """The same problem; cuBLAS wants B's scales padded to four per row."""
+    from torch.nn.functional import ScalingType, scaled_mm
+
+    padded = torch.nn.functional.pad(b_scale, (0, -b_scale.shape[1] % 4))[:, : b_scale.shape[1]]
+    recipes = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128
+    return lambda: scaled_mm(a, b.t(), a_scale, recipes[0], padded.t(), recipes[1], output_dtype=out.dtype)
 
 
 def torch_per_tensor(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor) -> Call:
@@ -254,19 +306,22 @@ def fp8_grouped_gemm_swiglu_quantize(groups: int, rows: int, f: int, k: int, *, 
 # N x K: the query and latent projection of one token, both together; the query's up projection; the key's and value's;
 # attention's output; an expert's gate and up; its down; the dense layers' gate and up, and down.
 LAYERS = ((2112, 7168), (576, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))
+EXPERT = ((4096, 7168), (7168, 2048))
+SWEEP = (1, 8, 16, 32, 64, 96, 128, 192, 256, 4096)
 CASES = [
-    *(fp8_gemm(m, n, k, quick=m in (128, 4096), cpu=(m, n) == (1, 576)) for m in (1, 64, 128, 4096) for n, k in LAYERS),
+    *(fp8_gemm(m, n, k, quick=m in (16, 128, 4096), cpu=(m, n) == (1, 576)) for m in SWEEP for n, k in LAYERS),
+    *(quantised_gemm(m, n, k, quick=m == 4096) for m in (64, 4096) for n, k in LAYERS),
     fp8_gemm(4096, 36864, 7168),
     fp8_gemm(4096, 7168, 18432),
     weight_gradient(7168, 2048, 4096, quick=True),
     weight_gradient(4096, 7168, 4096),
     fp8_grouped_gemm(2, 8, 256, 256, cpu=True),
-    fp8_grouped_gemm(8, 32768, 4096, 7168, quick=True),
-    fp8_grouped_gemm(8, 32768, 7168, 2048, quick=True),
-    fp8_grouped_gemm(256, 4096, 4096, 7168),
-    fp8_masked_gemm(9, 1024, 128, 4096, 7168, quick=True),
-    fp8_masked_gemm(9, 1024, 128, 7168, 2048, quick=True),
-    fp8_masked_gemm(1, 1024, 512, 4096, 7168),
+    *(fp8_grouped_gemm(g, 32768, n, k, quick=g == 8) for g in (4, 8) for n, k in EXPERT),
+    *(fp8_grouped_gemm(8, 32768, n, k) for n, k in ((6144, 7168), (7168, 3072), (4096, 4096), (4096, 2048))),
+    *(fp8_grouped_gemm(g, rows, 4096, 7168) for g, rows in ((256, 4096), (8, 32), (32, 512))),
+    *(fp8_masked_gemm(9, 1024, m, n, k, quick=m == 128) for m in (4, 16, 64, 128) for n, k in EXPERT),
+    *(fp8_masked_gemm(g, 1024, 1024 // g, n, k) for g in (1, 2, 4) for n, k in EXPERT),
+    *(fp8_masked_gemm(g, 4096, m, 4096, 7168) for g, m in ((32, 192), (6, 1024), (32, 20), (6, 20))),
     fp8_grouped_wgrad(2, 256, 128, 256, cpu=True),
     fp8_grouped_wgrad(8, 32768, 4096, 7168, quick=True),
     fp8_grouped_wgrad(8, 32768, 7168, 2048),
