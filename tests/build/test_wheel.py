@@ -67,6 +67,7 @@ def python_part() -> set[str]:
     package = ROOT / "dsv3_kernels"
     files = [path for path in package.rglob("*.py*") if path.suffix in (".py", ".pyi")]
     files += [path for path in (package / "model" / "demo").glob("*") if path.is_file()]
+    files += (package / "tuned").glob("*.json")
     return {str(path.relative_to(ROOT)) for path in files} | {
         "dsv3_kernels/py.typed",
         "dsv3_kernels/images/manifest.json",
