@@ -46,6 +46,15 @@ def sm(tensor: Any) -> int:
     return chip(tensor.get_device())[0]
 
 
+FAR = 1 << 24  # elements between rows: 128 of them are as far as 32 bits reach
+
+
+def far(*row_strides: int) -> str | None:
+    """Why a kernel whose offsets inside a tile of up to 128 rows are 32-bit does not take tensors of these strides."""
+    stride = max(row_strides)
+    return f"takes rows less than {FAR} elements apart, got {stride}" if stride >= FAR else None
+
+
 class Table:
     """An op's launch configurations: the first row whose upper bounds hold, a pure function of chip and sizes.
 

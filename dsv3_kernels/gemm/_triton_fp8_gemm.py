@@ -3,6 +3,8 @@
 # mypy: disable-error-code=no-untyped-def
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -69,6 +71,10 @@ def triton_fp8_gemm(
         store(out + (m0 * out_stride + n0), out_stride, rows, columns, total, ACCUMULATE, BM, BN)
 
 
+def fp8_gemm_cannot(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *_: Any) -> str | None:
+    return _triton.far(a.stride(-2), a_scale.stride(-2), b.stride(-2), b_scale.stride(-2))
+
+
 def fp8_gemm(
     a: Tensor,
     a_scale: Tensor,
@@ -81,6 +87,9 @@ def fp8_gemm(
     out: Tensor,
 ) -> None:
     _gemm(a, a_scale, b, b_scale, bias, policy, num_sms, out, False)
+
+
+fp8_gemm_accumulate_cannot = fp8_gemm_cannot
 
 
 def fp8_gemm_accumulate(
@@ -108,6 +117,8 @@ def _gemm(
     accumulate: bool,
 ) -> None:
     (m, k), n = a.shape, b.shape[0]
+    if why := _triton.far(out.stride(-2)):
+        raise RuntimeError(f"fp8_gemm: out: Triton {why}")
     by_row = b_scale.shape[0] == n
     rows, tiles = (m, _triton.cdiv(m, 128) * _triton.cdiv(n, 128)) if policy == "auto" else (ANY, ANY)
     config = CONFIGS(a, rows=rows, tiles=tiles, apart=apart(by_row, b_scale.stride(0)))

@@ -70,6 +70,12 @@ def triton_fp8_grouped_gemm(
             store(out + (m0 * out_stride + n0), out_stride, rows, columns, total, False, BM, BN)
 
 
+def fp8_grouped_gemm_cannot(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, num_sms: int | None, out: Tensor
+) -> str | None:
+    return _triton.far(a.stride(-2), a_scale.stride(-2), b.stride(-2), b_scale.stride(-2), out.stride(-2))
+
+
 def fp8_grouped_gemm(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, num_sms: int | None, out: Tensor
 ) -> None:

@@ -3,6 +3,8 @@
 # mypy: disable-error-code=no-untyped-def
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -70,6 +72,10 @@ def triton_fp8_grouped_wgrad(
         store(at, out_stride, rows, columns, total, ACCUMULATE, BM, BN)
 
 
+def fp8_grouped_wgrad_cannot(a_t: Tensor, a_scale: Tensor, b_t: Tensor, b_scale: Tensor, *_: Any) -> str | None:
+    return _triton.far(a_t.stride(-2), a_scale.stride(-2), b_t.stride(-2), b_scale.stride(-2))
+
+
 def fp8_grouped_wgrad(
     a_t: Tensor,
     a_scale: Tensor,
@@ -81,6 +87,9 @@ def fp8_grouped_wgrad(
     out: Tensor,
 ) -> None:
     _wgrad(a_t, a_scale, b_t, b_scale, offsets, num_sms, out, False)
+
+
+fp8_grouped_wgrad_accumulate_cannot = fp8_grouped_wgrad_cannot
 
 
 def fp8_grouped_wgrad_accumulate(
@@ -100,6 +109,8 @@ def _wgrad(
     accumulate: bool,
 ) -> None:
     groups, m, n = out.shape
+    if why := _triton.far(out.stride(-2)):
+        raise RuntimeError(f"fp8_grouped_wgrad: out: Triton {why}")
     tiles = groups * _triton.cdiv(m, 128) * _triton.cdiv(n, 128)
     config = CONFIGS(a, rows=m, tiles=tiles, apart=apart(True, b_scale.stride(0)))
     tiles = groups * _triton.cdiv(m, config["BM"]) * _triton.cdiv(n, config["BN"])

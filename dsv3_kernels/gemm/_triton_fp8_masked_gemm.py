@@ -3,6 +3,8 @@
 # mypy: disable-error-code=no-untyped-def
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -70,6 +72,10 @@ def triton_fp8_masked_gemm(
             )
             at = out + (g * out_group + m0 * out_stride + n0)
             store(at, out_stride, rows, columns, total, False, BM, BN)
+
+
+def fp8_masked_gemm_cannot(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *rest: Any) -> str | None:
+    return _triton.far(a.stride(-2), a_scale.stride(-2), b.stride(-2), b_scale.stride(-2), rest[-1].stride(-2))
 
 
 def fp8_masked_gemm(

@@ -138,12 +138,13 @@ def triton_mla_decode(
     limit = tl.minimum(length - causal * (Q - 1 - query), last)  # keys that a row sees
     d, e = tl.arange(0, 128), tl.arange(0, 64)
     q += request.to(tl.int64) * q_request
-    q_at = (query * q_query + head * q_head)[:, None] + d[None, :]
+    row_at = (query.to(tl.int64) * q_query + head.to(tl.int64) * q_head)[:, None]
+    q_at = row_at + d[None, :]
     q0 = tl.load(q + q_at, mask=inside, other=0.0)
     q1 = tl.load(q + 128 + q_at, mask=inside, other=0.0)
     q2 = tl.load(q + 256 + q_at, mask=inside, other=0.0)
     q3 = tl.load(q + 384 + q_at, mask=inside, other=0.0)
-    qr = tl.load(q + 512 + (query * q_query + head * q_head)[:, None] + e[None, :], mask=inside, other=0.0)
+    qr = tl.load(q + 512 + row_at + e[None, :], mask=inside, other=0.0)
     rotary = cache.to(tl.pointer_type(tl.bfloat16)) + 264 if FP8 else cache + 512
     table += request.to(tl.int64) * table_stride
 
@@ -219,7 +220,7 @@ def triton_mla_decode_join(
         top, total = new, total * shrink + tl.sum(weights, 0)
         mean = mean * shrink + tl.sum(values * weights[:, None], 0)
     mean /= tl.where(total == 0, 1.0, total)
-    out += request.to(tl.int64) * out_request + (r // H * out_query + r % H * out_head)
+    out += request.to(tl.int64) * out_request + (r // H).to(tl.int64) * out_query + (r % H).to(tl.int64) * out_head
     tl.store(out + d, mean.to(out.dtype.element_ty))
     tl.store(lse + request.to(tl.int64) * (Q * H) + r, (top + tl.log2(total)) * LN2)
 

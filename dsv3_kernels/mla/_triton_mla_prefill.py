@@ -293,7 +293,9 @@ def mla_prefill_cannot(q: Tensor, k_nope: Tensor, k_rope: Tensor, v: Tensor, *_:
     widths = k_nope.shape[2], k_rope.shape[1], v.shape[2]
     if widths != (128, 64, 128):
         return f"takes heads of 128 and 64 and values of 128, got {widths[0]}, {widths[1]} and {widths[2]}"
-    return None if q.dtype in (torch.bfloat16, torch.float16) else f"takes bfloat16 and float16, got {q.dtype}"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bfloat16 and float16, got {q.dtype}"
+    return _triton.far(q.stride(0), k_nope.stride(0), k_rope.stride(0), v.stride(0))
 
 
 def mla_prefill(

@@ -193,3 +193,27 @@ def test_swiglu_under_any_schedule(f: int, options: dict[str, str]) -> None:
             again = dk.fp8_grouped_gemm_swiglu_quantize(*operands)
     everything(seen)
     assert same_bits(first, again) and not first[0].view(torch.uint8)[80:].any()
+
+
+def test_rows_too_far_apart() -> None:
+    """Offsets inside a tile are 32-bit; memory that nobody touches costs nothing."""
+    case = make(2, 8, 128)
+    memory = torch.empty(1 << 25, dtype=torch.bfloat16)
+    far, said = memory.as_strided((2, 8), (1 << 24, 1)), "takes rows less than 16777216 elements apart, got 16777216"
+    a = memory.view(torch.float8_e4m3fn).as_strided((2, 128), (1 << 24, 1))
+    with dk.backend("sim:triton"):
+        with pytest.raises(RuntimeError, match=f"^fp8_gemm: out: Triton {said}"):
+            dk.fp8_gemm(case.a, case.a_scale, case.b, case.b_scale, out=far)
+        with pytest.raises(RuntimeError, match=rf"^fp8_gemm: .*\(sim:triton: {said}\)"):
+            dk.fp8_gemm(a, case.a_scale, case.b, case.b_scale)
+        bounds, b = torch.tensor([0, 2], dtype=torch.int32), (case.b[None], case.b_scale[None])
+        with pytest.raises(RuntimeError, match=rf"^fp8_grouped_gemm: .*{said}"):
+            dk.fp8_grouped_gemm(case.a, case.a_scale, *b, bounds, out=far)
+        with pytest.raises(RuntimeError, match=rf"^fp8_masked_gemm: .*{said}"):
+            dk.fp8_masked_gemm(case.a[None], case.a_scale[None], *b, bounds[1:], out=far[None])
+        with pytest.raises(RuntimeError, match=rf"^fp8_grouped_wgrad: out: Triton {said}"):
+            dk.fp8_grouped_wgrad(
+                case.a, case.a_scale, case.b, case.b_scale.expand(8, 1), torch.tensor([0, 128]).int(), out=far[None]
+            )
+        with pytest.raises(RuntimeError, match=rf"^fp8_grouped_gemm_swiglu_quantize: .*{said}"):
+            dk.fp8_grouped_gemm_swiglu_quantize(a, case.a_scale, *b, bounds)

@@ -136,3 +136,14 @@ def test_pages_and_caches_off_a_multiple_of_16_bytes() -> None:
     cache = torch.zeros(16 * 656 + 8, dtype=torch.uint8)[8:].view(1, 16, 656)
     with dk.backend("sim:triton"), pytest.raises(RuntimeError, match="begins at a multiple of 16 bytes"):
         dk.mla_decode(q, cache, table, lengths, softmax_scale=SCALE)
+
+
+@pytest.mark.slow
+def test_pages_beyond_32_bits() -> None:
+    """The second page lies 2^31 bytes on."""
+    cache = torch.empty((1 << 31) + 16 * 656, dtype=torch.uint8).as_strided((2, 16, 656), (1 << 31, 656, 1))
+    filled_cache, _, lengths, keys = filled([16], 16, FP8)
+    cache[1] = filled_cache[(filled_cache != 0xFF).flatten(1).any(1)][0]
+    table = torch.tensor([[1]], dtype=torch.int32)
+    q = torch.randn(1, 1, 2, 576).bfloat16() * 0.2
+    check(decode(q, cache, table, lengths), q, keys)

@@ -72,11 +72,18 @@ def test_nothing_to_attend_to(queries, keys, sequences) -> None:
     assert not out.any() and lse.isneginf().all() and not any(g.any() for g in grads)
 
 
+FAR = torch.empty(2 << 24, dtype=torch.bfloat16).as_strided((2, 1, 192), (1 << 24, 192, 1))
+
+
 @pytest.mark.parametrize(
     ("words", "tensors"),
     [
         ("takes heads of 128 and 64 and values of 128, got 16, 8 and 16", inputs(2, 2, 1, torch.bfloat16, (16, 8, 16))),
         ("takes bfloat16 and float16, got torch.float32", inputs(2, 2, 1)),
+        (
+            "takes rows less than 16777216 elements apart, got 16777216",
+            [FAR, *inputs(2, 2, 1, torch.bfloat16)[1:]],
+        ),
     ],
 )
 def test_what_it_does_not_take(words, tensors) -> None:
