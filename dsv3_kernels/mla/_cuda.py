@@ -188,7 +188,14 @@ def mla_prefill_cannot(
 
 def _misaligned(**tensors: Tensor) -> str | None:
     """Why tensor copies (TMA) cannot read an operand: it and its rows start at multiples of 16 bytes only."""
-    for name, x in tensors.items():
+    bits = 0
+    for x in tensors.values():
+        bits |= x.data_ptr()
+        for stride in x.stride()[:-1]:
+            bits |= 2 * stride
+    if bits % 16 == 0:
+        return None
+    for name, x in tensors.items():  # empty tensors and dimensions of one do not count
         starts = [x.data_ptr(), *(2 * x.stride(i) for i in range(x.dim() - 1) if x.shape[i] > 1)]
         if x.numel() and any(start % 16 for start in starts):
             return f"{name}: a row does not start at a multiple of 16 bytes"
