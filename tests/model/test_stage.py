@@ -137,12 +137,12 @@ def one_process() -> tuple[list[float], dict]:
     return losses, {n: p.detach().clone() for n, p in model.state_dict().items()}
 
 
-def on_four(rank: int) -> tuple[list[float], dict, int]:
+def on_four(rank: int, recipe: str) -> tuple[list[float], dict, int]:
     """Two stages by two ranks that share each stage's experts: DualPipe over the stages, own sequences on each."""
     stage, side = divmod(rank, 2)
     experts = [dist.new_group([0, 1]), dist.new_group([2, 3])][stage]
     pipeline = [dist.new_group([0, 2]), dist.new_group([1, 3])][side]
-    parts = made([stage, 1 - stage], 2, group=experts, max_tokens=2 * WIDTH)
+    parts = made([stage, 1 - stage], 2, recipe, group=experts, max_tokens=2 * WIDTH)
     overlapped, hook = [], Stage.overlapped_forward_backward.__func__
 
     def counted(cls, *arguments):
@@ -171,19 +171,21 @@ def on_four(rank: int) -> tuple[list[float], dict, int]:
     return losses, state, len(overlapped)
 
 
-def test_experts_and_stages_train_as_one_process():
+@pytest.mark.parametrize("recipe", ["float32", "fp8"])
+def test_experts_and_stages_train_as_one_process(recipe):
+    """In FP8, where microbatches are quantised on their own and weight gradients wait, as near as FP8 is."""
     losses, wanted = one_process()
-    results = run(on_four, 4)
-    assert losses[-1] < losses[0]
+    results = run(on_four, 4, recipe)
+    assert losses[-1] < 0.9 * losses[0]
     for got, state, overlapped in results:
-        assert overlapped > 0
-        assert all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(got, losses, strict=True))
-        for name, value in state.items():
+        assert overlapped == STEPS
+        near = 1e-5 if recipe == "float32" else 5e-3
+        assert all(math.isclose(a, b, rel_tol=near) for a, b in zip(got, losses, strict=True))
+        for name, value in state.items() if recipe == "float32" else ():
             reference = wanted[name]
-            if ".mlp.experts." in name:
-                continue
-            assert float((value - reference).norm()) <= 2e-4 * float(reference.norm()) + 1e-7, name
-    for name, reference in wanted.items():
+            if ".mlp.experts." not in name:
+                assert float((value - reference).norm()) <= 2e-4 * float(reference.norm()) + 1e-7, name
+    for name, reference in wanted.items() if recipe == "float32" else ():
         if ".mlp.experts." in name:
             whole = torch.cat([results[side][1][name] for side in (0, 1)])
             assert float((whole - reference).norm()) <= 2e-4 * float(reference.norm()), name
