@@ -33,15 +33,15 @@ constexpr uint32_t kSums = kMaxima + 2 * 64 * 4;
 constexpr uint32_t kFull = kSums + 2 * 64 * 4;
 constexpr uint32_t kEmpty = kFull + 2 * 8 * kDecodeStages;
 constexpr uint32_t kReady = kEmpty + 2 * 8 * kDecodeStages;
-constexpr uint32_t kFree = kReady + 2 * 8;
 constexpr int kConsumers = 256;
 constexpr int kHalves = 2;
 constexpr int kLeftPanels = 4;
 
-static_assert(kFree + 2 * 8 == kDecodeSharedBytes, "what the launcher asks for");
+static_assert(kReady + 2 * 8 == kDecodeSharedBytes, "what the launcher asks for");
 static_assert(kDecodeSharedBytes <= 232448, "shared memory of one CTA on sm_90");
 static_assert(kTile % 1024 == 0 && kPanel % 1024 == 0, "the swizzle repeats every 1024 bytes: no base offset");
-static_assert(kDecodeStages == 2, "Slot");
+static_assert(kDecodeStages == 2,
+              "Slot; and the weights of tile t give way to those of t + 2 without a barrier of their own");
 
 // Named barriers of the consumers; 0 is __syncthreads.
 enum NamedBarrier : int { kAllConsumers = 1, kOneWarpgroup = 2 };  // + warpgroup
@@ -75,7 +75,6 @@ __device__ __forceinline__ void initialise_barriers(uint32_t shared, uint32_t fu
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       ptx::mbarrier_init(shared + kReady + 8 * i, 4);
-      ptx::mbarrier_init(shared + kFree + 8 * i, 4);
     }
     ptx::fence_mbarrier_init();
   }

@@ -1,3 +1,21 @@
+// mla_decode: attention of a few queries per request on its paged latent cache, in the absorbed form (docs/mla.md).
+//
+// A CTA takes 64 rows (query x head) of a request and walks over the keys that the plan gives it, 64 at a time. The
+// output of 64 x 512 float32 is half of the register file: two warpgroups have 256 columns each. Tile t is formed
+// (scores, softmax, weights) by warpgroup t mod 2, which hands its weights to the other one through shared memory, and
+// multiplied with the values by both. While one forms its softmax, the other's products run, and its own of the last
+// tile. mla_decode_simple.cu does the same with less to understand, and has the same bits.
+//
+// Roles      warps 0..3    bfloat16 cache: warp 0 issues tensor copies; FP8 cache: all decode rows (mla/decode_fp8.cuh)
+//            warps 4..11   two consumer warpgroups
+// Barriers   full, empty   of the ring: mla/decode_tile.cuh
+//            ready[w]      4 arrivals, of the warps of warpgroup w: its weights and their maximum are there
+//            named         all consumers: queries are there; they are no longer read; output on its way is gone. One
+//                          warpgroup: rows that do not exist are cleared
+// Registers  40 and 232 (bfloat16), 72 and 216 (FP8): output 128, scores 32, weights 16, rotary queries 16
+// Budget     per tile, cycles: tensor 1152 + 1024 = 2176; shared memory 2304 (queries 64 KB, keys 72, values 64,
+//            weights 16, filling 72, at 128 bytes a cycle); memory 4947 on an H100 and 3444 on an H200, with an FP8
+//            cache 2816 and 1984. Nothing of it is measured: it follows from counting.
 #include "mla/decode_fp8.cuh"
 #include "mla/decode_tile.cuh"
 
@@ -32,18 +50,12 @@ struct First {
   static constexpr bool value = kValue;
 };
 
-// Phases of the barriers between the warpgroups, across items.
-struct Exchange {
-  uint32_t taken = 0;   // parity of the next weights from the other warpgroup
-  uint32_t stored = 0;  // parity of the next weights for it
-};
-
 // The other warpgroup's weights, of the tile at `slot`: starts their product with this warpgroup's values.
 __device__ __forceinline__ void take(const MlaDecodeParams& p, uint32_t shared, const Slot& slot, const Consumer& me,
-                                     Exchange& exchange, RowState& state, float (&o)[128]) {
+                                     uint32_t& phase, RowState& state, float (&o)[128]) {
   const int other = 1 - me.warpgroup;
-  ptx::mbarrier_wait_parity(shared + kReady + 8 * other, exchange.taken);
-  exchange.taken ^= 1;
+  ptx::mbarrier_wait_parity(shared + kReady + 8 * other, phase);
+  phase ^= 1;
   float factor[2];
 #pragma unroll
   for (int side = 0; side < 2; ++side) {
@@ -65,12 +77,11 @@ __device__ __forceinline__ void taken(uint32_t shared, const Slot& slot, const C
   ptx::wgmma_wait_group<0>();
   ptx::pin(o);
   release<Cache::kCtas>(shared + slot.empty(me.warpgroup), me);
-  arrive(shared + kFree + 8 * (1 - me.warpgroup), me);
 }
 
 template <bool kFirst, class Cache>
 __device__ __forceinline__ void attend(const MlaDecodeParams& p, uint32_t shared, const Slot& before, const Slot& slot,
-                                       const Consumer& me, Exchange& exchange, const uint32_t (&rope)[4][4], int first,
+                                       const Consumer& me, uint32_t& phase, const uint32_t (&rope)[4][4], int first,
                                        int rows, bool masked, RowState& state, float (&o)[128]) {
   if (Cache::kClears && rows < static_cast<int>(kDecodeKeys)) {
     ptx::mbarrier_wait_parity(shared + slot.full(0), slot.parity);
@@ -90,7 +101,7 @@ __device__ __forceinline__ void attend(const MlaDecodeParams& p, uint32_t shared
   if constexpr (kFirst) {
     ptx::wgmma_wait_group<0>();
   } else {
-    take(p, shared, before, me, exchange, state, o);
+    take(p, shared, before, me, phase, state, o);
     ptx::wgmma_wait_group<1>();
   }
   ptx::pin(s);
@@ -107,8 +118,6 @@ __device__ __forceinline__ void attend(const MlaDecodeParams& p, uint32_t shared
   }
   uint32_t fragments[4][4];
   weights(state, p.scale_log2, s, fragments);
-  ptx::mbarrier_wait_parity(shared + kFree + 8 * me.warpgroup, exchange.stored ^ 1);
-  exchange.stored ^= 1;
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     ptx::stmatrix_x4(
@@ -132,8 +141,8 @@ __device__ __forceinline__ void attend(const MlaDecodeParams& p, uint32_t shared
 template <class Cache>
 __device__ __forceinline__ void consume(const MlaDecodeParams& p, uint32_t shared, const Consumer& me) {
   const Rows rows(p);
-  Slot slot;  // of the item's first tile
-  Exchange exchange;
+  Slot slot;           // of the item's first tile
+  uint32_t phase = 0;  // of the other warpgroup's next weights, across items
   for_each_item(p, [&](int index, const Item& item) {
     uint32_t rope[4][4];
     load_queries(p, shared, me, rows, item.request, rope);
@@ -147,7 +156,7 @@ __device__ __forceinline__ void consume(const MlaDecodeParams& p, uint32_t share
     int tile = me.warpgroup;
     const auto step = [&](auto is_first) {
       const int first = item.first + tile * static_cast<int>(kDecodeKeys);
-      attend<decltype(is_first)::value, Cache>(p, shared, before, mine, me, exchange, rope, first,
+      attend<decltype(is_first)::value, Cache>(p, shared, before, mine, me, phase, rope, first,
                                                min(item.last - first, static_cast<int>(kDecodeKeys)),
                                                first + static_cast<int>(kDecodeKeys) > unmasked, state, o);
       tile += 2;
@@ -169,10 +178,10 @@ __device__ __forceinline__ void consume(const MlaDecodeParams& p, uint32_t share
       mine.advance();
     }
     if (tiles > 0 && (tiles - 1) % 2 != me.warpgroup) {
-      take(p, shared, before, me, exchange, state, o);
+      take(p, shared, before, me, phase, state, o);
       taken<Cache>(shared, before, me, o);
     }
-    for (int t = 0; t < tiles; ++t) slot.advance();
+    for (int t = 0; t < tiles; ++t) slot.advance();  // a closed form makes ptxas 13.5 spill in mla_decode_fp8
 
     float sum[2];
 #pragma unroll

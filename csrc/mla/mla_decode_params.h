@@ -21,7 +21,7 @@ inline constexpr uint32_t kDecodeStages = 2;
 inline constexpr uint32_t kDecodePanelBytes = 64 * 128;
 inline constexpr uint32_t kDecodeTileBytes = 9 * kDecodePanelBytes;
 inline constexpr uint32_t kDecodeSharedBytes =
-    8 * kDecodePanelBytes + kDecodeStages * kDecodeTileBytes + 2 * kDecodePanelBytes + 4 * 64 * 4 + 12 * 8;
+    8 * kDecodePanelBytes + kDecodeStages * kDecodeTileBytes + 2 * kDecodePanelBytes + 4 * 64 * 4 + 10 * 8;
 
 inline constexpr uint32_t kCombineThreads = 256;
 inline constexpr uint32_t kCombineRows = kCombineThreads / 32;  // one per warp
