@@ -6,6 +6,8 @@ Shapes are the smallest that reach a case: ring and parity wrap, tails, several 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -104,6 +106,23 @@ def test_gemm_of_few_rows(
     again, _ = canvas((m, n), dtype)
     gemm(case, again, kernel, sms=sms, split=split)
     assert same_bits(out, again)
+
+
+@pytest.mark.parametrize("split", [2, 8])
+def test_parts_of_k_are_summed_in_the_order_of_rank(split: int) -> None:
+    """Each CTA's part is what a product over its k-blocks alone gives; their sum has the bits of adding in order."""
+    case, blocks = make(30, 264, 9 * 128), 9
+    out, wanted = torch.empty(30, 264), torch.zeros(30, 264)
+    gemm(case, out, "fp8_gemm_32x128", split=split)
+    bounds = [blocks * rank // split for rank in range(split + 1)]
+    for first, last in pairwise(bounds):
+        k, scale, part = slice(128 * first, 128 * last), slice(first, last), torch.empty(30, 264)
+        share = replace(
+            case, a=case.a[:, k], b=case.b[:, k], a_scale=case.a_scale[:, scale], b_scale=case.b_scale[:, scale]
+        )
+        gemm(share, part, "fp8_gemm_32x128")
+        wanted += part
+    assert same_bits(out, wanted)
 
 
 @pytest.mark.parametrize("layout", ["k", "gaps"])
