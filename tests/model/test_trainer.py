@@ -47,11 +47,11 @@ def short(out=None, **changes) -> Trainer:
 
 # -- one run on real text ----------------------------------------------------------------------------------------------
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "bias_speed"), [("fp8", 0.01), ("bf16", 0.0)])
-def test_a_run_learns_and_balances(recipe, bias_speed):
+@pytest.mark.parametrize(("recipe", "bias_speed", "steps"), [("fp8", 0.01, 150), ("bf16", 0.0, 80)])
+def test_a_run_learns_and_balances(recipe, bias_speed, steps):
     """150 steps on the King James Bible, in FP8. The busiest expert's load falls where the bias moves, and only there:
-    the control is bfloat16, for speed (routers are float32 in both)."""
-    options = Options(steps=150, batch=4, sequence=64, rate=4e-3, warm_up=10, balance_alpha=0.0)
+    the control is bfloat16 and shorter, for speed (routers are float32 in both)."""
+    options = Options(steps=steps, batch=4, sequence=64, rate=4e-3, warm_up=10, balance_alpha=0.0)
     options = dataclasses.replace(options, recipe=recipe, bias_speed=bias_speed)
     records = list(Trainer(Config(**TOY), as_tokens(corpus.split()[0]), options).run())
 
