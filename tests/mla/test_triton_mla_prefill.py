@@ -53,6 +53,7 @@ def test_any_schedule(causal, options) -> None:
     assert [missed for kernel in seen for missed in kernel.unreached()] == []
 
 
+@pytest.mark.slow  # five kernels compile for it
 def test_float16() -> None:
     cu = bounds_of([20, 9])
     args = inputs(29, 29, 1, torch.float16), cu, cu, torch.randn(29, 1, 128).half(), True
