@@ -7,8 +7,10 @@
 //           group as a power of two allows each find the two best of a share, and merge. Then top_k rounds of: best of
 //           a lane, best of the warp (redux on order-preserving integers), lowest index at that value.
 // Barriers  none but __syncwarp
-// Budget    bytes per token: 4 E read, 8 K written: 1088 at E = 256, K = 8. About 30 instructions an expert for scores,
-//           30 a lane and round: 500 warp instructions a token.
+// Budget    bytes per token: 4 E read, 8 K written: 1088 at E = 256, K = 8. About 1500 warp instructions a token (PTX,
+// by the
+//           simulator; most of them integer: scores that have the same bits everywhere, and the ranks), which is what
+//           bounds it: the bytes would take a fifth of that time.
 // Order     scores, sums and quotients are the same bits as eager's (scores.cuh); equal values go to the lower index.
 #include "moe/moe_gate_params.h"
 #include "ptx/convert.cuh"

@@ -6,7 +6,7 @@
 //           codes a lane as make 16 bytes of output. No shared memory, no barrier.
 // Budget    bytes per element: 1 + 2 (bf16, f16) or 1 + 4 (float32), each moved once, and the scales, of which one
 // serves
-//           the lanes of a block. About 4 instructions per element: memory-bound.
+//           the lanes of a block. About 7 instructions per element (SASS): memory-bound.
 // Accesses  loads 8 (4) bytes a lane, 256 (128) contiguous bytes a warp, all issued before the first is used; stores 16
 //           bytes a lane, every sector whole. Rows that are not aligned to such accesses take the scalar ones.
 #include "quant/dequantize_params.h"

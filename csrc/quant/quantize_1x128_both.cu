@@ -12,8 +12,9 @@
 //           thread), scales to all. The maxima of the next block are not written before the scales of this one have
 //           been waited for, nor its scales before the next one's first barrier.
 // Budget    bytes per element: 2 + 2 + 8/128 (bf16, f16) or 4 + 2 + 8/128 (float32), each moved once, and the padding.
-//           About 25 instructions per element, two encodings: at 128 lanes per SM and cycle 5 elements, where memory at
-//           3.35 TB/s, 132 SMs and 1.7 GHz delivers 3.7 (bf16): memory-bound while two CTAs share an SM.
+//           About 36 instructions per element (SASS), two encodings: at 128 lanes per SM and cycle 3.5 elements, where
+//           memory at 3.35 TB/s, 132 SMs and 1.7 GHz delivers 3.7 (bf16) or 2.5 (float32): both bounds all but meet for
+//           bf16, and two CTAs share an SM so that one's loads run beside the other's arithmetic.
 // Accesses  loads: 4 lanes 64 contiguous bytes of a row (128 of float32); q: 4 lanes 32 contiguous bytes; q_t: 8 lanes
 // 64
 //           contiguous bytes, straight from registers, because a thread's tokens are consecutive. Every sector whole.

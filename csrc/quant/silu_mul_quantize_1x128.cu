@@ -5,9 +5,9 @@
 // which
 //           a lane takes 16 bytes of gate and 16 of up. No shared memory, no barrier.
 // Budget    bytes per element of hidden: 4 + 1 + 4/128 (bf16, f16) or 8 + 1 + 4/128 (float32), each moved once. About
-// 33
-//           instructions per element, two of them on the 16-lane special-function unit; at 128 lanes per SM and cycle
-//           that is 3.9 elements, where memory at 3.35 TB/s, 132 SMs and 1.7 GHz delivers 3.0: memory-bound.
+// 37
+//           instructions per element (SASS), two of them on the 16-lane special-function unit; at 128 lanes per SM and
+//           cycle that is 3.4 elements, where memory at 3.35 TB/s, 132 SMs and 1.7 GHz delivers 3.0: memory-bound.
 // Accesses  loads 16 bytes a lane, 512 contiguous bytes a warp, all of a warp issued before the first is used: 128
 // bytes a
 //           lane in flight; stores 8 (4) bytes a lane, every sector whole. Rows that are not aligned to such accesses
