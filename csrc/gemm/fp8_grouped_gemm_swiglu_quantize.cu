@@ -10,8 +10,7 @@
 //
 // Roles, barriers, the walk over groups: gemm/fp8_tile.cuh, fp8_grouped_gemm.cu
 // Budget    per k-block as the 256x128 tile: 1024 tensor cycles, 1152 of shared memory (two warpgroups read 64 rows of
-// A
-//           and 128 of B twice, copies write 384 rows), 256 of FFMA; 2 x 64 results + 64 partial sums a thread; 4
+//           A and 128 of B twice, copies write 384 rows), 256 of FFMA; 2 x 64 results + 64 partial sums a thread; 4
 //           stages, 202816 bytes. Output: 1 + 4/128 bytes per element instead of 8 written and 8 read.
 // Epilogue  a row's 128 columns lie in four lanes: its largest magnitude takes two shuffles; codes are transposed among
 //           the four, two shuffles per 32 columns, so that they leave as 8 bytes a lane, every sector whole.

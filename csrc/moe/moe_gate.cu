@@ -2,15 +2,13 @@
 // score; and the gradient of the weights.
 //
 // Roles     one warp per token, 8 per CTA. Expert 32 i + l is value i of lane l: 8 values for up to 256 experts (_256),
-// 16
-//           for up to 512 (_512). Groups are ranked through the warp's own part of shared memory: as many lanes to a
+//           16 for up to 512 (_512). Groups are ranked through the warp's own part of shared memory: as many lanes to a
 //           group as a power of two allows each find the two best of a share, and merge. Then top_k rounds of: best of
 //           a lane, best of the warp (redux on order-preserving integers), lowest index at that value.
 // Barriers  none but __syncwarp
 // Budget    bytes per token: 4 E read, 8 K written: 1088 at E = 256, K = 8. About 1500 warp instructions a token (PTX,
-// by the
-//           simulator; most of them integer: scores that have the same bits everywhere, and the ranks), which is what
-//           bounds it: the bytes would take a fifth of that time.
+//           counted by the simulator; most of them integer: scores that have the same bits everywhere, and the ranks),
+//           which is what bounds it: the bytes would take a fifth of that time.
 // Order     scores, sums and quotients are the same bits as eager's (scores.cuh); equal values go to the lower index.
 #include "moe/moe_gate_params.h"
 #include "ptx/convert.cuh"

@@ -7,12 +7,10 @@
 //           look at 32 rows each and write zeros to those that are nobody's.
 // Barriers  forward none; backward two __syncthreads per 32 choices, around the warps' sums
 // Budget    bytes per token and column: forward K rows read, one written; backward one row read from memory (K times
-// from
-//           L1), K written, and K read for the weights' gradient. Memory-bound.
+//           from L1), K written, and K read for the weights' gradient. Memory-bound.
 // Accesses  16 bytes a lane, four in flight; rows that are not aligned to them go element by element
 // Order     products and sums are rounded one by one, as eager's; only the sums over a row (the weights' gradient) have
-// an
-//           order of their own.
+//           an order of their own.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 

@@ -5,9 +5,8 @@
 //   scale and codes as quantize_1x128 has them, either way from x itself, so that every backend agrees in every bit
 //
 // Roles     one CTA of 8 warps per 128 tokens of a group and kBothBlocks times 128 columns. Every warp finds the group
-// by
-//           itself: 32 groups at a time, a lane each. A block of 128 x 128 stays in registers: a thread holds 8 tokens
-//           by 8 columns, a warp 64 tokens (8 lanes) by 32 columns (4 lanes).
+//           by itself: 32 groups at a time, a lane each. A block of 128 x 128 stays in registers: a thread holds 8
+//           tokens by 8 columns, a warp 64 tokens (8 lanes) by 32 columns (4 lanes).
 // Barriers  per block two __syncthreads: partial maxima to the scales' threads (128 rows and 128 columns, one scale a
 //           thread), scales to all. The maxima of the next block are not written before the scales of this one have
 //           been waited for, nor its scales before the next one's first barrier.
@@ -16,9 +15,8 @@
 //           memory at 3.35 TB/s, 132 SMs and 1.7 GHz delivers 3.7 (bf16) or 2.5 (float32): both bounds all but meet for
 //           bf16, and two CTAs share an SM so that one's loads run beside the other's arithmetic.
 // Accesses  loads: 4 lanes 64 contiguous bytes of a row (128 of float32); q: 4 lanes 32 contiguous bytes; q_t: 8 lanes
-// 64
-//           contiguous bytes, straight from registers, because a thread's tokens are consecutive. Every sector whole.
-//           Tensors that are not aligned to such accesses take the scalar ones.
+//           64 contiguous bytes, straight from registers, because a thread's tokens are consecutive. Every sector
+//           whole. Tensors that are not aligned to such accesses take the scalar ones.
 #include "quant/encode.cuh"
 #include "quant/quantize_1x128_both_params.h"
 

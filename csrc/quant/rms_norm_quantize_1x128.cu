@@ -1,8 +1,8 @@
 // rms_norm_quantize_1x128: rms_norm, then quantize_1x128 of its result as it was rounded, without reading it back.
 //
 // Roles, barriers, accesses and the order of the sums: as rms_norm.cu; the 16 lanes that hold a block of 128 columns
-// agree on its largest magnitude by shuffles. Budget    bytes per element, bf16: 2 + 3 + 4/128, with a residual 4 + 5 +
-// 4/128, each moved once: memory-bound.
+// agree on its largest magnitude by shuffles.
+// Budget    bytes per element, bf16: 2 + 3 + 4/128, with a residual 4 + 5 + 4/128, each moved once: memory-bound.
 #include "quant/rms_norm.cuh"
 
 #define DSV3_RMS_NORM_QUANTIZE(NAME, T)                                                    \

@@ -2,16 +2,13 @@
 // [T, F/128].
 //
 // Roles     8 warps, one row each, as in quantize_1x128: a warp goes along its row in kSiluSteps steps, in each of
-// which
-//           a lane takes 16 bytes of gate and 16 of up. No shared memory, no barrier.
+//           which a lane takes 16 bytes of gate and 16 of up. No shared memory, no barrier.
 // Budget    bytes per element of hidden: 4 + 1 + 4/128 (bf16, f16) or 8 + 1 + 4/128 (float32), each moved once. About
-// 37
-//           instructions per element (SASS), two of them on the 16-lane special-function unit; at 128 lanes per SM and
-//           cycle that is 3.4 elements, where memory at 3.35 TB/s, 132 SMs and 1.7 GHz delivers 3.0: memory-bound.
+//           37 instructions per element (SASS), two of them on the 16-lane special-function unit; at 128 lanes per SM
+//           and cycle that is 3.4 elements, where memory at 3.35 TB/s, 132 SMs and 1.7 GHz delivers 3.0: memory-bound.
 // Accesses  loads 16 bytes a lane, 512 contiguous bytes a warp, all of a warp issued before the first is used: 128
-// bytes a
-//           lane in flight; stores 8 (4) bytes a lane, every sector whole. Rows that are not aligned to such accesses
-//           take the scalar ones.
+//           bytes a lane in flight; stores 8 (4) bytes a lane, every sector whole. Rows that are not aligned to such
+//           accesses take the scalar ones.
 #include "quant/encode.cuh"
 #include "quant/silu.cuh"
 #include "quant/silu_mul_quantize_1x128_params.h"
