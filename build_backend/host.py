@@ -55,7 +55,11 @@ def build(root: Path = ROOT) -> Path:
     cache = root / "build" / "host" / str(sysconfig.get_config_var("SOABI"))
     cache.mkdir(parents=True, exist_ok=True)
     recipe = (str(cxx), *FLAGS, *includes)
-    objects = {path: cache / f"{images.source_hash(path, root, recipe=recipe)[:32]}.o" for path in sources(root)}
+
+    def object_of(path: Path) -> Path:
+        return cache / f"{images.source_hash(path, root, recipe=recipe)[:32]}.o"
+
+    objects = {path: object_of(path) for path in sources(root)}
     linked = hashlib.sha256(json.dumps(sorted(o.name for o in objects.values())).encode()).hexdigest()
     stamp = cache / "linked"
     if target.is_file() and stamp.is_file() and stamp.read_text() == f"{linked} {target.stat().st_mtime_ns}":
@@ -70,6 +74,8 @@ def build(root: Path = ROOT) -> Path:
                     f"compiling {path.relative_to(root)}",
                     root,
                 )
+                if object_of(path) != objects[path]:
+                    raise BuildError(f"{path.relative_to(root)} changed while it was compiled: build again")
                 os.replace(made, objects[path])
 
     todo = [path for path in objects if not objects[path].is_file()]
