@@ -23,7 +23,7 @@ from dsv3_kernels.commands.console import Console
 
 from . import machine, report
 from .cases import Call, Case, collect, families
-from .timing import Timing, measure
+from .timing import Timing, measure, steady
 
 OURS = ("cuda", "triton", "eager")  # in the order of preference
 BUDGET, QUICK_BUDGET = 1.0, 0.25  # seconds of a case, all sides together
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("bench.run: --gpu: torch sees no GPU", file=sys.stderr)
         return 2
     torch.set_grad_enabled(False)
-    run = Run(options.out, device, options.quick)
+    run = Run(options.out, device, options.quick, options.steady)
     console = Console()
     console.line(f"{run.machine}: source {run.source}, results in {options.out}")
     cases = [case for case in collect(options.family) if _wanted(case, options, device)]
@@ -55,6 +55,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--family", action="append", choices=families(), help="only this family (repeatable)")
     parser.add_argument("--op", action="append", help="only this op (repeatable)")
     parser.add_argument("--quick", action="store_true", help="few shapes, little time each")
+    parser.add_argument(
+        "--steady", type=float, default=0.0, metavar="SECONDS", help="also time products back to back, so long each"
+    )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--gpu", action="store_true", help="a GPU that is missing is an error")
     where.add_argument("--cpu", action="store_true", help="the CPU, even where there is a GPU")
@@ -77,8 +80,8 @@ def _wanted(case: Case, options: argparse.Namespace, device: torch.device) -> bo
 class Run:
     """One run: where its results go, and what they have in common."""
 
-    def __init__(self, out: Path, device: torch.device, quick: bool) -> None:
-        self.out, self.device, self.quick = out, device, quick
+    def __init__(self, out: Path, device: torch.device, quick: bool, steady: float = 0.0) -> None:
+        self.out, self.device, self.quick, self.steady = out, device, quick, steady
         self.machine, self.source = machine.name(device), machine.source()
         self.date, self.ceilings = datetime.date.today().isoformat(), {}
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -140,6 +143,9 @@ class Run:
                 sides[name] = {"error": f"{type(failure).__name__}: {' '.join(str(failure).split())[:400]}"}
         timings = self.time(calls)
         sides |= {name: self._figures(case, timing) for name, timing in timings.items()}
+        if self.steady and case.flops:
+            for name, us in steady({name: calls[name] for name in timings}, self.device, self.steady).items():
+                sides[name] |= {"steady_us": us, "steady_tflops": case.flops / us * 1e-6}
         mine = next((name for name in OURS if name in timings), None)
         ratios = {n: t.median / timings[mine].median for n, t in timings.items() if n not in OURS} if mine else {}
         return {

@@ -113,6 +113,34 @@ def _measure_gpu(sides: dict[str, Call], device: torch.device, budget: float) ->
     return {name: Timing.of(values, methods[name]) for name, values in elapsed().items()}
 
 
+def steady(sides: dict[str, Call], device: torch.device, seconds: float, rounds: int = 2) -> dict[str, float]:
+    """Microseconds a call, back to back, once clocks and power have settled: a side is called for `seconds` on end, the
+    second half of which counts; the sides take turns, and the median of the rounds is kept."""
+    on_gpu = device.type == "cuda"
+    calls = {name: graphed(side)[0] if on_gpu else side for name, side in sides.items()}
+    wait = (lambda: torch.cuda.synchronize(device)) if on_gpu else (lambda: None)
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(rounds):
+        for name in _rotated(list(calls), turn):
+            _repeat(calls[name], seconds / 2, wait)
+            found[name].append(_repeat(calls[name], seconds / 2, wait) * 1e6)
+    return {name: quantile(values, 0.5) for name, values in found.items()}
+
+
+def _repeat(call: Call, seconds: float, wait: Call) -> float:
+    """What a call takes over `seconds` of them or more, in batches so long that the wait at their end hardly counts."""
+    batch, count, started = 1, 0, time.perf_counter()
+    while True:
+        for _ in range(batch):
+            call()
+        wait()
+        count += batch
+        taken = time.perf_counter() - started
+        if taken >= seconds:
+            return taken / count
+        batch = max(1, int(count / taken * min(0.1, seconds / 4)))
+
+
 def graphed(call: Call) -> tuple[Call, str]:
     """The call as a CUDA graph, so that the host's time is not measured; as it is where it cannot be captured."""
     stream = torch.cuda.Stream()

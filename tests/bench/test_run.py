@@ -62,6 +62,14 @@ def test_records(bench, capsys):
     assert "dequantize" in capsys.readouterr().out
 
 
+def test_steady_times_of_products(bench):
+    code, records = bench([toy(flops=100, unit="float32"), toy(shape=5)], "--steady", "0.02")
+    product, mover = (record["sides"]["eager"] for record in records[1:])
+    assert code == 0 and product["steady_us"] > 0
+    assert product["steady_tflops"] == pytest.approx(100 / product["steady_us"] / 1e6)
+    assert "steady_us" not in mover
+
+
 def test_a_run_goes_on_where_it_stopped(bench):
     calls = []
 

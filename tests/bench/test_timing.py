@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -76,6 +78,19 @@ def test_order_and_times(gpu):
     order = [p[3] for p in one][10:]  # behind the warm-up
     assert order[:4] == ["ours", "theirs", "theirs", "ours"] and len(order) == 2 * found["ours"].count
     assert gpu.log[-1] == "synchronize"
+
+
+def test_steady_is_back_to_back_and_in_turns(gpu):
+    calls = []
+    sides = {name: lambda name=name: (calls.append(name), time.sleep(0.002 * len(name)))[0] for name in ("a", "bb")}
+    found = timing.steady(sides, torch.device("cpu"), seconds=0.1)
+    order = [name for name, before in zip(calls, ["", *calls], strict=False) if name != before]
+    assert order == ["a", "bb", "a"]  # the order rotates: a bb, bb a
+    assert 1.5 < found["bb"] / found["a"] < 2.5 and found["a"] >= 2000
+    gpu.log.clear()
+    timing.steady({"side": lambda: gpu.work("kernel", 1)}, torch.device("cuda"), seconds=0.02, rounds=1)
+    runs = "".join({"replay": "r", "kernel": "k", "synchronize": "s"}[name] for name in gpu.log)
+    assert re.fullmatch("kkks((rk)+s)+", runs) and "flush" not in gpu.log
 
 
 def test_what_cannot_be_captured_is_called(gpu):
