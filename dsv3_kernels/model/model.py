@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -357,10 +357,38 @@ class DeepSeekV3(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             logits = self._unpack(self.head(self.hidden(step)[0]), step, tokens.shape, 0.0)
         if cache is not None:
-            cache.set_lengths([p + n for p, n in zip(cache.lengths, step.lengths, strict=True)], step.seqlens)
+            self._fill(cache, step)
         if not return_routing:
             return logits
         return logits, [self._unpack(e, step, tokens.shape, -1).flatten(0, 1) for e in step.chosen or []]
+
+    def program(
+        self, tokens: Tensor, *, seq_lens: Sequence[int] | Tensor | None = None, cache: PagedLatentCache | None = None
+    ) -> Generator[str, None, Tensor]:
+        """`forward`, pausing while rows are under way to experts on other ranks, with the bits of `forward`.
+
+        `dk.parallel.two_microbatch(model.program, tokens_a, tokens_b)` gives both logits, one microbatch computing
+        while the other's rows travel; with caches: `two_microbatch(lambda m: model.program(m[0], cache=m[1]), a, b)`.
+        """
+        run: Any = (
+            self._program if cache is None else torch.no_grad()(self._program)
+        )  # decorates every part of a generator
+        return run(tokens, seq_lens, cache)
+
+    def _program(self, tokens: Tensor, seq_lens: Any, cache: PagedLatentCache | None) -> Generator[str, None, Tensor]:
+        step = self.step(tokens, seq_lens=seq_lens, cache=cache)
+        update, residual = self.embed(step.tokens, step.dtype), None
+        for layer in cast(Sequence[DecoderLayer], self.model.layers[: self.config.num_hidden_layers]):
+            update, residual = yield from layer.phases(update, residual, step)
+        logits: Tensor = self._unpack(self.head(self.model.norm(update, residual)[0]), step, tokens.shape, 0.0)
+        if cache is not None:
+            self._fill(cache, step)
+        return logits
+
+    @staticmethod
+    def _fill(cache: PagedLatentCache, step: Step) -> None:
+        """The step's tokens are in the cache."""
+        cache.set_lengths([p + n for p, n in zip(cache.lengths, step.lengths, strict=True)], step.seqlens)
 
     def mtp_logits(self, tokens: Tensor, *, routing: list[Tensor] | None = None, return_routing: bool = False) -> Any:
         """MTP module of depth 1: float32 [B, S-1, V]; row i sees the hidden state of i and token i+1, predicts i+2.

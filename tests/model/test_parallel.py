@@ -10,8 +10,9 @@ from oracle import relative
 from ranks import run
 from test_forward import BOUND
 
-from dsv3_kernels.model import DeepSeekV3
+from dsv3_kernels.model import DeepSeekV3, PagedLatentCache
 from dsv3_kernels.model.weights import pieces
+from dsv3_kernels.parallel import Trace, two_microbatch
 
 PROMPTS = [[[3, 1, 4], [1, 5, 9, 2, 6, 5]], [[35, 8]], [[9, 7, 9, 3, 2, 3, 8, 4], [6, 2, 6, 4]]]
 NEW = [7, 3, 5]
@@ -50,6 +51,36 @@ def test_sharded_experts(kind, tmp_path):
     shares = [{name for name in result["names"] if ".experts." in name} for result in results]
     assert set.union(*shares) == {piece.name for piece in pieces(whole) if ".mlp.experts." in piece.name}
     assert sum(map(len, shares)) == len(set.union(*shares)) and all(shares)
+
+
+def overlapped(rank: int, folder: str) -> dict:
+    """Two microbatches at once: prompts, then a token each from the cache; and gradients."""
+    options = {"device": "cpu", "weights": "float32", "dtype": torch.float32}
+    model = DeepSeekV3.from_pretrained(folder, group=dist.group.WORLD, **options)
+    prompts = [torch.tensor(rows[:1]) for rows in (PROMPTS[rank], PROMPTS[rank + 1])]
+    trace, equal = Trace(), []
+    for tokens in (prompts, [p[:, :1] for p in prompts]):
+        ours, theirs = ([PagedLatentCache(model.config, [64], dtype=torch.float32) for _ in "ab"] for _ in "ab")
+        batches = list(zip(tokens, ours, strict=True))
+        got = two_microbatch(lambda m: model.program(m[0], cache=m[1]), *batches, trace=trace)
+        wanted = [model(t, cache=c) for t, c in zip(tokens, theirs, strict=True)]
+        equal += [torch.equal(a, b) for a, b in zip(got, wanted, strict=True)]
+        equal += [a.lengths == b.lengths and not g.requires_grad for a, b, g in zip(ours, theirs, got, strict=True)]
+
+    def gradients(results):
+        model.zero_grad()
+        sum(r.square().sum() for r in results).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    a, b = gradients(two_microbatch(model.program, *prompts)), gradients([model(p) for p in prompts])
+    equal.append(a.keys() == b.keys() and len(a) > 10 and all(torch.equal(a[name], b[name]) for name in a))
+    return {"equal": equal, "exchanges": {span.name for span in trace.spans if span.kind == "exchange"}}
+
+
+def test_two_microbatches_at_once(tmp_path):
+    oracle.write(tmp_path, oracle.BASE, oracle.tensors(oracle.BASE, 0))
+    for result in run(overlapped, 2, str(tmp_path)):
+        assert result == {"equal": [True] * 9, "exchanges": {"dispatch", "combine"}}
 
 
 def too_many(rank: int, folder: str) -> None:
