@@ -74,14 +74,16 @@ def _add_values(total, p, k, scale, precision: tl.constexpr):
 
 @triton.jit
 def _latent(cache, row, seen, block: tl.constexpr, unit: tl.constexpr, dtype: tl.constexpr):
-    """Block `block` of 128 of the latent rows [BN, 128], and its scales. `row` counts 16 bytes, `unit` elements."""
+    """Block `block` of 128 of the latent rows [BN, 128]. `row` counts 16 bytes, `unit` elements."""
     at = (row * unit)[:, None] + (128 * block + tl.arange(0, 128))[None, :]
-    if cache.dtype.element_ty == tl.uint8:
-        codes = tl.load(cache.to(tl.pointer_type(tl.float8e4nv)) + at, mask=seen[:, None], other=0.0)
-        scales = cache.to(tl.pointer_type(tl.float32)) + 128 + block
-        return codes.to(dtype), tl.load(scales + row * 4, mask=seen, other=0.0)
-    else:
-        return tl.load(cache + at, mask=seen[:, None], other=0.0), None
+    codes = cache.to(tl.pointer_type(tl.float8e4nv)) if cache.dtype.element_ty == tl.uint8 else cache
+    return tl.load(codes + at, mask=seen[:, None], other=0.0).to(dtype)
+
+
+@triton.jit
+def _scale(cache, row, seen, block: tl.constexpr):
+    """The scales of that block in an FP8 cache [BN]."""
+    return tl.load(cache.to(tl.pointer_type(tl.float32)) + 128 + block + row * 4, mask=seen, other=0.0)
 
 
 @triton.jit(
@@ -159,10 +161,14 @@ def triton_mla_decode(
         seen = key < last
         number = tl.load(table + (key >> page_bits), mask=seen, other=0)
         row = number.to(tl.int64) * page_stride + (key & ((1 << page_bits) - 1)) * (41 if FP8 else 576 // UNIT)
-        k0, c0 = _latent(cache, row, seen, 0, UNIT, q0.dtype)
-        k1, c1 = _latent(cache, row, seen, 1, UNIT, q0.dtype)
-        k2, c2 = _latent(cache, row, seen, 2, UNIT, q0.dtype)
-        k3, c3 = _latent(cache, row, seen, 3, UNIT, q0.dtype)
+        k0 = _latent(cache, row, seen, 0, UNIT, q0.dtype)
+        c0 = _scale(cache, row, seen, 0) if FP8 else None
+        k1 = _latent(cache, row, seen, 1, UNIT, q0.dtype)
+        c1 = _scale(cache, row, seen, 1) if FP8 else None
+        k2 = _latent(cache, row, seen, 2, UNIT, q0.dtype)
+        c2 = _scale(cache, row, seen, 2) if FP8 else None
+        k3 = _latent(cache, row, seen, 3, UNIT, q0.dtype)
+        c3 = _scale(cache, row, seen, 3) if FP8 else None
         kr = tl.load(rotary + (row * (8 if FP8 else UNIT))[:, None] + e[None, :], mask=seen[:, None], other=0.0).to(
             q0.dtype
         )
