@@ -32,7 +32,7 @@ def _blocks(rows: int, keys: int, warps: int) -> dict[str, int]:
 # sm_86), 227 KB on sm_90. All of it follows from that and is unmeasured; float32 spills.
 CONFIGS = _triton.Table(
     "mla_decode",
-    ({"bytes": 1, "rows": 16, "sm": 89}, _blocks(16, 32, 4)),
+    ({"bytes": 1, "rows": 16, "sm": 89}, _blocks(16, 32, 8)),
     ({"bytes": 1, "rows": 16}, _blocks(16, 64, 8)),
     ({"bytes": 1, "rows": 32}, _blocks(32, 32, 8)),
     ({"bytes": 1, "sm": 89}, _blocks(32, 32, 8)),

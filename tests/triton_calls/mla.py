@@ -29,8 +29,9 @@ def prefill(backward: bool) -> object:
     tokens, heads = 8192, 128
     kv, bounds = bf16(tokens, heads, 256), i32(3)
     inputs = bf16(tokens, heads, 192), kv[..., :128], bf16(tokens, 64), kv[..., 128:]
+    forward = dk.mla_prefill  # its module registers the backward op
     if not backward:
-        return dk.mla_prefill(*inputs, bounds, bounds, softmax_scale=1.0)
+        return forward(*inputs, bounds, bounds, softmax_scale=1.0)
     given = bf16(tokens, heads, 128), *inputs, bf16(tokens, heads, 128), f32(tokens, heads)
     return torch.ops.dsv3_kernels.mla_prefill_backward(*given, bounds, bounds, 1.0, True)
 
