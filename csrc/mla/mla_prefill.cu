@@ -20,6 +20,7 @@
 // Budget     cycles of a block per SM: tensor 1536 + 1024; shared memory 2304 (wgmma reads 208 KB, copies write 80 KB);
 //            exp 1024 (16 a cycle), and about 600 for the rest of the softmax. The tensor cores bound it, as long as
 //            one warpgroup's softmax hides behind the other's products. Shared memory: 229456 bytes.
+#include "mla/consumer.cuh"
 #include "mla/mla_prefill_params.h"
 #include "mla/sequences.cuh"
 #include "ptx/cluster.cuh"
@@ -154,21 +155,6 @@ __device__ __forceinline__ void load_tile(const MlaPrefillParams& p, uint32_t sh
     load_values(p, shared, v, work, block);
   }
   load_values(p, shared, v, work, 0);
-}
-
-// A consumer thread's place: element i of an accumulator is (row() + 8 * (i >> 1 & 1), 8 * (i >> 2) + column() + (i &
-// 1)) of the warpgroup's 64 rows (PTX ISA, wgmma, register fragments of D).
-struct Consumer {
-  int warpgroup, warp, lane;
-  __device__ __forceinline__ explicit Consumer(int warp_of_cta)
-      : warpgroup(warp_of_cta / 4 - 1), warp(warp_of_cta % 4), lane(threadIdx.x % 32) {}
-  __device__ __forceinline__ int row() const { return 16 * warp + lane / 4; }
-  __device__ __forceinline__ int column() const { return 2 * (lane % 4); }
-};
-
-__device__ __forceinline__ void arrive(uint32_t barrier, const Consumer& me) {
-  __syncwarp();
-  if (me.lane == 0) ptx::mbarrier_arrive(barrier);
 }
 
 // Starts S = Q K^T of the warpgroup's rows and a block.

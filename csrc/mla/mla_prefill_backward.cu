@@ -23,6 +23,7 @@
 // Registers  24 for the producers, 240 for the consumers: dK 96, dV 64, S or dP 32, P 16, dS 16
 // Budget     cycles of 128 x 64 per SM, tensor cores and shared memory: _keys 2560 and 2240 (wgmma reads 240 KB, copies
 //            write 40 KB), _queries 2048 and 1984; exp 512. Shared memory: 222784 bytes.
+#include "mla/consumer.cuh"
 #include "mla/mla_prefill_backward_params.h"
 #include "mla/sequences.cuh"
 #include "ptx/cluster.cuh"
@@ -199,21 +200,6 @@ __device__ __forceinline__ void load_stats(const MlaPrefillBackwardParams& p, ui
       slot.advance();
     }
   }
-}
-
-// A consumer thread's place: element i of an accumulator is (row() + 8 * (i >> 1 & 1), 8 * (i >> 2) + column() + (i &
-// 1)) of the warpgroup's 64 rows (PTX ISA, wgmma, register fragments of D).
-struct Consumer {
-  int warpgroup, warp, lane;
-  __device__ __forceinline__ explicit Consumer(int warp_of_cta)
-      : warpgroup(warp_of_cta / 4 - 1), warp(warp_of_cta % 4), lane(threadIdx.x % 32) {}
-  __device__ __forceinline__ int row() const { return 16 * warp + lane / 4; }
-  __device__ __forceinline__ int column() const { return 2 * (lane % 4); }
-};
-
-__device__ __forceinline__ void arrive(uint32_t barrier, const Consumer& me) {
-  __syncwarp();
-  if (me.lane == 0) ptx::mbarrier_arrive(barrier);
 }
 
 __device__ __forceinline__ float2 ld_shared_pair(uint32_t address) {
