@@ -14,7 +14,7 @@ void fp8_gemm(const GemmOperand& a, const GemmScale& a_scale, const GemmOperand&
   const Fp8Plan plan = plan_launch(driver, Fp8Op::kGemm, 1, a, b, b_scale, out, choice, target);
 
   Fp8GemmParams params{};
-  set_operands(params, driver, kOp, "a", a, a_scale, "b", b, b_scale, out, plan.kernel->tile);
+  set_operands(params, driver, kOp, "a", a, a_scale, "b", b, b_scale, out, *plan.kernel);
   params.bias = bias;
   params.bias_is_float32 = bias_is_float32;
   params.m = to_int32(kOp, "M", out.rows);
@@ -23,7 +23,7 @@ void fp8_gemm(const GemmOperand& a, const GemmScale& a_scale, const GemmOperand&
   to_int32(kOp, "tiles of the output", plan.tiles * plan.split);
 
   LaunchOptions options;
-  options.cluster = static_cast<unsigned>(plan.split);
+  options.cluster = static_cast<unsigned>(plan.split * plan.kernel->ctas);
   const Dim3 grid =
       plan.split > 1 ? Dim3{static_cast<unsigned>(plan.tiles * plan.split), 1, 1} : persistent_grid(plan.tiles, plan);
   const size_t bias_bytes = bias != nullptr ? static_cast<size_t>(out.columns) * (bias_is_float32 ? 4 : 2) : 0;

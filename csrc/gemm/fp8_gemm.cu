@@ -3,7 +3,8 @@
 // Persistent CTAs of 384 threads take tiles with a stride of the grid: tile t is the same for every role, so
 // nobody tells anybody. Roles, barriers and budget: gemm/fp8_tile.cuh. A result depends on its row of A and its row of
 // B alone, not on M or on the grid. Where M is small, the CTAs of a cluster may share a tile's K (gemm/fp8_split.cuh):
-// there is a cluster for every tile then, and a result depends on their number too.
+// there is a cluster for every tile then, and a result depends on their number too. Where both are large, pairs of CTAs
+// share their copies of A (128x256, 256x256: what a pair has).
 #include "gemm/fp8_gemm_params.h"
 #include "gemm/fp8_split.cuh"
 #include "gemm/fp8_store.cuh"
@@ -55,7 +56,8 @@ __device__ __forceinline__ void gemm(const Fp8GemmParams& p) {
   const int first = p.blocks * rank / split, blocks = p.blocks * (rank + 1) / split - first;
   if (split > 1) ptx::barrier_cluster_arrive_relaxed();  // our barriers are initialised; waited for before a send
   const auto for_each_tile = [&p, split](auto visit) {
-    for (int tile = blockIdx.x / split; tile < p.m_tiles * p.n_tiles; tile += gridDim.x / split) {
+    const int step = tile_step<Tile>() / split;
+    for (int tile = first_tile<Tile>() / split; tile < p.m_tiles * p.n_tiles; tile += step) {
       visit(rasterise<Tile>(tile, p.m_tiles, p.n_tiles));
     }
   };
@@ -67,6 +69,7 @@ __device__ __forceinline__ void gemm(const Fp8GemmParams& p) {
       for_each_tile(
           [&](TilePlace at) { load_operands(shared, slot, &p.a, {at.m, 0}, &p.b, {at.n, 0}, first, blocks); });
       ptx::griddepcontrol_launch_dependents();
+      drain(shared, slot);
     } else if (warp == 1) {
       for_each_tile([&](TilePlace at) {
         load_scales<kScale>(shared, slot, p.a_scale, 0, at.m, p.m - at.m, p.b_scale, 0, at.n, p.n - at.n, first,
@@ -110,6 +113,17 @@ extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)
 extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)
     fp8_gemm_128x192_block(const __grid_constant__ dsv3::Fp8GemmParams p) {
   dsv3::gemm<dsv3::Tile<128, 192>, dsv3::BScale::kBlock>(p);
+}
+
+// Pairs, named by what both CTAs have.
+extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)
+    fp8_gemm_128x256_block(const __grid_constant__ dsv3::Fp8GemmParams p) {
+  dsv3::gemm<dsv3::Tile<128, 128, 2>, dsv3::BScale::kBlock>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)
+    fp8_gemm_256x256_block(const __grid_constant__ dsv3::Fp8GemmParams p) {
+  dsv3::gemm<dsv3::Tile<256, 128, 2>, dsv3::BScale::kBlock>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)

@@ -14,7 +14,7 @@ void fp8_grouped_gemm(const GemmOperand& a, const GemmScale& a_scale, const Gemm
   const TileSize tile = plan.kernel->tile;
 
   Fp8GroupedGemmParams params{};
-  set_operands(params, driver, kOp, "a", a, a_scale, "b", b, b_scale, out, tile);
+  set_operands(params, driver, kOp, "a", a, a_scale, "b", b, b_scale, out, *plan.kernel);
   params.offsets = static_cast<const int32_t*>(offsets);
   params.groups = to_int32(kOp, "G", b.groups);
   params.rows = to_int32(kOp, "S", out.rows);

@@ -20,6 +20,12 @@ extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)
   dsv3::multiply_groups<dsv3::Tile<256, 128>, dsv3::BScale::kBlock, dsv3::Groups::kInARow>(p);
 }
 
+// A pair, named by what both CTAs have: the same rows of the same group.
+extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)
+    fp8_grouped_gemm_256x256_block(const __grid_constant__ dsv3::Fp8GroupedGemmParams p) {
+  dsv3::multiply_groups<dsv3::Tile<256, 128, 2>, dsv3::BScale::kBlock, dsv3::Groups::kInARow>(p);
+}
+
 extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)
     fp8_grouped_gemm_64x128(const __grid_constant__ dsv3::Fp8GroupedGemmParams p) {
   dsv3::multiply_groups<dsv3::Tile<64, 128>, dsv3::BScale::kRow, dsv3::Groups::kInARow>(p);

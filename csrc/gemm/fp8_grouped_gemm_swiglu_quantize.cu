@@ -26,7 +26,7 @@ namespace {
 // What fp8_tile.cuh's functions know of one wave: gate's or up's half of the right operand.
 template <int kWave>
 struct Wave {
-  static constexpr int kRows = 128, kColumns = 128;
+  static constexpr int kRows = 128, kColumns = 128, kCtas = 1;
   static constexpr bool kSwapped = false;
   static constexpr int kM = 128, kN = 128, kWaves = 1, kResults = 64;
   static constexpr int kStages = kSwigluStages;

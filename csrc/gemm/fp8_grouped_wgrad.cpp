@@ -13,7 +13,7 @@ void fp8_grouped_wgrad(const GemmOperand& a, const GemmScale& a_scale, const Gem
   const Fp8Plan plan = plan_launch(driver, Fp8Op::kGroupedWgrad, out.groups, a, b, b_scale, out, choice, target);
 
   Fp8GroupedWgradParams params{};
-  set_operands(params, driver, kOp, "a_t", a, a_scale, "b_t", b, b_scale, out, plan.kernel->tile);
+  set_operands(params, driver, kOp, "a_t", a, a_scale, "b_t", b, b_scale, out, *plan.kernel);
   params.offsets = static_cast<const int32_t*>(offsets);
   params.groups = to_int32(kOp, "G", out.groups);
   params.m = to_int32(kOp, "M", out.rows);

@@ -22,7 +22,7 @@ __device__ __forceinline__ void wgrad(const Fp8GroupedWgradParams& p) {
   // caller may pass stay inside the tensors.
   const auto for_each_tile = [&p](auto visit) {
     const int per_group = p.m_tiles * p.n_tiles;
-    for (int tile = blockIdx.x; tile < p.groups * per_group; tile += gridDim.x) {
+    for (int tile = first_tile<Tile>(); tile < p.groups * per_group; tile += tile_step<Tile>()) {
       const int group = tile / per_group;
       const int begin = max(p.offsets[group] / kTileK, 0);
       const int end = min(p.offsets[group + 1] / kTileK, p.blocks);
@@ -38,6 +38,7 @@ __device__ __forceinline__ void wgrad(const Fp8GroupedWgradParams& p) {
         load_operands(shared, slot, &p.a, {at.m, 0}, &p.b, {at.n, 0}, first, blocks);
       });
       ptx::griddepcontrol_launch_dependents();
+      drain(shared, slot);
     } else if (warp == 1) {
       for_each_tile([&](int, int first, int blocks, TilePlace at) {
         load_scales<BScale::kRow>(shared, slot, p.a_scale, 0, at.m, p.m - at.m, p.b_scale, 0, at.n, p.n - at.n, first,
@@ -67,4 +68,10 @@ extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)
 extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)
     fp8_grouped_wgrad_256x128(const __grid_constant__ dsv3::Fp8GroupedWgradParams p) {
   dsv3::wgrad<dsv3::Tile<256, 128>>(p);
+}
+
+// A pair, named by what both CTAs have.
+extern "C" __global__ void __launch_bounds__(dsv3::kThreads, 1)
+    fp8_grouped_wgrad_256x256(const __grid_constant__ dsv3::Fp8GroupedWgradParams p) {
+  dsv3::wgrad<dsv3::Tile<256, 128, 2>>(p);
 }

@@ -33,7 +33,7 @@ __device__ __forceinline__ void multiply_groups(const Fp8GroupedGemmParams& p) {
   const auto for_each_tile = [&](auto visit) {
     GroupWalk<Tile> walk;
     GroupTile tile;
-    for (int t = blockIdx.x; walk.find(t, p.groups, p.n_tiles, rows_of, tile); t += gridDim.x) {
+    for (int t = first_tile<Tile>(); walk.find(t, p.groups, p.n_tiles, rows_of, tile); t += tile_step<Tile>()) {
       const TilePlace at = rasterise<Tile>(tile.tile, (tile.rows.count + Tile::kRows - 1) / Tile::kRows, p.n_tiles);
       visit(tile.group, kGroups == Groups::kInPlanes ? tile.group : 0, tile.rows.begin + at.m, tile.rows.count - at.m,
             at.n);
@@ -50,6 +50,7 @@ __device__ __forceinline__ void multiply_groups(const Fp8GroupedGemmParams& p) {
         __syncwarp();
       });
       ptx::griddepcontrol_launch_dependents();
+      if (elected) drain(shared, slot);
     } else if (warp == 1) {
       for_each_tile([&](int group, int plane, int row, int rows, int column) {
         load_scales<kScale>(shared, slot, p.a_scale, plane, row, rows, p.b_scale, group, column, p.n - column, 0,

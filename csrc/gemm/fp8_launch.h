@@ -51,19 +51,20 @@ inline OutputView output_view(const GemmOutput& out) {
   return {out.data, out.group_stride, out.row_stride, out.is_float32, vectors, out.accumulate};
 }
 
-// What every parameter struct has of a product whose tiles of D are `tile`.
+// What every parameter struct has of a product in tiles of `kernel`: each CTA of a cluster copies its part of A's rows,
+// and its columns' of B.
 template <class Params>
 void set_operands(Params& params, Driver& driver, const char* op, const char* a_name, const GemmOperand& a,
                   const GemmScale& a_scale, const char* b_name, const GemmOperand& b, const GemmScale& b_scale,
-                  const GemmOutput& out, TileSize tile) {
-  params.a = operand_map(driver, op, a_name, a, tile.m);
-  params.b = operand_map(driver, op, b_name, b, tile.n);
+                  const GemmOutput& out, const Fp8Kernel& kernel) {
+  params.a = operand_map(driver, op, a_name, a, kernel.tile.m / kernel.ctas);
+  params.b = operand_map(driver, op, b_name, b, kernel.tile.n / kernel.ctas);
   params.a_scale = scale_view(op, "a_scale", a_scale, a.rows);
   params.b_scale = scale_view(op, "b_scale", b_scale, b.rows);
   params.out = output_view(out);
   params.n = to_int32(op, "N", out.columns);
   params.blocks = to_int32(op, "K", tiles_along(a.columns, kGemmBlock));
-  params.n_tiles = static_cast<int32_t>(tiles_along(out.columns, tile.n));
+  params.n_tiles = static_cast<int32_t>(tiles_along(out.columns, kernel.tile.n));
 }
 
 // Bytes moved per element of an output.
@@ -97,9 +98,9 @@ inline Fp8Plan plan_launch(Driver& driver, Fp8Op op, int64_t groups, const GemmO
                   driver.multiprocessors(target));
 }
 
-// One CTA per SM, or per tile where there are fewer.
+// One CTA per SM, or a cluster per tile where there are fewer.
 inline Dim3 persistent_grid(int64_t tiles, const Fp8Plan& plan) {
-  return {static_cast<unsigned>(std::min(tiles, plan.ctas)), 1, 1};
+  return {static_cast<unsigned>(std::min(tiles * plan.kernel->ctas, plan.ctas)), 1, 1};
 }
 
 }  // namespace dsv3

@@ -22,19 +22,25 @@ struct TileSize {
 // A kernel of such tiles, and which scales of B it takes.
 struct Fp8Kernel {
   const Kernel* kernel;
-  TileSize tile;
+  TileSize tile;  // of a cluster, whose CTAs stand side by side along N and share their copies of A
+  int64_t ctas;   // of a cluster
   bool by_block, by_row;
   bool splits;  // takes clusters that share K out
+  constexpr TileSize cta_tile() const { return {tile.m, tile.n / ctas}; }
+  // Every CTA of a cluster has columns.
+  constexpr bool takes(int64_t n) const { return (n + tile.n / ctas - 1) / (tile.n / ctas) % ctas == 0; }
 };
 
 // The row of a kernel of such tiles; one that does not say what fp8_tile.cuh needs does not compile.
 constexpr Fp8Kernel fp8_kernel(std::string_view name, TileSize tile, bool by_block, bool by_row, bool splits = false) {
   const Kernel& row = kernel(name);
-  if (row.threads != kFp8Threads || row.cluster != 1 ||
-      row.shared_bytes != fp8_shared_bytes(static_cast<uint32_t>(tile.m), static_cast<uint32_t>(tile.n))) {
+  const Fp8Kernel found{&row, tile, row.cluster, by_block, by_row, splits};
+  const TileSize of_cta = found.cta_tile();
+  if (row.threads != kFp8Threads ||
+      row.shared_bytes != fp8_shared_bytes(static_cast<uint32_t>(of_cta.m), static_cast<uint32_t>(of_cta.n))) {
     throw "not such a kernel";
   }
-  return {&row, tile, by_block, by_row, splits};
+  return found;
 }
 
 // Kernels of an op; the first of equals is taken.
@@ -47,6 +53,8 @@ inline constexpr Fp8Kernel kFp8Gemm[] = {
     fp8_kernel("fp8_gemm_128x128_row", {128, 128}, false, true),
     fp8_kernel("fp8_gemm_128x192_block", {128, 192}, true, false),
     fp8_kernel("fp8_gemm_256x128_block", {256, 128}, true, false),
+    fp8_kernel("fp8_gemm_128x256_block", {128, 256}, true, false),
+    fp8_kernel("fp8_gemm_256x256_block", {256, 256}, true, false),
 };
 inline constexpr Fp8Kernel kFp8GroupedGemm[] = {
     fp8_kernel("fp8_grouped_gemm_8x128", {8, 128}, true, true),
@@ -56,6 +64,7 @@ inline constexpr Fp8Kernel kFp8GroupedGemm[] = {
     fp8_kernel("fp8_grouped_gemm_128x128_block", {128, 128}, true, false),
     fp8_kernel("fp8_grouped_gemm_128x128_row", {128, 128}, false, true),
     fp8_kernel("fp8_grouped_gemm_256x128_block", {256, 128}, true, false),
+    fp8_kernel("fp8_grouped_gemm_256x256_block", {256, 256}, true, false),
 };
 inline constexpr Fp8Kernel kFp8MaskedGemm[] = {
     fp8_kernel("fp8_masked_gemm_8x128", {8, 128}, true, true),
@@ -68,6 +77,7 @@ inline constexpr Fp8Kernel kFp8MaskedGemm[] = {
 inline constexpr Fp8Kernel kFp8GroupedWgrad[] = {
     fp8_kernel("fp8_grouped_wgrad_128x128", {128, 128}, false, true),
     fp8_kernel("fp8_grouped_wgrad_256x128", {256, 128}, false, true),
+    fp8_kernel("fp8_grouped_wgrad_256x256", {256, 256}, false, true),
 };
 
 // `groups` products of `m` by `n` over `blocks` k-blocks each; `out_bytes` are moved per element of D.
@@ -82,7 +92,7 @@ constexpr const char* kBoundNames[] = {"shared memory", "L2", "memory"};
 struct Fp8Plan {
   const Fp8Kernel* kernel;
   int64_t split;  // CTAs that share a tile's K
-  int64_t tiles;
+  int64_t tiles;  // of clusters
   int64_t waves;  // of CTAs that run at the same time
   int64_t ctas;   // at the same time, at most
   double cycles;  // predicted
@@ -123,22 +133,23 @@ inline int64_t resident_clusters(int64_t size, int64_t sms) {
 
 inline Fp8Plan predict(const Fp8Kernel& kernel, int64_t split, const Fp8Product& x, int64_t sms) {
   const TileSize tile = kernel.tile;
+  const int64_t cluster = kernel.ctas * split;
   const int64_t n_tiles = tiles_along(x.n, tile.n), tiles = x.groups * tiles_along(x.m, tile.m) * n_tiles;
-  const int64_t at_once = std::max<int64_t>(resident_clusters(split, sms), 1), waves = tiles_along(tiles, at_once);
+  const int64_t at_once = std::max<int64_t>(resident_clusters(cluster, sms), 1), waves = tiles_along(tiles, at_once);
   const double k = 128.0 * static_cast<double>(x.blocks), groups = static_cast<double>(x.groups);
   const double d = groups * static_cast<double>(x.m * x.n * x.out_bytes);
   // Rows beyond M are filled in without being read.
   const double copied = groups * k * static_cast<double>(x.m * n_tiles + x.n * tiles_along(x.m, tile.m));
   const double once = groups * k * static_cast<double>(x.m + x.n);
   const double bounds[] = {
-      static_cast<double>(waves * tile_cycles(tile, tiles_along(x.blocks, split), x.out_bytes)),
+      static_cast<double>(waves * tile_cycles(kernel.cta_tile(), tiles_along(x.blocks, split), x.out_bytes)),
       (copied + d) / std::min(kL2BytesPerCycle, 64.0 * static_cast<double>(sms)),
       (once + d) / kMemoryBytesPerCycle,
   };
   const double* const longest = std::max_element(bounds, bounds + 3);
   const double others = bounds[0] + bounds[1] + bounds[2] - *longest;
   const double cycles = *longest + kShown * others + kLatencyCycles + (split > 1 ? kExchangeCycles : 0);
-  return {&kernel, split, tiles, waves, at_once * split, cycles, static_cast<Bound>(longest - bounds), false};
+  return {&kernel, split, tiles, waves, at_once * cluster, cycles, static_cast<Bound>(longest - bounds), false};
 }
 
 // Choices that a GPU has measured to be better than the model's, for one N and K and up to `m` rows a group.
@@ -165,7 +176,7 @@ Fp8Plan choose(const Fp8Kernel (&kernels)[kCount], const Fp8Product& x, int64_t 
   }
   Fp8Plan best{};
   for (const Fp8Kernel& kernel : kernels) {
-    if (!(x.by_row ? kernel.by_row : kernel.by_block)) continue;
+    if (!(x.by_row ? kernel.by_row : kernel.by_block) || !kernel.takes(x.n) || kernel.ctas > sms) continue;
     for (int64_t split = 1; split <= (kernel.splits ? 8 : 1) && (split == 1 || split <= x.blocks); split *= 2) {
       const Fp8Plan plan = predict(kernel, split, x, sms);
       if (split > 1 && (plan.waves > 1 || resident_clusters(split, sms) == 0)) continue;
@@ -190,7 +201,8 @@ Fp8Plan plan(const Fp8Kernel (&kernels)[kCount], std::string_view policy, const 
     }
   }
   for (const Fp8Kernel& kernel : kernels) {
-    const bool fits = (x.by_row ? kernel.by_row : kernel.by_block) && (wanted[2] == 1 || kernel.splits);
+    const bool fits =
+        (x.by_row ? kernel.by_row : kernel.by_block) && kernel.takes(x.n) && (wanted[2] == 1 || kernel.splits);
     if (kernel.tile.m == wanted[0] && kernel.tile.n == wanted[1] && fits && wanted[2] >= 1 && 8 % wanted[2] == 0) {
       return predict(kernel, wanted[2], x, sms);
     }

@@ -3,12 +3,16 @@
 // A tile of fewer than 128 rows is computed as its transpose, D^T = B * A^T: wgmma takes 64 rows at least from its left
 // operand and 8 from its right one, so that 128 rows of B (weights) go left and the few rows of A (tokens) right.
 //
+// Two CTAs may work as a pair, a cluster with twice the columns: they have the same rows of A, of which each copies one
+// half to both, and columns of their own. What L2 must deliver per tile falls by A's half.
+//
 // Roles      warp 0        tensor copies of A and B (one elected lane)
 //            warp 1        copies of the scales, 4 bytes a lane: any strides, no relayout before the GEMM
 //            warps 2, 3    leave at once
 //            warps 4..11   two consumer warpgroups, half of the tile's rows each: wgmma, promotion, output
 // Barriers   full[s]       1 arrival with the bytes of A and B (warp 0) + 32 as the scales land (the lanes of warp 1)
-//            empty[s]      8 arrivals, one per consumer warp, when it no longer reads the stage
+//            empty[s]      8 arrivals, one per consumer warp, when it no longer reads the stage; in a pair 16, of both
+//                          CTAs' warps, because each producer writes into both
 //            Both sides walk the ring with a Slot that lives as long as the CTA, across tiles. No named barriers.
 // Registers  40 for the producers, 232 for the consumers
 // Budget     tile      stages  bytes     cycles per k-block: tensor  shared memory  FFMA    results + partial sums
@@ -22,10 +26,9 @@
 //            Shared memory is the bound: what wgmma reads and the copies write, at 128 bytes a cycle.
 //            Below 128 rows it is the weights' way from memory instead: docs/gemm.md, "Few rows".
 // Overlap    128x128 and below: a warpgroup promotes one k-block while its next one multiplies, four k-blocks per
-// iteration; a
-//            partial sum in flight across the loop's back edge would make ptxas serialise every wgmma (C7514). The
-//            larger tiles have registers for one partial sum only: there one warpgroup promotes while the other
-//            multiplies.
+//            iteration; a partial sum in flight across the loop's back edge would make ptxas serialise every wgmma
+//            (C7514). The larger tiles have registers for one partial sum only: there one warpgroup promotes while the
+//            other multiplies.
 #pragma once
 
 #include "gemm/fp8_params.h"
@@ -54,11 +57,13 @@ static_assert(kThreads == kFp8Threads, "what the launchers ask for");
 // whose right operand is A, is of the second kind; its B may have either.
 enum class BScale { kBlock, kRow };
 
-// Rows and columns of a tile of D, and the byte offsets of what it keeps in dynamic shared memory.
-template <int kRowsOfD, int kColumnsOfD>
+// Rows and columns of a CTA's tile of D, the CTAs of a cluster that stand side by side along N, and the byte offsets of
+// what a CTA keeps in dynamic shared memory.
+template <int kRowsOfD, int kColumnsOfD, int kCtasOfCluster = 1>
 struct Tile {
   static constexpr int kRows = kRowsOfD;
   static constexpr int kColumns = kColumnsOfD;
+  static constexpr int kCtas = kCtasOfCluster;
   static constexpr bool kSwapped = kRows < 128;
   static constexpr int kM = kSwapped ? kColumns : kRows;  // rows of wgmma's left operand
   static constexpr int kN = kSwapped ? kRows : kColumns;  // and of its right one
@@ -87,6 +92,8 @@ struct Tile {
                 "what wgmma multiplies, promotion fits into registers, and the scales below");
   static_assert(kLeftBytes % 1024 == 0 && kRightBytes % 1024 == 0,
                 "the swizzle repeats every 1024 bytes: no base offset");
+  static_assert(kCtas == 1 || (kCtas == 2 && !kSwapped), "a pair shares A as wgmma's left operand");
+  static_assert(kLeftBytes / kCtas % 1024 == 0, "a CTA's part of A is whole repeats of the swizzle");
   static_assert(kBytes == fp8_shared_bytes(kRows, kColumns), "what the launchers ask for");
   static_assert(kBytes <= 232448, "shared memory of one CTA on sm_90");
 };
@@ -104,6 +111,21 @@ struct Slot {
   }
 };
 
+// The CTAs of a cluster walk over the same tiles, of the cluster's columns: its number among the clusters, their
+// number, and the CTA's place in it.
+template <class Tile>
+__device__ __forceinline__ int first_tile() {
+  return blockIdx.x / Tile::kCtas;
+}
+template <class Tile>
+__device__ __forceinline__ int tile_step() {
+  return gridDim.x / Tile::kCtas;
+}
+template <class Tile>
+__device__ __forceinline__ int rank_in_cluster() {
+  return Tile::kCtas == 1 ? 0 : static_cast<int>(ptx::cluster_ctarank());
+}
+
 // The tile's place in its matrix: bands of 8 rows of tiles, each walked column by column, so that the CTAs that run at
 // the same time share few rows of A and few of B in L2.
 struct TilePlace {
@@ -115,7 +137,8 @@ __device__ __forceinline__ TilePlace rasterise(int tile, int m_tiles, int n_tile
   const int band = tile / (kBand * n_tiles);
   const int height = min(kBand, m_tiles - band * kBand);
   const int within = tile - band * kBand * n_tiles;
-  return {(band * kBand + within % height) * Tile::kRows, within / height * Tile::kColumns};
+  return {(band * kBand + within % height) * Tile::kRows,
+          (within / height * Tile::kCtas + rank_in_cluster<Tile>()) * Tile::kColumns};
 }
 
 // Role of this warp, in a register that is the same for all its lanes.
@@ -135,7 +158,7 @@ __device__ __forceinline__ void initialise_ring(uint32_t shared, const TensorMap
 #pragma unroll
     for (int s = 0; s < Tile::kStages; ++s) {
       ptx::mbarrier_init(shared + Tile::kFull + 8 * s, 1 + 32);
-      ptx::mbarrier_init(shared + Tile::kEmpty + 8 * s, kConsumerWarps);
+      ptx::mbarrier_init(shared + Tile::kEmpty + 8 * s, Tile::kCtas * kConsumerWarps);
     }
     if constexpr (Tile::kSwapped) {
 #pragma unroll
@@ -143,7 +166,13 @@ __device__ __forceinline__ void initialise_ring(uint32_t shared, const TensorMap
     }
     ptx::fence_mbarrier_init();
   }
-  __syncthreads();
+  if constexpr (Tile::kCtas == 1) {
+    __syncthreads();
+  } else {
+    __syncwarp();
+    ptx::barrier_cluster_arrive_relaxed();
+    ptx::barrier_cluster_wait();
+  }
   ptx::griddepcontrol_wait();  // what is above touches no memory of the caller's
 }
 
@@ -153,23 +182,42 @@ struct OperandPlace {
 };
 
 // Warp 0, one lane: `blocks` k-blocks of A and B from `first_block` on. Boxes that hang over an edge are filled with
-// zeros and count in full.
+// zeros and count in full. In a pair the other CTA's half of A arrives on the same barrier.
 template <class Tile>
 __device__ __forceinline__ void load_operands(uint32_t shared, Slot<Tile>& slot, const TensorMap* a,
                                               OperandPlace a_place, const TensorMap* b, OperandPlace b_place,
                                               int first_block, int blocks) {
   const TensorMap *left = Tile::kSwapped ? b : a, *right = Tile::kSwapped ? a : b;
   const OperandPlace left_at = Tile::kSwapped ? b_place : a_place, right_at = Tile::kSwapped ? a_place : b_place;
+  const int rank = rank_in_cluster<Tile>(), part = rank * Tile::kM / Tile::kCtas;  // first row that this CTA copies
 #pragma unroll 1
   for (int block = first_block; block < first_block + blocks; ++block) {
     const uint32_t full = shared + Tile::kFull + 8 * slot.stage;
     ptx::mbarrier_wait_parity(shared + Tile::kEmpty + 8 * slot.stage, slot.parity ^ 1);
     ptx::mbarrier_arrive_expect_tx(full, Tile::kLeftBytes + Tile::kRightBytes);
-    ptx::cp_async_bulk_tensor_3d_g2s(shared + Tile::kLeft + slot.stage * Tile::kLeftBytes, left, full, block * kTileK,
-                                     left_at.row, left_at.plane);
+    const uint32_t left_slot = shared + Tile::kLeft + slot.stage * Tile::kLeftBytes + part * kTileK;
+    if constexpr (Tile::kCtas == 1) {
+      ptx::cp_async_bulk_tensor_3d_g2s(left_slot, left, full, block * kTileK, left_at.row, left_at.plane);
+    } else {
+      ptx::cp_async_bulk_tensor_3d_g2s_multicast(left_slot, left, full, block * kTileK, left_at.row + part,
+                                                 left_at.plane, (1 << Tile::kCtas) - 1);
+    }
     ptx::cp_async_bulk_tensor_3d_g2s(shared + Tile::kRight + slot.stage * Tile::kRightBytes, right, full,
                                      block * kTileK, right_at.row, right_at.plane);
     slot.advance();
+  }
+}
+
+// Warp 0, one lane, when its last copy is under way: in a pair, a CTA stays until the other one's warps have arrived on
+// its barriers for the last time. (The other one's last copies into it are what its own warps wait for.)
+template <class Tile>
+__device__ __forceinline__ void drain(uint32_t shared, Slot<Tile>& slot) {
+  if constexpr (Tile::kCtas > 1) {
+#pragma unroll
+    for (int s = 0; s < Tile::kStages; ++s) {
+      ptx::mbarrier_wait_parity(shared + Tile::kEmpty + 8 * slot.stage, slot.parity ^ 1);
+      slot.advance();
+    }
   }
 }
 
@@ -313,8 +361,13 @@ __device__ __forceinline__ void wait_full(uint32_t shared, const Slot<Tile>& slo
 
 template <class Tile>
 __device__ __forceinline__ void release(uint32_t shared, uint32_t stage, const Consumer<Tile>& me) {
+  const uint32_t empty = shared + Tile::kEmpty + 8 * stage;
   __syncwarp();
-  if (me.lane == 0) ptx::mbarrier_arrive(shared + Tile::kEmpty + 8 * stage);
+  if constexpr (Tile::kCtas == 1) {
+    if (me.lane == 0) ptx::mbarrier_arrive(empty);
+  } else {
+    if (me.lane < Tile::kCtas) ptx::mbarrier_arrive_cluster(ptx::mapa(empty, me.lane));
+  }
 }
 
 // Promotes a product that has been waited for: results += partial * (a_scale * right_scale). `last`: the stage is

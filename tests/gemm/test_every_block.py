@@ -40,6 +40,11 @@ def parts(kernel: str) -> tuple[str, int, int]:
     return op, int(rows), int(columns)
 
 
+def besides(columns: int) -> int:
+    """Columns more for a pair of CTAs, which takes an even number of their tiles."""
+    return 128 if columns == 256 else 0
+
+
 def fresh(shape: tuple[int, ...], dtype: torch.dtype, offset: int, accumulate: bool) -> tuple[Tensor, Tensor, Tensor]:
     """An output on its canvas, and what it adds to, in float64."""
     out, memory = canvas(shape, dtype, offset=offset)
@@ -52,7 +57,7 @@ def fresh(shape: tuple[int, ...], dtype: torch.dtype, offset: int, accumulate: b
 def dense(kernel: str) -> Iterator[Run]:
     """First, for every schedule: two tiles on one CTA, each the main loop's four k-blocks and one with a tail."""
     _, rows, columns = parts(kernel)
-    m, n, few = rows - 3, columns + 24, rows < 128
+    m, n, few = rows - 3, columns + 24 + besides(columns), rows < 128
     long, short, none = (make(m, n, k, by_row=kernel.endswith("row")) for k in (528, 16, 0))
     by_row = make(m, n, 400, by_row=True)
     cases = [(long, 1, VARIANTS[0])]
@@ -82,7 +87,7 @@ def groups(kernel: str) -> Iterator[Run]:
     cases = [(ragged, 528, by_row, VARIANTS[0]), ([1] * 35, 16, by_row or rows < 128, VARIANTS[0])]
     cases += [(ragged, 16, by_row, variant) for variant in VARIANTS] + [([2, 1], 0, by_row, VARIANTS[0])]
     for counts, k, with_rows, (dtype, offset, _, accumulate) in cases:
-        n = columns + 8 if counts is ragged else 8
+        n = (columns if counts is ragged else 0) + 8 + besides(columns)
         generator = torch.Generator().manual_seed(3)
         blocks, ends = (k + 127) // 128, [0, *torch.tensor(counts).cumsum(0).tolist()]
         planes, most = (len(counts), max(counts)) if masked else (1, ends[-1])
@@ -122,7 +127,7 @@ def groups(kernel: str) -> Iterator[Run]:
 def wgrad(kernel: str) -> Iterator[Run]:
     """Groups of five k-blocks, none and one."""
     op, rows, columns = parts(kernel)
-    m, n, bounds = rows - 3, columns + 8, [0, 640, 640, 768]
+    m, n, bounds = rows - 3, columns + 8 + besides(columns), [0, 640, 640, 768]
     generator = torch.Generator().manual_seed(5)
     a, b = codes(m, 768, generator), codes(n, 768, generator)
     a_scale, b_scale = scales(m, 6, generator, "k"), scales(n, 6, generator, "mn")

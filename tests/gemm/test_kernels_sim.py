@@ -43,6 +43,7 @@ def grouped(kernel: str, *operands: Tensor, accumulate: bool = False, sms: int |
 
 SQUARE, ROW = "fp8_gemm_128x128_block", "fp8_gemm_128x128_row"
 TALL, WIDE = "fp8_gemm_256x128_block", "fp8_gemm_128x192_block"
+PAIR, TALL_PAIR = "fp8_gemm_128x256_block", "fp8_gemm_256x256_block"  # two CTAs that share A
 
 
 @pytest.mark.parametrize(
@@ -63,6 +64,12 @@ TALL, WIDE = "fp8_gemm_256x128_block", "fp8_gemm_128x192_block"
         (WIDE, 128, 192, 128, 1),
         (WIDE, 100, 184, 11 * 128 + 16, 1),  # ring and parity wrap: five stages
         (WIDE, 128, 384, 256, 1),  # the second tile starts inside a block of B's scales
+        (PAIR, 128, 256, 128, 2),
+        (PAIR, 1, 136, 16, 2),  # the smallest: the second CTA has 8 columns, and half of A is no row at all
+        (PAIR, 130, 504, 13 * 128 + 48, 2),  # ring and parity wrap: six stages; four tiles on one pair
+        (PAIR, 200, 752, 384, 4),  # two pairs, six tiles
+        (TALL_PAIR, 250, 248, 9 * 128 + 16, 2),  # ring and parity wrap: four stages
+        (TALL_PAIR, 300, 504, 256, 2),  # several tiles on one pair
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -161,6 +168,8 @@ def test_gemm_adds_bias_and_what_was_there(
         (ROW, 128, 128, 512, 1),
         (TALL, 256, 128, 1024, 1),
         (WIDE, 128, 192, 768, 1),
+        (PAIR, 128, 256, 1024, 1),
+        (TALL_PAIR, 256, 256, 2048, 1),
         ("fp8_gemm_64x128", 64, 128, 256, 1),
         ("fp8_gemm_64x128", 64, 128, 256, 8),
         ("fp8_gemm_32x128", 32, 128, 128, 2),
@@ -177,7 +186,8 @@ def test_gemm_keeps_to_its_budget(kernel: str, m: int, n: int, cycles: int, spli
     spent = counters()
     assert spent["wgmma_cycles"] == blocks * cycles
     assert spent["tma_read"] == blocks * 128 * (m + n)
-    assert spent["global_read"] == blocks * 4 * (m + (n if m < 128 or kernel == ROW else 2))
+    columns_of_a = 2 if kernel in (PAIR, TALL_PAIR) else 1  # both CTAs copy the scales of A's rows
+    assert spent["global_read"] == blocks * 4 * columns_of_a * (m + (n if m < 128 or kernel == ROW else 2))
     assert spent["global_write"] == m * n * dtype.itemsize
     assert spent["shared_wavefronts"] == spent["shared_ideal"] > 0
 
@@ -228,6 +238,8 @@ GROUPS = {
     "empty": [0, 0, 0, 0],
     "many": [0, *range(1, 70, 2)],  # more groups than a warp has lanes
     "short": [0, 40, 90],  # rows that no group owns
+    "tall": [0, 300, 512],
+    "pairs": [0, 3, 3, 303],
 }
 
 
@@ -240,6 +252,9 @@ GROUPS = {
         ("fp8_grouped_gemm_128x128_block", "empty", None, torch.float32),
         ("fp8_grouped_gemm_128x128_row", "short", 2, torch.float32),
         ("fp8_grouped_gemm_256x128_block", "tall", 1, torch.bfloat16),
+        ("fp8_grouped_gemm_256x256_block", "pairs", 2, torch.bfloat16),
+        ("fp8_grouped_gemm_256x256_block", "many", 4, torch.float32),
+        ("fp8_grouped_gemm_256x256_block", "empty", None, torch.float32),
         ("fp8_grouped_gemm_64x128", "ragged", 1, torch.bfloat16),
         ("fp8_grouped_gemm_32x128", "short", None, torch.float32),
         ("fp8_grouped_gemm_16x128", "few", 2, torch.bfloat16),
@@ -249,13 +264,9 @@ GROUPS = {
     ],
 )
 def test_grouped_gemm(kernel: str, groups: str, sms: int | None, dtype: torch.dtype) -> None:
-    offsets = [0, 300, 512] if groups == "tall" else GROUPS[groups]
-    rows, n, k, count = (
-        offsets[-1] + (20 if groups != "tall" else 0),
-        136 if groups == "ragged" else 40,
-        272,
-        len(offsets) - 1,
-    )
+    offsets = GROUPS[groups]
+    rows, k, count = offsets[-1] + (20 if groups != "tall" else 0), 272, len(offsets) - 1
+    n = 136 if groups == "ragged" or kernel.endswith("256x256_block") else 40
     generator = torch.Generator().manual_seed(3)
     by_row = kernel.endswith("row")
     a, a_scale = codes(rows, k, generator), scales(rows, 3, generator, "mn")
@@ -302,10 +313,11 @@ def test_masked_gemm(kernel: str) -> None:
         ("fp8_grouped_wgrad_128x128", 72, torch.float32),
         ("fp8_grouped_wgrad_128x128", 72, torch.bfloat16),
         ("fp8_grouped_wgrad_256x128", 200, torch.float32),
+        ("fp8_grouped_wgrad_256x256", 200, torch.float32),
     ],
 )
 def test_grouped_wgrad(kernel: str, m: int, dtype: torch.dtype, accumulate: bool) -> None:
-    offsets, n = [0, 128, 128, 128 * 8, 128 * 9], 40
+    offsets, n = [0, 128, 128, 128 * 8, 128 * 9], 136 if kernel.endswith("256x256") else 40
     total = 128 * 10
     generator = torch.Generator().manual_seed(5)
     a, b = codes(m, total, generator), codes(n, total, generator)
@@ -318,7 +330,7 @@ def test_grouped_wgrad(kernel: str, m: int, dtype: torch.dtype, accumulate: bool
         out.copy_(torch.randn(4, m, n, generator=generator))
         old = out.double()
     operands = (a, a_scale, b, b_scale, torch.tensor(offsets, dtype=torch.int32), out)
-    grouped(kernel, *operands, accumulate=accumulate, sms=1)
+    grouped(kernel, *operands, accumulate=accumulate, sms=2 if kernel.endswith("256x256") else 1)
     for g in range(4):
         k = slice(offsets[g], offsets[g + 1])
         blocks = slice(offsets[g] // 128, offsets[g + 1] // 128)
