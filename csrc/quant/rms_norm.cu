@@ -1,8 +1,8 @@
 // rms_norm: total = x + residual (rounded), normed = total * rsqrt(mean(total^2) + eps) * weight, over rows of up to
 // 8192 columns; and the gradient of both.
 //
-// Roles     forward: a warp per row of up to 2048 columns (_warp), else a CTA of 8 warps (_row): the row stays in
-//           registers between its two uses. Backward: CTA s takes rows s, s + 256, ... and holds the weight's gradient
+// Roles     forward: a warp per aligned row of up to 2048 columns (_warp), else a CTA of 8 warps (_row): the row stays
+//           in registers between its two uses. Backward: CTA s takes rows s, s + 256, ... and holds the weight's gradient
 //           of its rows in registers; a second kernel adds the 256 sums of each column up, a warp per 32 slots.
 // Barriers  a CTA's row: one __syncthreads for its sums; in the backward loop a second one, before the next row writes
 //           where this one still reads.
@@ -10,7 +10,7 @@
 //           6 + 2, each moved once; and the weight (28 KB at 7168 columns in float32), which every row reads from L1 or
 //           L2. The backward's partial sums are 256 rows of float32, written and read once. All memory-bound.
 // Accesses  16 bytes a lane, 512 contiguous bytes a warp (twice for float32); all loads of a row are issued before the
-//           first is used. Rows that are not aligned to such accesses take the scalar ones.
+//           first is used. Rows that are not aligned to such accesses take the scalar ones, of _row.
 // Order     every sum has a fixed order (rms_norm_params.h), the same in eager: results are the same bits.
 #include "quant/rms_norm.cuh"
 

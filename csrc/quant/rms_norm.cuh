@@ -190,10 +190,10 @@ __device__ __forceinline__ void norm_row(const RmsNormParams& p) {
 
 template <class T, int kWarps, bool kQuantize>
 __device__ __forceinline__ void norm(const RmsNormParams& p) {
-  if (p.vectors) {
+  if (kWarps == 1 || p.vectors) {  // rows that are not aligned are a CTA's, however short
     norm_row<T, kWarps, true, kQuantize>(p);
   } else {
-    norm_row<T, kWarps, false, kQuantize>(p);
+    norm_row<T, 8, false, kQuantize>(p);
   }
 }
 

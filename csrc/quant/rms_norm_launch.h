@@ -7,14 +7,11 @@
 
 namespace dsv3 {
 
-// `warp` takes rows of up to 2048 columns, `row` longer ones.
+// `warp` takes aligned rows of up to 2048 columns, `row` all others.
 inline void launch_norm(const char* op, const Kernel& warp, const Kernel& row, const NormArguments& a,
                         const Target& target) {
   if (a.rows == 0 || a.columns == 0) return;
-  const bool by_warp = a.columns <= kNormColumnsByWarp;
   if (a.columns > kNormColumnsByCta) throw Error(std::string(op) + ": x has longer rows than a CTA keeps");
-  const int64_t ctas = by_warp ? (a.rows + 7) / 8 : a.rows;
-  if (ctas > INT32_MAX) throw Error(std::string(op) + ": x has more rows than a grid covers");
 
   RmsNormParams params{};
   params.x = a.x;
@@ -37,6 +34,9 @@ inline void launch_norm(const char* op, const Kernel& warp, const Kernel& row, c
                    aligned(a.weight, 16) && aligned(a.normed, 16) && aligned(a.total, 16) && aligned(a.q, 8);
   params.pow2_scale = a.pow2_scale;
 
+  const bool by_warp = params.vectors && a.columns <= kNormColumnsByWarp;
+  const int64_t ctas = by_warp ? (a.rows + 7) / 8 : a.rows;
+  if (ctas > INT32_MAX) throw Error(std::string(op) + ": x has more rows than a grid covers");
   const size_t rows = row_span(a.rows, a.columns, a.columns, a.type);
   const size_t scales =
       a.scale != nullptr ? scale_span(a.rows, a.scale_row_stride, (a.columns + 127) / 128, a.scale_block_stride) : 0;
