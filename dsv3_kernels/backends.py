@@ -117,7 +117,8 @@ def _words_of(plan: dict[str, Any], backend: str) -> str:
     rows, columns = plan["tile"]
     where = "" if backend.endswith("cuda") else "on Hopper: "
     split = f", K shared by {plan['split']}" if plan["split"] > 1 else ""
-    shape = f"{plan['tiles']} tiles of {rows} x {columns}{split}, {plan['stages']} stages, waves: {plan['waves']}"
+    pair = " to a pair of CTAs" if plan["pair"] else ""
+    shape = f"{plan['tiles']} tiles of {rows} x {columns}{pair}{split}, {plan['stages']} stages, waves: {plan['waves']}"
     model = "measured choice" if plan["measured"] else "unmeasured model"
     return f"{where}{plan['kernel']}: {shape}; {plan['us']:.1f} us, bound by {plan['bound']} ({model})"
 

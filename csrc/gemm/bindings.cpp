@@ -67,12 +67,12 @@ py::dict words_of_plan(const std::string& op, int64_t groups, int64_t rows, int6
   const int64_t sms = device < 0 ? kSms : Driver::of(op.c_str(), {device, 0}).multiprocessors({device, 0});
   const Fp8Plan found =
       plan_fp8(fp8_op(op), {groups, rows, n, k, by_row, out_bytes}, {policy, expected_m, num_sms}, sms);
-  const auto rows_of = static_cast<uint32_t>(found.kernel->tile.m),
-             columns_of = static_cast<uint32_t>(found.kernel->tile.n);
+  const TileSize of_cta = found.kernel->cta_tile();
   py::dict words;
   words["kernel"] = found.kernel->kernel->name;
-  words["tile"] = py::make_tuple(rows_of, columns_of);
-  words["stages"] = fp8_stages(rows_of, columns_of);
+  words["tile"] = py::make_tuple(found.kernel->tile.m, found.kernel->tile.n);
+  words["pair"] = found.kernel->ctas == 2;
+  words["stages"] = fp8_stages(static_cast<uint32_t>(of_cta.m), static_cast<uint32_t>(of_cta.n));
   words["split"] = found.split;
   words["tiles"] = found.tiles;
   words["waves"] = found.waves;

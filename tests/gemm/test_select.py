@@ -81,24 +81,41 @@ def test_more_work_takes_longer() -> None:
     assert 2 * 4096 * 4096 * 7168 / 1979e6 < plan(4096, 4096, 7168)["us"] < 2.5 * 2 * 4096 * 4096 * 7168 / 1979e6
 
 
-@pytest.mark.parametrize("m", [1, 30, 64, 200, 2000])
+@pytest.mark.parametrize(("m", "n"), [(1, 2112), (30, 2112), (64, 2112), (200, 2112), (2000, 2112), (2000, 4096)])
 @pytest.mark.parametrize("num_sms", [None, 1, 20])
 @pytest.mark.parametrize("by_row", [False, True])
-def test_what_explain_says_is_launched(driver: NullDriver, m: int, num_sms: int | None, by_row: bool) -> None:
+def test_what_explain_says_is_launched(driver: NullDriver, m: int, n: int, num_sms: int | None, by_row: bool) -> None:
     from dsv3_kernels.gemm import _cuda
 
-    a = operands(m, 2112, 1024, by_row)
+    a = operands(m, n, 1024, by_row)
     found = _cuda.fp8_gemm_plan(*a, None, torch.bfloat16, "auto", num_sms)
+    assert found["pair"] == (n == 4096 and num_sms != 1 and not by_row)
     driver.reset()
     with _host.use_driver(driver.path):
-        _cuda.fp8_gemm(*a, None, torch.bfloat16, "auto", num_sms, torch.empty(m, 2112, dtype=torch.bfloat16))
+        _cuda.fp8_gemm(*a, None, torch.bfloat16, "auto", num_sms, torch.empty(m, n, dtype=torch.bfloat16))
     (launch,) = driver.launches
-    assert (launch.kernel, launch.cluster) == (found["kernel"], found["split"])
-    assert launch.grid[0] <= (num_sms or 132) and launch.grid[0] % found["split"] == 0
+    assert (launch.kernel, launch.cluster) == (found["kernel"], 2 if found["pair"] else found["split"])
+    assert launch.grid[0] <= (num_sms or 132) and launch.grid[0] % launch.cluster == 0
+
+
+@pytest.mark.parametrize(("n", "k"), LAYERS)
+def test_pairs_have_columns_for_both(n: int, k: int) -> None:
+    """Two CTAs share A where N has an even number of 128 columns, and many rows make L2 the next bound."""
+    for m in (1024, 4096):
+        found = plan(m, n, k)
+        assert found["pair"] == (n > 2112 and found["tile"] == (256, 256)) and (n % 256 == 0 or not found["pair"])
+    assert any(plan(4096, *layer)["pair"] for layer in LAYERS)
+    assert not plan(4096, 4096, 7168, sms=1)["pair"]
+    for op in ("fp8_grouped_gemm", "fp8_grouped_wgrad"):
+        assert plan(4096, 4096, 7168, by_row=op.endswith("wgrad"), op=op)["pair"]
+    with pytest.raises(ValueError, match="no such kernel: 256x256"):
+        plan(4096, 2112, 7168, policy="256x256")
 
 
 def test_explain_prints_the_plan() -> None:
     a = operands(5, 2112, 7168)
+    large = str(dk.explain("fp8_gemm", *operands(4096, 4096, 7168)))
+    assert "fp8_gemm_256x256_block: 256 tiles of 256 x 256 to a pair of CTAs, 4 stages, waves: 4; " in large
     text = str(dk.explain("fp8_gemm", *a))
     assert "on Hopper: fp8_gemm_8x128: 17 tiles of 8 x 128, K shared by 4, 12 stages, waves: 1; " in text
     assert "bound by memory (unmeasured model)" in text
