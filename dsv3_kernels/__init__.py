@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 _EXPORTS: dict[str, str] = {
     "Fp8Linear": "gemm.fp8_linear",
     "backend": "backends",
+    "check_values": "backends",
     "early_launches": "backends",
     "explain": "backends",
     "fp8_grouped_linear": "gemm.fp8_grouped_linear",

@@ -74,6 +74,33 @@ def restored(ctx: Any) -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
+def check_values(enabled: bool = True) -> Iterator[None]:
+    """Let this thread's ops inside the block read their index tensors first: for looking for a mistake.
+
+    Lengths, block tables, offsets, counts, slots, positions and experts are held against the sizes of the other
+    arguments, and `ValueError` says which is wrong. Each check waits for the device; a CUDA graph cannot be captured
+    inside. Elsewhere kernels take such values as they come: they stay inside the tensors and compute nonsense.
+    `DSV3_KERNELS_CHECK_VALUES=1` does it for the process. (CPU tensors in the eager backend are always checked.)
+    """
+    before = getattr(_local, "check_values", None)
+    _local.check_values = enabled
+    try:
+        yield
+    finally:
+        _local.check_values = before
+
+
+def _values_are_checked() -> bool:
+    asked = getattr(_local, "check_values", None)
+    return asked if asked is not None else _values_are_checked_process_wide()
+
+
+@functools.cache
+def _values_are_checked_process_wide() -> bool:
+    return env.get("DSV3_KERNELS_CHECK_VALUES") not in (None, "0")
+
+
+@contextlib.contextmanager
 def early_launches() -> Iterator[None]:
     """Let this thread's CUDA kernels inside the block start before their predecessors in the stream end.
 
@@ -193,7 +220,12 @@ def implementation(op: str, args: tuple[Any, ...]) -> tuple[str, Callable[..., A
     """The backend that serves this call, and its function."""
     device = _device_of(args)
     name = forced()
-    if name == "eager" or (name is None and device.type == "cpu"):
+    eager = name == "eager" or (name is None and device.type == "cpu")
+    if (eager and device.type == "cpu") or _values_are_checked():
+        from . import _values
+
+        _values.check(op, args)
+    if eager:
         return "eager", _function(op, "eager")
     settled = _settled.get((op, name, device))
     if settled is not None and (settled[2] is None or settled[2](*args) is None):

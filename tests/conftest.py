@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import zlib
 
@@ -11,7 +12,7 @@ import torch
 
 import dsv3_kernels as dk
 from dsv3_kernels import backends
-from dsv3_kernels._library import OPS
+from dsv3_kernels._library import OPS, module_of
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,6 +22,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--gpu") and not torch.cuda.is_available():
         pytest.exit(f"--gpu: torch {torch.__version__} sees no GPU", returncode=1)
+    for op in OPS:  # torch.ops knows an op once its module is imported, which a test must not owe to the one before it
+        importlib.import_module(module_of(op))
     # Beside other workers a second thread waits for a core more often than it computes.
     alone = "PYTEST_XDIST_WORKER" not in os.environ
     torch.set_num_threads(max(1, min(2 if alone else 1, os.cpu_count() or 1)))

@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._eager import in_range, wide
+from .._eager import wide
 from ..quant._eager import quantize_1x128, rms_norm
 from ._cache import LATENT, ROPE, SCALES
 from .mla_decode_plan import FIXED_KEYS, FIXED_SPLITS, KEY_BLOCK, items
 
 
 def rope(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool, transposed: bool) -> Tensor:
-    in_range("rope", "positions", positions, 0, cos_sin.shape[0])
     cos, sin = cos_sin[positions.long()].chunk(2, -1)
     pairs = x.shape[-1] // 2
     broadcast = (*positions.shape, *(1,) * (x.dim() - 1 - positions.dim()), pairs)
@@ -192,8 +191,7 @@ def _decode(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def mla_cache_append(kv_cache: Tensor, slots: Tensor, latent: Tensor, k_rope: Tensor, pow2_scale: bool) -> None:
-    pages, page, _ = kv_cache.shape
-    in_range("mla_cache_append", "slots", slots, -1, pages * page)
+    page = kv_cache.shape[1]
     kept = slots >= 0
     slots, latent, k_rope = slots[kept], latent[kept], k_rope[kept]
     rows = _encode(latent, k_rope, pow2_scale) if kv_cache.dtype == torch.uint8 else torch.cat([latent, k_rope], -1)
@@ -223,9 +221,7 @@ def mla_prologue(
 def mla_cache_gather(
     kv_cache: Tensor, block_table: Tensor, cu_seqlens: Tensor, total: int, latent: int
 ) -> tuple[Tensor, Tensor]:
-    op, page, requests = "mla_cache_gather", kv_cache.shape[1], block_table.shape[0]
-    in_range(op, "cu_seqlens", cu_seqlens, 0, total + 1)
-    in_range(op, "cu_seqlens, differences", cu_seqlens.diff(), 0, block_table.shape[1] * page + 1)
+    page, requests = kv_cache.shape[1], block_table.shape[0]
     token = torch.arange(total, device=kv_cache.device)
     request = torch.searchsorted(cu_seqlens[1:], token.to(cu_seqlens.dtype), right=True)
     owned = (request < requests) & (token >= cu_seqlens[0])
@@ -236,7 +232,6 @@ def mla_cache_gather(
         request = torch.where(owned, request, 0)
         place = torch.where(owned, token - cu_seqlens[request], 0)
         pages = torch.where(owned, block_table[request, place // page], 0)
-        in_range(op, "block_table", pages, 0, kv_cache.shape[0])
         keys = _decode(kv_cache[pages, place % page], dtype).masked_fill_(~owned[:, None], 0)
     return keys[:, :latent].contiguous(), keys[:, latent:].contiguous()
 
@@ -245,10 +240,9 @@ def _key_width(kv_cache: Tensor) -> int:
     return LATENT + ROPE if kv_cache.dtype == torch.uint8 else kv_cache.shape[2]
 
 
-def _request_keys(op: str, kv_cache: Tensor, block_table: Tensor, seqlens: Tensor, dtype: torch.dtype) -> Tensor:
+def _request_keys(kv_cache: Tensor, block_table: Tensor, seqlens: Tensor, dtype: torch.dtype) -> Tensor:
     """Keys of each request `[B, L, width]`, zero past its length. On the CPU, L is no longer than need be."""
     page = kv_cache.shape[1]
-    in_range(op, "cache_seqlens", seqlens, 0, block_table.shape[1] * page + 1)
     if seqlens.device.type == "cpu":
         longest = int(seqlens.max()) if seqlens.numel() else 0
         block_table = block_table[:, : -(-longest // page)]
@@ -256,7 +250,6 @@ def _request_keys(op: str, kv_cache: Tensor, block_table: Tensor, seqlens: Tenso
         return kv_cache.new_zeros(block_table.shape[0], 0, _key_width(kv_cache), dtype=dtype)
     used = torch.arange(0, block_table.shape[1] * page, page, device=seqlens.device) < seqlens[:, None]
     pages = torch.where(used, block_table, 0)
-    in_range(op, "block_table", pages, 0, kv_cache.shape[0])
     keys = _decode(kv_cache[pages].flatten(1, 2), dtype)
     past = torch.arange(keys.shape[1], device=seqlens.device) >= seqlens[:, None]
     return keys.masked_fill_(past[..., None], 0)
@@ -275,7 +268,7 @@ def mla_decode(
     latent: int,
 ) -> tuple[Tensor, Tensor]:
     queries = q.shape[1]
-    keys = _request_keys("mla_decode", kv_cache, block_table, seqlens, wide(q.dtype))
+    keys = _request_keys(kv_cache, block_table, seqlens, wide(q.dtype))
     if keys.shape[1] == 0 or q.numel() == 0:
         return q.new_zeros(*q.shape[:3], latent), q.new_full(q.shape[:3], -torch.inf, dtype=wide(q.dtype))
     s = _product(q.to(keys.dtype).flatten(1, 2), keys, scale)

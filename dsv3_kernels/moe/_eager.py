@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._eager import in_range, wide
+from .._eager import wide
 from .moe_permute import empty_scale
 
 SUM_FLOOR = 1e-20  # keeps weights finite where every chosen score has underflowed
@@ -108,7 +108,6 @@ def moe_gate_backward(
 def moe_permute(
     x: Tensor, experts: Tensor, scale: Tensor | None, num_experts: int, alignment: int
 ) -> tuple[Tensor, ...]:
-    in_range("moe_permute", "experts", experts, -1, num_experts)
     choices = experts.shape[1]
     bound = experts.numel() + num_experts * (alignment - 1)
     # Dropped choices count as expert E: they sort behind all others, and their row is the one past the end.
@@ -179,8 +178,6 @@ def _loads(scores: Tensor, experts: Tensor, seq_ids: Tensor) -> tuple[Tensor, Te
     Tokens that are left out belong to a sequence past the last, whose f is 0.
     """
     tokens, num_experts = scores.shape
-    in_range("moe_balance_loss", "seq_ids", seq_ids, -1, tokens)
-    in_range("moe_balance_loss", "experts", experts, -1, num_experts)
     sequence = torch.where(seq_ids < 0, tokens, seq_ids).long()
     lengths = sequence.new_zeros(tokens + 1).scatter_add_(0, sequence, torch.ones_like(sequence))
     lengths[-1] = 0
