@@ -51,6 +51,13 @@ struct PrologueOutputs {
 };
 void mla_prologue(const PrologueInputs& x, const PrologueOutputs& y, const Target& target);
 
+// x [T, heads, K] and out [T, heads, N] bf16; a weight [heads, N, K] has columns (N) or depth (K) of stride 1.
+struct AbsorbWeight {
+  const void* data;
+  int64_t head_stride, column_stride, depth_stride;
+};
+void mla_absorb(const MlaRows& x, const AbsorbWeight& weight, const MlaRows& out, const Target& target);
+
 // q [T, heads, 192], k_nope [S, heads, 128], k_rope [S, 64], v [S, heads, 128]; cu_q and cu_k [sequences + 1].
 struct PrefillInputs {
   MlaRows q, k_nope, k_rope, v;

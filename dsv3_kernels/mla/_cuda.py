@@ -151,6 +151,21 @@ def mla_prologue(
     )
 
 
+def mla_absorb_cannot(x: Tensor, weight: Tensor) -> str | None:
+    if x.dtype is not torch.bfloat16:
+        return f"{x.dtype}: the kernel computes bfloat16"
+    heads, columns, depth = weight.shape
+    if columns % 8 or depth % 8 or depth == 0:
+        return f"weight: {columns} columns of {depth}: the kernel takes multiples of 8"
+    if (heads > 1 and 0 in (weight.stride(0), x.stride(1))) or (x.shape[0] > 1 and x.stride(0) == 0):
+        return "a stride of 0: the kernel copies no expanded dimension"
+    return _misaligned(x=x, weight=weight if weight.stride(2) == 1 else weight.mT)
+
+
+def mla_absorb(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    _host.mla_absorb(x, weight, out, *target(x))
+
+
 def merge_attention_cannot(out_a: Tensor, *_: Any) -> str | None:
     return _float64(out_a)
 
