@@ -13,14 +13,14 @@
 //            the next ones' operands arrive. No named barriers: a warp stores its own 16 rows.
 // Weights    a row of the weight is contiguous (_k: K-major, as W_UV lies in kv_b), or a column is (_n: MN-major, as
 //            W_UK does): wgmma takes its right operand either way.
-// Registers  168 or more of a thread, 64 of them sums: no warp has to leave some to another (setmaxnreg)
+// Registers  94 of a thread at most, 64 of them sums: no warp has to leave some to another (setmaxnreg)
 // Budget     tile     stages  bytes   cycles per 64 of K: tensor  shared memory (wgmma reads, copies write)
-//            64x64    13      221392                      128     192
+//            64x64    13      221392                      128     256
 //            64x128   8       213120                      256     384
 //            128x128  6       229472                      512     640
-//            Memory bounds all of it. Few tokens: the weights, 21 bytes a cycle and SM at 4.8 TB/s, so 780 cycles for
-//            the 16 KB of a stage. Many: 1280 bytes of x and out for 2 x 128 x 512 operations, 1990 cycles for a
-//            128x128 tile's share of them (K = 128, N = 512), in which the tensor cores are busy for 1024.
+//            Memory bounds all of it. Few tokens: the weights, at 4.8 TB/s 770 cycles for the 16 KB of a stage. Many:
+//            1280 bytes of x and out per 131072 operations, so that a 128x128 tile's share (K = 128, N = 512) takes
+//            1920 cycles, in which the tensor cores are busy for 1024. docs/mla.md has the count.
 #include "mla/consumer.cuh"
 #include "mla/mla_absorb_params.h"
 #include "ptx/cluster.cuh"
