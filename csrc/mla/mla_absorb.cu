@@ -237,7 +237,7 @@ __device__ __forceinline__ void absorb(const MlaAbsorbParams& p) {
         store_elements<Tile>(p, me, at, sums);
       }
     });
-    if (ptx::elect_sync()) ptx::cp_async_bulk_wait_group<0>();  // shared memory must outlive the last copies
+    if (ptx::elect_sync()) ptx::cp_async_bulk_wait_group_read<0>();  // shared memory must outlive the last copies
   }
 }
 

@@ -29,7 +29,7 @@ def test_no_local_memory_and_no_gpu_wide_fence(kernel: str) -> None:
     row = sass.manifest()[IMAGE]["kernels"][kernel]
     assert (row["stack"], row["spill_stores"], row["spill_loads"]) == (0, 0, 0)
     names = sass.opcodes(IMAGE, kernel)
-    assert not [name for name in names if name.startswith(("LDL", "STL", "ERRBAR", "MEMBAR.ALL.GPU", "MEMBAR.ALL.SYS"))]
+    assert not [name for name in names if name.startswith(("LDL", "STL", "ERRBAR", "CCTL", "MEMBAR.ALL.GPU"))]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
