@@ -45,7 +45,7 @@ OPS: dict[str, Op] = {
     "fp8_grouped_wgrad_accumulate": Op("gemm", module="fp8_grouped_wgrad", cuda=True, triton=True, internal=True),
     "fp8_grouped_gemm_swiglu_quantize": Op("gemm", cuda=True, triton=True),
     # mla
-    "rope": Op("mla", cuda=True, triton=True, grad="rope"),
+    "rope": Op("mla", cuda=True, triton=True, out=True, grad="rope"),
     "mla_prefill": Op("mla", cuda=True, triton=True, grad="mla_prefill_backward"),
     "mla_prefill_backward": Op("mla", module="mla_prefill", cuda=True, triton=True, internal=True),
     "mla_decode": Op("mla", cuda=True, triton=True, out=True),

@@ -52,15 +52,14 @@ void bind_mla_decode(py::module_& m);  // decode_bindings.cpp
 
 void bind_mla(py::module_& m) {
   bind_mla_decode(m);
-  m.def("rope",
-        [](const py::tuple& x, int type, uintptr_t positions, bool positions_are_int64, const py::tuple& cos_sin,
-           uintptr_t out, bool interleaved, bool transposed, int device, uintptr_t stream) {
-          const MlaRows input = rows(x, type);
-          const MlaTable angles = table(cos_sin);
-          const py::gil_scoped_release unlocked;
-          rope(input, pointer(positions), positions_are_int64, angles, pointer(out), interleaved, transposed,
-               {device, stream});
-        });
+  m.def(
+      "rope", [](const py::tuple& x, int type, uintptr_t positions, bool positions_are_int64, const py::tuple& cos_sin,
+                 const py::tuple& out, bool interleaved, bool transposed, int device, uintptr_t stream) {
+        const MlaRows input = rows(x, type), output = rows(out, type);
+        const MlaTable angles = table(cos_sin);
+        const py::gil_scoped_release unlocked;
+        rope(input, pointer(positions), positions_are_int64, angles, output, interleaved, transposed, {device, stream});
+      });
   m.def("mla_cache_append", [](const py::tuple& kv_cache, uintptr_t slots, const py::tuple& latent,
                                const py::tuple& k_rope, bool fp8, int type, int64_t element_bytes, bool pow2_scale,
                                int device, uintptr_t stream) {

@@ -10,9 +10,9 @@
 
 namespace dsv3 {
 
-// x [tokens, heads, width], positions [tokens], out contiguous.
-void rope(const MlaRows& x, const void* positions, bool positions_are_int64, const MlaTable& cos_sin, void* out,
-          bool interleaved, bool transposed, const Target& target);
+// x and out [tokens, heads, width], positions [tokens].
+void rope(const MlaRows& x, const void* positions, bool positions_are_int64, const MlaTable& cos_sin,
+          const MlaRows& out, bool interleaved, bool transposed, const Target& target);
 
 // `fp8`: the cache's format; `type` is that of latent and rope then.
 void mla_cache_append(const MlaCache& cache, const void* slots, const MlaBytes& latent, const MlaBytes& rope, bool fp8,

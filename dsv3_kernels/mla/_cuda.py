@@ -13,6 +13,7 @@ from .._arguments import layout, target
 from ._cuda_decode import mla_decode as mla_decode
 from ._cuda_decode import mla_decode_cannot as mla_decode_cannot
 from ._cuda_decode import mla_decode_plan as mla_decode_plan
+from .rope import heads_of
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -26,9 +27,7 @@ def rope_cannot(x: Tensor, *_: Any) -> str | None:
 
 
 def rope(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool, transposed: bool, out: Tensor) -> None:
-    if x.dim() != 3 or positions.dim() != 1:
-        # [tokens, heads, width]; a copy where no strides describe it so.
-        x = x.reshape(positions.numel(), math.prod(x.shape[positions.dim() : -1]), x.shape[-1])
+    x, out = heads_of(x, positions), heads_of(out, positions)
     if not positions.is_contiguous():
         positions = positions.contiguous()
     _host.rope(
@@ -37,7 +36,7 @@ def rope(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool, trans
         positions.data_ptr(),
         positions.dtype is torch.int64,
         layout(cos_sin),
-        out.data_ptr(),
+        layout(out),
         interleaved,
         transposed,
         *target(x),
