@@ -125,8 +125,51 @@ def expanded_sdpa(q: Tensor, cache: Tensor, table: Tensor, seqlens: Tensor, plan
     return lambda: attention(queries, keys, keys[..., :512], attn_mask=mask, scale=SCALE)
 
 
+def mla_absorb(tokens: int, latent: bool, *, quick: bool = False, cpu: bool = False) -> Case:
+    """Both halves of kv_b of DeepSeek-V3 as they lie: into decode's queries, or out of its outputs."""
+    heads, columns, depth = 128, 512 if latent else 128, 128 if latent else 512
+
+    def make(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        kv_b = normal(device, heads, 256, 512)
+        if latent:
+            x, q = normal(device, tokens, heads, 192)[..., :128], torch.zeros(tokens, heads, 576, device=device)
+            return x, kv_b[:, :128].mT, q.bfloat16()[..., :512]
+        x = normal(device, tokens, heads, 512)
+        return x, kv_b[:, 128:], x.new_empty(tokens, heads, 128)
+
+    def check(inputs: tuple[Tensor, ...], out: Tensor) -> str | None:
+        with dk.backend("eager"):
+            wanted = dk.mla_absorb(*inputs[:2])
+        return None if (out - wanted).float().norm() <= 0.01 * wanted.float().norm() else "mla_absorb: is off"
+
+    return Case(
+        op="mla_absorb",
+        shape={"T": tokens, "H": heads, "N": columns, "K": depth},
+        make=make,
+        run=lambda x, weight, out: dk.mla_absorb(x, weight, out=out),
+        check=check,
+        bytes=2 * heads * (columns * depth + tokens * (columns + depth)),
+        flops=2 * tokens * heads * columns * depth,
+        unit="bf16",
+        peers={"torch bmm": bmm},
+        devices=("cuda", "cpu") if cpu else ("cuda",),
+        quick=quick,
+    )
+
+
+def bmm(x: Tensor, weight: Tensor, out: Tensor) -> Call:
+    """Into memory of its own: a copy into the queries (torch.cat) would come on top."""
+    return lambda: torch.bmm(x.transpose(0, 1), weight.mT)
+
+
 CASES = [
     *bench_mla_prefill.CASES,
+    mla_absorb(2, True, cpu=True),
+    *(
+        mla_absorb(tokens, latent, quick=tokens in (128, 4096))
+        for tokens in (1, 64, 128, 256, 4096)
+        for latent in (True, False)
+    ),
     mla_decode_plan(2, 1024, 16, cpu=True),
     mla_decode_plan(128, 4096, 128, quick=True),
     mla_decode_plan(4096, 1024, 16),

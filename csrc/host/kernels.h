@@ -123,6 +123,12 @@ inline constexpr Kernel kKernels[] = {
     {"moe_unpermute_backward_f64", "moe_unpermute", 256, 0, 1, "a token, or 32 rows"},
     {"mla_prologue_bf16", "mla_prologue", 256, 0, 1, "4 tokens"},
     {"mla_prologue_fp8", "mla_prologue", 256, 0, 1, "4 tokens"},
+    {"mla_absorb_64x64_k", "mla_absorb", 256, 221392, 1, "64 tokens x 64 columns of a head, persistent", true},
+    {"mla_absorb_64x64_n", "mla_absorb", 256, 221392, 1, "64 tokens x 64 columns of a head, persistent", true},
+    {"mla_absorb_64x128_k", "mla_absorb", 256, 213120, 1, "64 tokens x 128 columns of a head, persistent", true},
+    {"mla_absorb_64x128_n", "mla_absorb", 256, 213120, 1, "64 tokens x 128 columns of a head, persistent", true},
+    {"mla_absorb_128x128_k", "mla_absorb", 384, 229472, 1, "128 tokens x 128 columns of a head, persistent", true},
+    {"mla_absorb_128x128_n", "mla_absorb", 384, 229472, 1, "128 tokens x 128 columns of a head, persistent", true},
 };
 
 inline constexpr size_t kNumKernels = sizeof(kKernels) / sizeof(kKernels[0]);

@@ -11,6 +11,12 @@ MlaRows rows(const py::tuple& parts, int type) {
   return {t.data, t.sizes[1], t.sizes[2], t.sizes[3], t.strides[1], t.strides[2], static_cast<RowType>(type)};
 }
 
+// [tokens, heads, columns] of bfloat16, from a tensor itself.
+MlaRows head_rows(py::handle object) {
+  const TensorArgument t = tensor(object);
+  return {t.data, t.sizes[1], t.sizes[2], t.sizes[3], t.strides[1], t.strides[2], RowType::kBFloat16};
+}
+
 // A log-sum-exp: what rows has, without columns.
 MlaRows lse_rows(const py::tuple& parts) {
   const TensorArgument t = tensor(parts);
@@ -46,15 +52,14 @@ void bind_mla_decode(py::module_& m);  // decode_bindings.cpp
 
 void bind_mla(py::module_& m) {
   bind_mla_decode(m);
-  m.def("rope",
-        [](const py::tuple& x, int type, uintptr_t positions, bool positions_are_int64, const py::tuple& cos_sin,
-           uintptr_t out, bool interleaved, bool transposed, int device, uintptr_t stream) {
-          const MlaRows input = rows(x, type);
-          const MlaTable angles = table(cos_sin);
-          const py::gil_scoped_release unlocked;
-          rope(input, pointer(positions), positions_are_int64, angles, pointer(out), interleaved, transposed,
-               {device, stream});
-        });
+  m.def(
+      "rope", [](const py::tuple& x, int type, uintptr_t positions, bool positions_are_int64, const py::tuple& cos_sin,
+                 const py::tuple& out, bool interleaved, bool transposed, int device, uintptr_t stream) {
+        const MlaRows input = rows(x, type), output = rows(out, type);
+        const MlaTable angles = table(cos_sin);
+        const py::gil_scoped_release unlocked;
+        rope(input, pointer(positions), positions_are_int64, angles, output, interleaved, transposed, {device, stream});
+      });
   m.def("mla_cache_append", [](const py::tuple& kv_cache, uintptr_t slots, const py::tuple& latent,
                                const py::tuple& k_rope, bool fp8, int type, int64_t element_bytes, bool pow2_scale,
                                int device, uintptr_t stream) {
@@ -134,6 +139,12 @@ void bind_mla(py::module_& m) {
           const py::gil_scoped_release unlocked;
           mla_prologue(inputs, outputs, {device, stream});
         });
+  m.def("mla_absorb", [](py::handle x, py::handle weight, py::handle out, int device, uintptr_t stream) {
+    const MlaRows input = head_rows(x), output = head_rows(out);
+    const TensorArgument w = tensor(weight);
+    const py::gil_scoped_release unlocked;
+    mla_absorb(input, {w.data, w.strides[1], w.strides[2], w.strides[3]}, output, {device, stream});
+  });
 }
 
 }  // namespace dsv3

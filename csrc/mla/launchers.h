@@ -10,9 +10,9 @@
 
 namespace dsv3 {
 
-// x [tokens, heads, width], positions [tokens], out contiguous.
-void rope(const MlaRows& x, const void* positions, bool positions_are_int64, const MlaTable& cos_sin, void* out,
-          bool interleaved, bool transposed, const Target& target);
+// x and out [tokens, heads, width], positions [tokens].
+void rope(const MlaRows& x, const void* positions, bool positions_are_int64, const MlaTable& cos_sin,
+          const MlaRows& out, bool interleaved, bool transposed, const Target& target);
 
 // `fp8`: the cache's format; `type` is that of latent and rope then.
 void mla_cache_append(const MlaCache& cache, const void* slots, const MlaBytes& latent, const MlaBytes& rope, bool fp8,
@@ -50,6 +50,13 @@ struct PrologueOutputs {
   bool pow2_scale, cache_pow2_scale;
 };
 void mla_prologue(const PrologueInputs& x, const PrologueOutputs& y, const Target& target);
+
+// x [T, heads, K] and out [T, heads, N] bf16; a weight [heads, N, K] has columns (N) or depth (K) of stride 1.
+struct AbsorbWeight {
+  const void* data;
+  int64_t head_stride, column_stride, depth_stride;
+};
+void mla_absorb(const MlaRows& x, const AbsorbWeight& weight, const MlaRows& out, const Target& target);
 
 // q [T, heads, 192], k_nope [S, heads, 128], k_rope [S, 64], v [S, heads, 128]; cu_q and cu_k [sequences + 1].
 struct PrefillInputs {

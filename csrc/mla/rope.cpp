@@ -5,8 +5,8 @@
 
 namespace dsv3 {
 
-void rope(const MlaRows& x, const void* positions, bool positions_are_int64, const MlaTable& cos_sin, void* out,
-          bool interleaved, bool transposed, const Target& target) {
+void rope(const MlaRows& x, const void* positions, bool positions_are_int64, const MlaTable& cos_sin,
+          const MlaRows& out, bool interleaved, bool transposed, const Target& target) {
   static constexpr const char* kOp = "rope";
   static constexpr const Kernel* kTypes[] = {&kernel("rope_f32"), &kernel("rope_bf16"), &kernel("rope_f16")};
   const int64_t rows = x.outer * x.inner, bytes = element_bytes(x.type);
@@ -15,11 +15,13 @@ void rope(const MlaRows& x, const void* positions, bool positions_are_int64, con
 
   RopeParams params{};
   params.x = x.data;
-  params.out = out;
+  params.out = const_cast<void*>(out.data);
   params.positions = positions;
   params.cos_sin = static_cast<const float*>(cos_sin.data);
   params.x_token_stride = x.outer_stride;
   params.x_head_stride = x.inner_stride;
+  params.out_token_stride = out.outer_stride;
+  params.out_head_stride = out.inner_stride;
   params.table_stride = cos_sin.row_stride;
   params.table_rows = cos_sin.rows;
   params.rows = static_cast<uint32_t>(rows);
@@ -30,7 +32,7 @@ void rope(const MlaRows& x, const void* positions, bool positions_are_int64, con
   params.transposed = transposed;
   // Pieces of four pairs: 8 elements interleaved, 4 in either half.
   const int64_t piece = interleaved ? 8 : 4;
-  params.vectors = x.columns % 8 == 0 && rows_aligned(x, piece * bytes) && aligned(out, piece * bytes) &&
+  params.vectors = x.columns % 8 == 0 && rows_aligned(x, piece * bytes) && rows_aligned(out, piece * bytes) &&
                    (x.columns * bytes) % (piece * bytes) == 0 && aligned(cos_sin.data, 16) &&
                    (cos_sin.rows <= 1 || cos_sin.row_stride % 4 == 0);
 
@@ -41,7 +43,7 @@ void rope(const MlaRows& x, const void* positions, bool positions_are_int64, con
               {buffer(x, Access::kRead),
                {positions, static_cast<size_t>(x.outer * (positions_are_int64 ? 8 : 4)), Access::kRead},
                buffer(cos_sin),
-               {out, static_cast<size_t>(rows * x.columns * bytes), Access::kWrite}});
+               buffer(out, Access::kWrite)});
 }
 
 }  // namespace dsv3

@@ -43,7 +43,7 @@ __device__ __forceinline__ void rope(const RopeParams& p) {
   if (row >= p.rows) return;
   const uint32_t lane = threadIdx.x % kRopeLanes, token = row / p.heads, head = row % p.heads;
   const T* x = static_cast<const T*>(p.x) + token * p.x_token_stride + head * p.x_head_stride;
-  T* out = static_cast<T*>(p.out) + static_cast<int64_t>(row) * 2 * p.pairs;
+  T* out = static_cast<T*>(p.out) + token * p.out_token_stride + head * p.out_head_stride;
   const int64_t position = p.positions_are_int64 ? static_cast<const int64_t*>(p.positions)[token]
                                                  : static_cast<const int32_t*>(p.positions)[token];
   if (position < 0 || position >= p.table_rows) {

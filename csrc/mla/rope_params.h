@@ -7,11 +7,13 @@ namespace dsv3 {
 
 struct RopeParams {
   const void* x;           // [tokens, heads, 2 * pairs], strides below
-  void* out;               // [tokens, heads, 2 * pairs], contiguous
+  void* out;               // of the same shape
   const void* positions;   // [tokens], int32 or int64
   const float* cos_sin;    // [table_rows, 2 * pairs]: cosines, then sines
   int64_t x_token_stride;  // elements
   int64_t x_head_stride;
+  int64_t out_token_stride;
+  int64_t out_head_stride;
   int64_t table_stride;
   int64_t table_rows;
   uint32_t rows;  // tokens * heads

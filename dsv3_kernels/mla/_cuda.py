@@ -13,6 +13,7 @@ from .._arguments import layout, target
 from ._cuda_decode import mla_decode as mla_decode
 from ._cuda_decode import mla_decode_cannot as mla_decode_cannot
 from ._cuda_decode import mla_decode_plan as mla_decode_plan
+from .rope import heads_of
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -26,9 +27,7 @@ def rope_cannot(x: Tensor, *_: Any) -> str | None:
 
 
 def rope(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool, transposed: bool, out: Tensor) -> None:
-    if x.dim() != 3 or positions.dim() != 1:
-        # [tokens, heads, width]; a copy where no strides describe it so.
-        x = x.reshape(positions.numel(), math.prod(x.shape[positions.dim() : -1]), x.shape[-1])
+    x, out = heads_of(x, positions), heads_of(out, positions)
     if not positions.is_contiguous():
         positions = positions.contiguous()
     _host.rope(
@@ -37,7 +36,7 @@ def rope(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool, trans
         positions.data_ptr(),
         positions.dtype is torch.int64,
         layout(cos_sin),
-        out.data_ptr(),
+        layout(out),
         interleaved,
         transposed,
         *target(x),
@@ -149,6 +148,21 @@ def mla_prologue(
         cache_pow2_scale,
         *target(x),
     )
+
+
+def mla_absorb_cannot(x: Tensor, weight: Tensor) -> str | None:
+    if x.dtype is not torch.bfloat16:
+        return f"{x.dtype}: the kernel computes bfloat16"
+    heads, columns, depth = weight.shape
+    if columns % 8 or depth % 8 or depth == 0:
+        return f"weight: {columns} columns of {depth}: the kernel takes multiples of 8"
+    if (heads > 1 and 0 in (weight.stride(0), x.stride(1))) or (x.shape[0] > 1 and x.stride(0) == 0):
+        return "a stride of 0: the kernel copies no expanded dimension"
+    return _misaligned(x=x, weight=weight if weight.stride(2) == 1 else weight.mT)
+
+
+def mla_absorb(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    _host.mla_absorb(x, weight, out, *target(x))
 
 
 def merge_attention_cannot(out_a: Tensor, *_: Any) -> str | None:

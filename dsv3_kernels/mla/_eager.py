@@ -218,6 +218,12 @@ def mla_prologue(
     return (q, scale, latent, k_rope) if keys else (q, scale, x.new_empty(0), x.new_empty(0))
 
 
+def mla_absorb(x: Tensor, weight: Tensor) -> Tensor:
+    real = wide(x.dtype)
+    product = torch.bmm(x.transpose(0, 1).to(real), weight.mT.to(real))
+    return product.transpose(0, 1).to(x.dtype).contiguous()
+
+
 def mla_cache_gather(
     kv_cache: Tensor, block_table: Tensor, cu_seqlens: Tensor, total: int, latent: int
 ) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
+from .rope import heads_of
 
 VALUES = 1024  # pairs of a program: 8 a lane with 4 warps; unmeasured
 
@@ -18,6 +19,7 @@ VALUES = 1024  # pairs of a program: 8 a lane with 4 warps; unmeasured
 @triton.jit(do_not_specialize=["rows", "heads", "table_rows"])
 def triton_rope(
     x, positions, cos_sin, out, rows, heads, width, table_rows, token_stride, head_stride, table_stride,
+    out_token, out_head,
     INTERLEAVED: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -29,7 +31,7 @@ def triton_rope(
     angle = cos_sin + position * table_stride + pair[None, :]
     cos, sin = tl.load(angle, mask=known, other=float("nan")), tl.load(angle + pairs, mask=known, other=float("nan"))
     source = x + (token * token_stride + row % heads * head_stride)[:, None]
-    target = out + row[:, None] * width
+    target = out + (token * out_token + row % heads * out_head)[:, None]
     if INTERLEAVED:
         column = tl.arange(0, 2 * PAIRS)[None, :]
         whole = there[:, None] & (column < width)
@@ -58,10 +60,10 @@ def rope(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool, trans
     if not out.numel():
         return
     heads, width = math.prod(x.shape[positions.dim() : -1]), x.shape[-1]
-    x = x.reshape(-1, heads, width)
+    x, out = heads_of(x, positions), heads_of(out, positions)
     rows, pairs = x.shape[0] * heads, _triton.next_power_of_2(width // 2)
     tall = max(1, min(VALUES // pairs, _triton.next_power_of_2(rows)))
-    strides = x.stride(0), x.stride(1), cos_sin.stride(0)
+    strides = x.stride(0), x.stride(1), cos_sin.stride(0), out.stride(0), out.stride(1)
     sizes = rows, heads, width, cos_sin.shape[0], *strides, interleaved, transposed, tall, pairs
     grid = (_triton.cdiv(rows, tall),)
     warps = min(16, max(1, tall * pairs // 256))

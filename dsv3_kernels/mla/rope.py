@@ -15,7 +15,9 @@ from .._library import define, records
 OP = "rope"
 
 
-def rope(x: Tensor, positions: Tensor, cos_sin: Tensor, *, interleaved: bool = True) -> Tensor:
+def rope(
+    x: Tensor, positions: Tensor, cos_sin: Tensor, *, interleaved: bool = True, out: Tensor | None = None
+) -> Tensor:
     """Rotate the pairs of `x` by the angles of its positions.
 
     A pair (a, b) becomes (a cos - b sin, a sin + b cos), in float32. DeepSeek's weights pair neighbours, (x0, x1),
@@ -29,9 +31,11 @@ def rope(x: Tensor, positions: Tensor, cos_sin: Tensor, *, interleaved: bool = T
             Values in [0, P).
         cos_sin: `[P, D]` float32 (float64 for a float64 x): row p holds D/2 cosines, then D/2 sines (`yarn_cos_sin`).
         interleaved: which elements are a pair.
+        out: where to write, of x's shape and dtype, shares no memory with x; may be strided as `q[..., 512:]` of
+            queries `[T, heads, 576]` is, the last dimension contiguous. Without autograd.
 
     Returns:
-        A new tensor of x's shape and dtype. Differentiable in x, once.
+        `out`, or a new tensor of x's shape and dtype. Differentiable in x, once.
 
     Raises:
         TypeError: wrong dtype. ValueError: wrong shape or stride; on the CPU also a position outside the table.
@@ -48,7 +52,16 @@ def rope(x: Tensor, positions: Tensor, cos_sin: Tensor, *, interleaved: bool = T
     check.value(OP, "positions", fits, list(positions.shape), f"the shape of x's first dimensions, {list(leading)}")
     check.shape(OP, "cos_sin", cos_sin, ("P", x.shape[-1]))
     check.rows(OP, "cos_sin", cos_sin)
-    check.device(OP, x=x, positions=positions, cos_sin=cos_sin)
+    check.device(OP, x=x, positions=positions, cos_sin=cos_sin, out=out)
+    if out is not None:
+        check.dtype(OP, "out", out, x.dtype)
+        check.shape(OP, "out", out, x.shape)
+        check.rows(OP, "out", out)
+        _check_strides(out, positions)
+        check.overlap(OP, "out", out, x=x, positions=positions, cos_sin=cos_sin)
+        check.value(OP, "out", not records(x), "an x that requires grad", "none: nothing is recorded for autograd")
+        _op.out(x, positions, cos_sin, interleaved, False, out)
+        return out
     if records(x):
         return _Rope.apply(x, positions, cos_sin, interleaved)
     return _op(x, positions, cos_sin, interleaved, False)
@@ -114,6 +127,24 @@ def yarn_cos_sin(
     return table.to(device) if device is not None else table
 
 
+def heads_of(x: Tensor, positions: Tensor) -> Tensor:
+    """`[tokens, heads, D]`, as kernels take x and out: a copy where no strides describe it so."""
+    return x if x.dim() == 3 and positions.dim() == 1 else x.reshape(_heads_shape(x, positions))
+
+
+def _heads_shape(x: Tensor, positions: Tensor) -> tuple[int, int, int]:
+    return positions.numel(), math.prod(x.shape[positions.dim() : -1]), x.shape[-1]
+
+
+def _check_strides(out: Tensor, positions: Tensor) -> None:
+    """ValueError where only a copy of `out` would be `[tokens, heads, D]`."""
+    try:
+        out.view(_heads_shape(out, positions))
+    except RuntimeError as error:
+        wanted = "strides that make it [tokens, heads, D]"
+        raise ValueError(f"{OP}: out: got strides {list(out.stride())}, wanted {wanted}") from error
+
+
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool) -> Tensor:
@@ -135,7 +166,5 @@ def _allocate(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool, 
 
 
 # `transposed` applies the transposed matrix, the rotation by the negative angle: the gradient.
-_op = define(
-    "rope(Tensor x, Tensor positions, Tensor cos_sin, bool interleaved, bool transposed) -> Tensor",
-    allocate=_allocate,
-)
+_ARGUMENTS = "Tensor x, Tensor positions, Tensor cos_sin, bool interleaved, bool transposed"
+_op = define(f"rope({_ARGUMENTS}) -> Tensor", allocate=_allocate, out=f"rope_out({_ARGUMENTS}, Tensor(a!) out) -> ()")

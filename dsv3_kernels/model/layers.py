@@ -163,6 +163,11 @@ class Linear(nn.Module):
         columns = round_up(self.columns) if padded else self.columns
         return (len(self.experts), rows, columns) if self.experts else (rows, columns)
 
+    def split(self, y: Tensor) -> tuple[Tensor, ...]:
+        """The parts of an output, without the padding between them."""
+        parts = y.split([self.stride(i, self.weight.dtype) for i in range(len(self.parts))], dim=-1)
+        return tuple(part[..., :rows] for part, (_, rows) in zip(parts, self.parts, strict=True))
+
     def dense(self, dtype: torch.dtype, expert: int | None = None) -> Tensor:
         """The weight (or one matrix of the stack) as floats, the padding included."""
         weight = self.weight if expert is None else self.weight[expert]
@@ -360,13 +365,13 @@ class Attention(nn.Module):
         heads, hidden = config.num_attention_heads, config.hidden_size
         width = heads * config.qk_head_dim
         pow2 = config.pow2_scale
+        kv_a = ("kv_a_proj_with_mqa", config.latent_dim)
         if config.q_lora_rank is None:
-            self.q_proj = Linear(hidden, ("q_proj", width), fp8=True)
+            self.qkv_a = Linear(hidden, ("q_proj", width), kv_a, fp8=True)
         else:
-            self.q_a_proj = Linear(hidden, ("q_a_proj", config.q_lora_rank), fp8=True)
+            self.qkv_a = Linear(hidden, ("q_a_proj", config.q_lora_rank), kv_a, fp8=True)
             self.q_a_layernorm = Norm(config.q_lora_rank, LATENT_NORM_EPS, pow2)
             self.q_b_proj = Linear(config.q_lora_rank, ("q_b_proj", width), fp8=True)
-        self.kv_a_proj_with_mqa = Linear(hidden, ("kv_a_proj_with_mqa", config.latent_dim), fp8=True)
         self.kv_a_layernorm = Norm(config.kv_lora_rank, LATENT_NORM_EPS)
         self.kv_b_proj = Linear(
             config.kv_lora_rank, ("kv_b_proj", heads * (config.qk_nope_head_dim + config.v_head_dim)), fp8=True
@@ -374,44 +379,70 @@ class Attention(nn.Module):
         self.o_proj = Linear(heads * config.v_head_dim, ("o_proj", hidden), fp8=True)
         self.absorbed: Tensor | None = None  # kv_b as floats [heads, nope + v, latent], kept where it is FP8
 
-    def enter(self, h: Tensor | Quantized, step: Step) -> tuple[Tensor, Tensor]:
-        """(queries, in low rank where the model has it so; latents with rotary keys)"""
-        q_proj = self.q_proj if self.config.q_lora_rank is None else self.q_a_proj
-        return q_proj(h, fp8=step.fp8), self.kv_a_proj_with_mqa(h, fp8=step.fp8)
+    def enter(self, h: Tensor | Quantized, step: Step) -> Tensor:
+        """Queries, in low rank where the model has it so, latents and rotary keys: the parts of `qkv_a`."""
+        return self.qkv_a(h, fp8=step.fp8)
 
-    def attend(self, q: Tensor, kv: Tensor, step: Step) -> Tensor:
+    def attend(self, entered: Tensor, step: Step) -> Tensor:
         """What `enter` made -> [T, heads * v]"""
+        if step.absorbed and self.config.q_lora_rank is not None and self.q_b_proj.quantize_activations:
+            return self._latent_space(self._prologue(entered, step), step)
         config, fp8 = self.config, step.fp8
+        q, kv = self.qkv_a.split(entered)
         if config.q_lora_rank is not None:
             low = self.q_a_layernorm(q, quantize=self.q_b_proj.quantize_activations)
             q = self.q_b_proj(low, fp8=fp8)
-        q_nope, q_rope = q.view(len(q), -1, config.qk_head_dim).split(
-            [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1
-        )
         latent = self.kv_a_layernorm(kv[:, : config.kv_lora_rank])
-        q_rope = dk.rope(q_rope, step.positions, step.cos_sin)
         k_rope = dk.rope(kv[:, config.kv_lora_rank :], step.positions, step.cos_sin)
         if step.cache is not None:
             dk.mla_cache_append(step.cache.pages[self.layer], step.slots, latent, k_rope)
         if step.absorbed:
-            out = self._latent_space(q_nope, q_rope, step)
-        else:
-            out = self._head_space(torch.cat([q_nope, q_rope], dim=-1), latent, k_rope, step)
+            return self._latent_space(q, step)
+        q_nope, q_rope = self._query_heads(q)
+        q_rope = dk.rope(q_rope, step.positions, step.cos_sin)
+        out = self._head_space(torch.cat([q_nope, q_rope], dim=-1), latent, k_rope, step)
         return out.reshape(len(q), -1)
 
     def leave(self, out: Tensor, step: Step) -> Tensor:
         return self.o_proj(out, fp8=step.fp8, pow2=True)
 
-    def _latent_space(self, q_nope: Tensor, q_rope: Tensor, step: Step) -> Tensor:
+    def _query_heads(self, q: Tensor) -> tuple[Tensor, ...]:
+        """Queries [T, heads * qk] -> (nope, rope) [T, heads, ...]"""
+        config = self.config
+        return q.view(len(q), -1, config.qk_head_dim).split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+
+    def _prologue(self, entered: Tensor, step: Step) -> Tensor:
+        """In FP8, without gradients: both norms, the rotary key, the cache and the codes of q in one launch -> queries.
+
+        The bits of the four ops in `attend`."""
+        q, kv = parts = self.qkv_a.split(entered)
+        padded = q.shape[1] < self.qkv_a.stride(0, self.qkv_a.weight.dtype)
+        assert step.cache is not None and step.slots is not None
+        codes, scale = dk.mla_prologue(
+            torch.cat(parts, dim=-1) if padded else entered[:, : q.shape[1] + kv.shape[1]],
+            self.q_a_layernorm.weight,
+            self.kv_a_layernorm.weight,
+            step.positions,
+            step.cos_sin,
+            step.cache.pages[self.layer],
+            step.slots,
+            eps=LATENT_NORM_EPS,
+            pow2_scale=self.q_a_layernorm.pow2_scale,
+        )
+        return self.q_b_proj(Quantized(q, codes, scale))
+
+    def _latent_space(self, q: Tensor, step: Step) -> Tensor:
         """W_UK goes into the query and W_UV behind the output: attention reads the cache as it lies."""
         config, batch = self.config, len(step.lengths)
-        kv_b = self.absorbed if self.absorbed is not None else self.kv_b_heads(q_nope.dtype)
+        kv_b = self.absorbed if self.absorbed is not None else self.kv_b_heads(q.dtype)
         w_uk, w_uv = kv_b.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
-        q_latent = torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)
-        q = torch.cat([q_latent, q_rope], dim=-1).unflatten(0, (batch, -1))
+        q_nope, q_rope = self._query_heads(q)
+        absorbed = q.new_empty(*q_nope.shape[:2], config.latent_dim)
+        dk.mla_absorb(q_nope, w_uk.mT, out=absorbed[..., : config.kv_lora_rank])
+        dk.rope(q_rope, step.positions, step.cos_sin, out=absorbed[..., config.kv_lora_rank :])
         assert step.cache is not None
         out, _ = dk.mla_decode(
-            q,
+            absorbed.unflatten(0, (batch, -1)),
             step.cache.pages[self.layer],
             step.cache.block_table,
             step.seqlens,
@@ -419,7 +450,7 @@ class Attention(nn.Module):
             plan=step.plan,
             latent=config.kv_lora_rank,
         )
-        return torch.bmm(out.flatten(0, 1).transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
+        return dk.mla_absorb(out.flatten(0, 1), w_uv).flatten(1)
 
     def _head_space(self, q: Tensor, latent: Tensor, k_rope: Tensor, step: Step) -> Tensor:
         """Multi-head attention over the new tokens; what the cache held before is expanded and merged in chunks."""
@@ -482,18 +513,18 @@ class DecoderLayer(nn.Module):
         before = (update, residual)
         update, residual = start = step.cut(update, residual)
         attention, mlp = self.self_attn, self.mlp
-        q, kv, residual = step.again(self._enter_attention, *step.summed(update, residual), step)
-        out = step.again(attention.attend, q, kv, step, attention=True)
+        entered, residual = step.again(self._enter_attention, *step.summed(update, residual), step)
+        out = step.again(attention.attend, entered, step, attention=True)
         update = attention.leave(out, step)
-        h, residual, *entered = step.again(self._enter_mlp, *step.summed(update, residual), step)
+        h, residual, *into_mlp = step.again(self._enter_mlp, *step.summed(update, residual), step)
         attended = (self.input_layernorm, attention, self.post_attention_layernorm)
         if isinstance(mlp, MLP):
-            out = mlp.finish(entered[0], step)
+            out = mlp.finish(into_mlp[0], step)
             step.note(before, start, (out, residual), *attended, mlp)
             return out, residual
-        weights, experts = mlp.route(entered[0], step)
+        weights, experts = mlp.route(into_mlp[0], step)
         sent = mlp.dispatch_send(h, weights, experts, step)
-        crossing = (mlp.carrier(sent), weights, entered[1])
+        crossing = (mlp.carrier(sent), weights, into_mlp[1])
         there, weights, gate_up = cut = step.cut(*crossing)
         shared = mlp.shared_experts
         step.note(before, start, (residual, *crossing), *attended, mlp.gate, shared and shared.gate_up)
@@ -514,7 +545,7 @@ class DecoderLayer(nn.Module):
     def _enter_attention(self, update: Tensor, residual: Tensor | None, step: Step) -> tuple[Tensor, ...]:
         """(what `Attention.enter` gives, the residual)"""
         h, total = self._normed(self.input_layernorm, update, residual)
-        return *self.self_attn.enter(h, step), total
+        return self.self_attn.enter(h, step), total
 
     def _enter_mlp(self, update: Tensor, residual: Tensor | None, step: Step) -> tuple[Any, ...]:
         """(normed, the residual, what the MLP enters with)"""

@@ -218,6 +218,36 @@ def mla_prologue(r: Inputs) -> Problem:
     return Problem("5 tokens, bf16 cache", run, wanted)
 
 
+def absorb_problem(r: Inputs, columns: int, depth: int, start: int) -> Problem:
+    """Five tokens of three heads; half of kv_b, a column or a row contiguous, into part of wider rows of 7."""
+    kv_b, x = r.randn(3, 256, LATENT, dtype=BF16), r.randn(5, 3, 192 if depth < LATENT else LATENT, dtype=BF16)
+    half = kv_b[:, start : start + 128]
+    weight, x = half.mT if depth < LATENT else half, x[..., :depth]
+    value, size = (
+        torch.einsum("thk,hnk->thn", a.cpu().double(), b.cpu().double())
+        for a, b in ((x, weight), (x.abs(), weight.abs()))
+    )
+
+    def run() -> dict[str, Tensor]:
+        rows = torch.full((5, 3, columns + ROPE), 7, dtype=BF16, device=r.device)
+        dk.mla_absorb(x, weight, out=rows[..., :columns])
+        return {"out": rows[..., :columns].contiguous(), "beside": rows[..., columns:].contiguous()}
+
+    beside = Bits(torch.full((5, 3, ROPE), 7, dtype=BF16))
+    wanted: dict[str, Bits | Near] = {"out": rounded(value, size * summing(depth), BF16), "beside": beside}
+    return Problem(f"5 tokens, 3 heads, {depth} -> {columns}", run, wanted)
+
+
+@case("mla_absorb")
+def mla_absorb_queries(r: Inputs) -> Problem:
+    return absorb_problem(r, LATENT, 128, 0)
+
+
+@case("mla_absorb")
+def mla_absorb_outputs(r: Inputs) -> Problem:
+    return absorb_problem(r, 128, LATENT, 128)
+
+
 def gather_problem(r: Inputs, fp8: bool) -> Problem:
     """Two sequences of 70 and 3 tokens in three pages."""
     latent, k_rope = r.spread(192, LATENT, dtype=BF16), r.randn(192, ROPE, dtype=BF16)

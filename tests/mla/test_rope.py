@@ -114,11 +114,29 @@ def test_slices_and_nothing_else(backend, device):
     close(got, wanted, bound(store[:, :, 128:].cpu(), wanted))
 
 
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize(("dtype", "start"), [(torch.bfloat16, 0), (torch.bfloat16, 3), (torch.float32, 8)])
+def test_into_part_of_wider_rows(backend, device, dtype, start, interleaved):
+    """The bits of a fresh result at any address, heads in one dimension, two and none; nothing beside is touched."""
+    cos_sin = table(64).to(device)
+    for shape, leading in (((5, 3, 64), (5,)), ((2, 3, 4, 64), (2, 3)), ((3, 2, 2, 64), (3,)), ((7, 64), (7,))):
+        x, positions = torch.randn(shape, device=device).to(dtype), torch.randint(0, 300, leading, device=device)
+        around = torch.full((shape[0] + 1, *shape[1:-1], 64 + 16), torch.nan, dtype=dtype, device=device)
+        out = around[1:, ..., start : start + 64]
+        assert dk.rope(x, positions, cos_sin, interleaved=interleaved, out=out) is out
+        assert same_bits(out.contiguous(), dk.rope(x, positions, cos_sin, interleaved=interleaved))
+        out.fill_(torch.nan)
+        assert around.isnan().all()
+
+
 @pytest.mark.parametrize("shape", [(0, 64), (3, 0, 64), (2, 0), (0, 0)])
 def test_empty(device, shape):
     x = torch.randn(shape, device=device)
     out = dk.rope(x, torch.zeros(shape[0], dtype=torch.int32, device=device), table(shape[-1]).to(device))
     assert out.shape == shape
+    assert (
+        dk.rope(x, torch.zeros(shape[0], dtype=torch.int32, device=device), table(shape[-1]).to(device), out=out) is out
+    )
 
 
 def test_twice_the_same_bits(backend, device):
@@ -132,11 +150,20 @@ def test_op_contract(device):
     for interleaved in (True, False):
         for transposed in (True, False):
             opcheck(torch.ops.dsv3_kernels.rope.default, (x, positions, cos_sin, interleaved, transposed))
+    out = torch.zeros(5, 2, 80, device=device)[..., 16:]
+    opcheck(torch.ops.dsv3_kernels.rope_out.default, (x, positions, cos_sin, True, False, out))
 
 
 def test_compiles():
     positions, cos_sin = torch.arange(5), table(64)
     compiles(lambda x: dk.rope(x[..., 128:], positions, cos_sin), torch.randn(5, 2, 192))
+
+    def into(x):
+        q = x.new_zeros(5, 2, 80)
+        dk.rope(x, positions, cos_sin, out=q[..., 16:])
+        return q
+
+    compiles(into, torch.randn(5, 2, 64))
     x = torch.randn(5, 2, 64, requires_grad=True)
     compiles_with_gradients(lambda x: dk.rope(x * 2, positions, cos_sin), x)
 
@@ -166,6 +193,28 @@ X, P, CS = torch.zeros(4, 2, 64), torch.arange(4), table(64)
 def test_rejects(error, words, args):
     with pytest.raises(error, match=f"^rope: {words}"):
         dk.rope(*args)
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "x", "out"),
+    [
+        (TypeError, "out: got dtype float64, wanted float32", X, X.double()),
+        (ValueError, r"out: got shape \[4, 2, 32\], wanted \[4, 2, 64\]", X, X[..., :32]),
+        (ValueError, "out: got stride 2 in the last dimension", X, torch.zeros(4, 2, 128)[..., ::2]),
+        (ValueError, "out: shares memory with x", X, X),
+        (ValueError, "out: got 'an x that requires grad', wanted none", X.clone().requires_grad_(), X.clone()),
+        (
+            ValueError,
+            r"out: got strides \[1024, 128, 512, 1\], wanted strides that make it \[tokens, heads, D\]",
+            torch.zeros(4, 3, 2, 64),
+            torch.zeros(4, 2, 4, 128)[..., :3, :64].transpose(1, 2),
+        ),
+        (RuntimeError, "out: got device meta, wanted cpu as x", X, X.to("meta")),
+    ],
+)
+def test_rejects_out(error, words, x, out):
+    with pytest.raises(error, match=f"^rope: {words}"):
+        dk.rope(x, P, CS, out=out)
 
 
 def test_yarn_of_deepseek_v3():

@@ -53,6 +53,15 @@ def merge() -> object:
     return dk.merge_attention(bf16(4096, 128, 128), f32(4096, 128), bf16(4096, 128, 128), f32(4096, 128))
 
 
+def absorb(tokens: int, latent: bool, dtype: torch.dtype = torch.bfloat16) -> object:
+    """Into the latent space, straight into decode's queries, or out of it; kv_b as it lies."""
+    kv_b = torch.empty(128, 256, 512, dtype=dtype)
+    if latent:
+        q = torch.empty(tokens, 128, 576, dtype=dtype)
+        return dk.mla_absorb(torch.empty(tokens, 128, 192, dtype=dtype)[..., :128], kv_b[:, :128].mT, out=q[..., :512])
+    return dk.mla_absorb(torch.empty(tokens, 128, 512, dtype=dtype), kv_b[:, 128:])
+
+
 VECTORS = (r"ld\.global\.v4",)
 KERNELS = ("triton_mla_decode", "triton_mla_decode_join")
 CALLS = {
@@ -74,6 +83,17 @@ CALLS = {
         for fp8, end, least in ((False, "", 80), (True, "_fp8", 89))
     ],
     "merge_attention": [Call(merge, ("triton_merge_attention",), VECTORS)],
+    "mla_absorb": [
+        *(
+            Call(lambda t=tokens, latent=latent: absorb(t, latent), ("triton_mla_absorb",), (instruction,))
+            for tokens, instruction in ((8, MMA), (32, MMA), (64, WGMMA), (4096, WGMMA))
+            for latent in (True, False)
+        ),
+        *(
+            Call(lambda t=tokens: absorb(t, True, torch.float32), ("triton_mla_absorb",), (r"mma.*tf32",))
+            for tokens in (8, 4096)
+        ),
+    ],
     "mla_decode": [
         Call(decode(128, False, True), KERNELS, (WGMMA,)),
         Call(decode(16, False, False), KERNELS, (MMA,)),
