@@ -70,7 +70,8 @@ def mla_decode_choice(
     kernel = f"mla_decode_{kind}{'_pair' if not fp8 and row_blocks % 2 == 0 else ''}"
     if work is None:
         parts_made = _planning.parts(_planning.multiprocessors(q), queries * heads)
-        first, several = ("mla_decode_plan",), parts_made > 1
+        first: tuple[str, ...] = ("mla_decode_plan",)
+        several = parts_made > 1
     else:
         first, several = (), work.shape[0] > requests
     kernels = (*first, kernel, *(("mla_decode_combine",) if several else ()))
