@@ -47,9 +47,17 @@ def mla_decode_plan(requests: int, keys: int, heads: int, *, quick: bool = False
 
 
 def mla_decode(
-    requests: int, keys: int, heads: int, queries: int = 1, *, fp8: bool = False, quick: bool = False, cpu: bool = False
+    requests: int,
+    keys: int,
+    heads: int,
+    queries: int = 1,
+    *,
+    fp8: bool = False,
+    planned: bool = True,
+    quick: bool = False,
+    cpu: bool = False,
 ) -> Case:
-    """The plan and the joining of partial results are part of what is timed."""
+    """The plan and the joining of partial results are part of what is timed; or, not `planned`, no plan is given."""
     seen = int(lengths(torch.device("cpu"), requests, keys).sum())
 
     def make(device: torch.device) -> tuple[Any, ...]:
@@ -70,7 +78,9 @@ def mla_decode(
         return q, cache, table.int().to(device), lengths(device, requests, keys), plan, out
 
     def run(q: Tensor, cache: Tensor, table: Tensor, seqlens: Tensor, plan: Any, out: Any) -> Any:
-        if q.is_cuda:
+        if not planned:
+            plan = None
+        elif q.is_cuda:
             plan = dk.mla_decode_plan(seqlens, num_queries=queries, num_heads=heads, kv_dtype=cache.dtype)
         return dk.mla_decode(q, cache, table, seqlens, softmax_scale=SCALE, plan=plan, out=out)
 
@@ -87,7 +97,8 @@ def mla_decode(
 
     return Case(
         op="mla_decode",
-        shape={"B": requests, "keys": keys, "H": heads, "Sq": queries, "cache": "fp8" if fp8 else "bf16"},
+        shape={"B": requests, "keys": keys, "H": heads, "Sq": queries, "cache": "fp8" if fp8 else "bf16"}
+        | ({} if planned else {"plan": "none"}),
         make=make,
         run=run,
         check=check,
@@ -174,13 +185,20 @@ CASES = [
     mla_decode_plan(128, 4096, 128, quick=True),
     mla_decode_plan(4096, 1024, 16),
     mla_decode(2, 128, 4, cpu=True),
-    *(mla_decode(2, 1024, heads, quick=heads == 16) for heads in (16, 128)),
+    # A call without a plan: one launch, of a cluster for each request; beside it the same with its plan.
+    *(
+        mla_decode(2, 1024, heads, planned=planned, quick=heads == 16)
+        for heads in (16, 128)
+        for planned in (False, True)
+    ),
     *(mla_decode(128, 1024, heads, quick=heads == 16) for heads in (16, 32, 64, 128)),
     *(mla_decode(128, 4096, heads, quick=heads == 128) for heads in (16, 64, 128)),
     *(mla_decode(128, keys, 128, queries) for keys in (8192, 16384) for queries in (1, 2)),
     *(mla_decode(1, 65536, heads) for heads in (16, 128)),
     *(mla_decode(32, 4096, 16, queries) for queries in (2, 4)),
-    mla_decode(2, 1024, 16, fp8=True),
+    *(mla_decode(2, 1024, 16, fp8=True, planned=planned) for planned in (False, True)),
+    *(mla_decode(16, 1024, 16, planned=planned) for planned in (False, True)),
+    *(mla_decode(1, 2560, 16, planned=planned) for planned in (False, True)),
     *(mla_decode(128, 4096, heads, fp8=True, quick=heads == 64) for heads in (16, 64, 128)),
     mla_decode(128, 16384, 128, fp8=True),
     mla_decode(1, 65536, 16, fp8=True),

@@ -141,8 +141,10 @@ class Explanation:
 
 def _words_of(plan: dict[str, Any], backend: str) -> str:
     """One line: what is launched, and what the cost model expects of it."""
-    rows, columns = plan["tile"]
     where = "" if backend.endswith("cuda") else "on Hopper: "
+    if "words" in plan:
+        return f"{where}{plan['kernel']}: {plan['words']}"
+    rows, columns = plan["tile"]
     split = f", K shared by {plan['split']}" if plan["split"] > 1 else ""
     pair = " to a pair of CTAs" if plan["pair"] else ""
     shape = f"{plan['tiles']} tiles of {rows} x {columns}{pair}{split}, {plan['stages']} stages, waves: {plan['waves']}"
@@ -163,15 +165,17 @@ def explain(op: str, *args: Any) -> Explanation:
     kernels = _kernels_of(op) if kind == "cuda" else _triton_kernels_of(op) if kind == "triton" else ()
     plan = _plan_of(op, args)
     if plan and kind == "cuda":
-        kernels = (plan["kernel"],)
+        kernels = plan.get("kernels", (plan["kernel"],))
     return Explanation(op, name, reason, kernels, passed_over, plan)
 
 
 def _plan_of(op: str, args: tuple[Any, ...]) -> dict[str, Any]:
-    """A module of CUDA kernels may define `<op>_plan(*args)`: what its cost model chooses."""
+    """A module of CUDA kernels may define `<op>_plan(*args)`, or `<op>_choice` where there is an op of that name: what
+    its cost model chooses."""
     if not args or not OPS[op].cuda or _host_missing() is not None:
         return {}
-    plan = getattr(_module(op, "cuda"), f"{op}_plan", None)
+    hook = f"{op}_plan" if f"{op}_plan" not in OPS else f"{op}_choice"
+    plan = getattr(_module(op, "cuda"), hook, None)
     return plan(*args) if plan is not None else {}
 
 

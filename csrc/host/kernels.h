@@ -86,6 +86,8 @@ inline constexpr Kernel kKernels[] = {
     {"mla_decode_bf16", "mla_decode", 384, 230480, 1, "64 rows of a request, 64 keys at a time, persistent", true},
     {"mla_decode_bf16_pair", "mla_decode", 384, 230480, 2, "64 rows of a request, 64 keys at a time, persistent", true},
     {"mla_decode_fp8", "mla_decode", 384, 230480, 1, "64 rows of a request, 64 keys at a time, persistent", true},
+    {"mla_decode_bf16_cluster", "mla_decode_cluster", 384, 232288, 8, "64 rows of a request, by a cluster", true},
+    {"mla_decode_fp8_cluster", "mla_decode_cluster", 384, 232288, 8, "64 rows of a request, by a cluster", true},
     {"mla_decode_combine", "mla_decode", 256, 0, 1, "8 rows of a request", true},
     {"mla_decode_simple", "mla_decode_simple", 384, 230480, 1, "64 rows of a request, 64 keys at a time, persistent",
      true},

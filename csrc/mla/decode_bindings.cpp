@@ -8,6 +8,14 @@ DecodeRows decode_rows(const TensorArgument& t) {
   return {t.data, t.sizes[0], t.sizes[1], t.sizes[2], t.strides[0], t.strides[1], t.strides[2]};
 }
 
+DecodeCache decode_cache(const TensorArgument& t) {
+  return {t.data, t.sizes[1], t.sizes[2], t.strides[1], t.element_bytes == 1};
+}
+
+DecodeTable decode_table(const TensorArgument& t) {
+  return {t.data, t.sizes[2], t.sizes[3], t.strides[2]};
+}
+
 }  // namespace
 
 void bind_mla_decode(py::module_& m) {
@@ -27,12 +35,21 @@ void bind_mla_decode(py::module_& m) {
     const void *const lengths_of = tensor(lengths).data, *const splits_of = tensor(splits).data;
     void *const lse_of = tensor(lse).data, *const workspace_of = tensor(workspace).data;
     const py::gil_scoped_release unlocked;
-    mla_decode(decode_rows(queries),
-               {cache.data, cache.sizes[1], cache.sizes[2], cache.strides[1], cache.element_bytes == 1},
-               {table.data, table.sizes[2], table.sizes[3], table.strides[2]}, lengths_of,
+    mla_decode(decode_rows(queries), decode_cache(cache), decode_table(table), lengths_of,
                {items.data, splits_of, parts.data, items.sizes[2], parts.sizes[3] - 1}, softmax_scale, causal,
                decode_rows(outputs), lse_of, workspace_of, simple, {device, stream});
   });
+  m.def("mla_decode_cluster",
+        [](py::handle q, py::handle kv_cache, py::handle block_table, py::handle lengths, double softmax_scale,
+           bool causal, py::handle out, py::handle lse, int64_t cluster, int device, uintptr_t stream) {
+          const TensorArgument queries = tensor(q), cache = tensor(kv_cache), table = tensor(block_table),
+                               outputs = tensor(out);
+          const void* const lengths_of = tensor(lengths).data;
+          void* const lse_of = tensor(lse).data;
+          const py::gil_scoped_release unlocked;
+          mla_decode_cluster(decode_rows(queries), decode_cache(cache), decode_table(table), lengths_of, softmax_scale,
+                             causal, decode_rows(outputs), lse_of, cluster, {device, stream});
+        });
 }
 
 }  // namespace dsv3

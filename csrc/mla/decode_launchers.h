@@ -43,5 +43,9 @@ struct DecodePlan {
 void mla_decode(const DecodeRows& q, const DecodeCache& cache, const DecodeTable& table, const void* lengths,
                 const DecodePlan& plan, double softmax_scale, bool causal, const DecodeRows& out, void* lse,
                 void* workspace, bool simple, const Target& target);
+// A cluster of 2, 4 or 8 CTAs for each request and 64 rows: no plan, no workspace.
+void mla_decode_cluster(const DecodeRows& q, const DecodeCache& cache, const DecodeTable& table, const void* lengths,
+                        double softmax_scale, bool causal, const DecodeRows& out, void* lse, int64_t cluster,
+                        const Target& target);
 
 }  // namespace dsv3

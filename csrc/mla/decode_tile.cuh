@@ -125,9 +125,10 @@ __device__ __forceinline__ void for_each_item(const MlaDecodeParams& p, Visit vi
 
 // Producer of a bfloat16 cache: one warp. A box is what a tile has of one page: rows that lie in the page but past the
 // length come along (the consumers clear them); pages past the length are neither looked up nor copied. The CTAs of a
-// cluster have the same items: each copies every other panel, to both.
+// cluster have the same items: each copies every other panel, to both. `row_blocks` of the request have the same keys.
 template <int kCtas>
-__device__ __forceinline__ void load_tiles(const MlaDecodeParams& p, uint32_t shared, Slot& slot, const Item& item) {
+__device__ __forceinline__ void load_tiles(const MlaDecodeParams& p, uint32_t shared, Slot& slot, const Item& item,
+                                           unsigned row_blocks) {
   const int lane = threadIdx.x % 32;
   const bool elected = ptx::elect_sync();
   const int rank = static_cast<int>(ptx::cluster_ctarank());
@@ -135,7 +136,7 @@ __device__ __forceinline__ void load_tiles(const MlaDecodeParams& p, uint32_t sh
   const int box_rows = min(1 << p.page_bits, static_cast<int>(kDecodeKeys));
   const int last_entry = (item.last - 1) >> p.page_bits;
   // One CTA reads each key once; where several blocks of rows share them, L2 is to keep them a while.
-  const uint64_t policy = gridDim.x == 1 ? ptx::kEvictFirst : ptx::kEvictNormal;
+  const uint64_t policy = row_blocks == 1 ? ptx::kEvictFirst : ptx::kEvictNormal;
   // 32 entries of the table at a time, one per lane, and the next 32 on their way.
   int base = item.first >> p.page_bits;
   const auto entry = [&](int i) { return i <= last_entry ? __ldg(table + i) : 0; };
@@ -234,11 +235,11 @@ __device__ __forceinline__ uint4 load_8(const uint16_t* source, bool vectors) {
                               load_2(source + 6, false));
 }
 
-// The request's rows, of which this CTA has those from 64 * blockIdx.x on.
+// The rows of a request's block of 64 rows.
 struct Rows {
   int first, count;
-  __device__ __forceinline__ explicit Rows(const MlaDecodeParams& p)
-      : first(blockIdx.x * kDecodeRows), count(min(p.rows - first, static_cast<int>(kDecodeRows))) {}
+  __device__ __forceinline__ Rows(const MlaDecodeParams& p, unsigned block)
+      : first(block * kDecodeRows), count(min(p.rows - first, static_cast<int>(kDecodeRows))) {}
 };
 __device__ __forceinline__ const uint16_t* query_row(const MlaDecodeParams& p, int request, int row) {
   const int query = row / p.heads, head = row - query * p.heads;
@@ -425,6 +426,28 @@ __device__ __forceinline__ void release(uint32_t barrier, const Consumer& me) {
   }
 }
 
+// By what a row's output is divided in the end, and its log-sum-exp in base 2.
+__device__ __forceinline__ float inverse_sum(float sum) {
+  return sum > 0.0f ? 1.0f / sum : sum;  // 0 without keys, NaN where the sum is
+}
+__device__ __forceinline__ float log_sum_exp(float maximum, float scale, float sum) {
+  return sum == 0.0f ? -INFINITY : fmaf(maximum, scale, log2f(sum));
+}
+constexpr float kLn2 = 0.693147180559945309f;
+
+// Four neighbouring outputs of a row.
+__device__ __forceinline__ void store_four(uint16_t* out, const float4& values, bool vectors) {
+  const uint2 value =
+      make_uint2(ptx::cvt_rn_bf16x2_f32(values.x, values.y), ptx::cvt_rn_bf16x2_f32(values.z, values.w));
+  if (vectors) {
+    *reinterpret_cast<uint2*>(out) = value;
+  } else {
+    const uint32_t parts[2] = {value.x, value.y};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out[i] = static_cast<uint16_t>(parts[i / 2] >> (16 * (i % 2)));
+  }
+}
+
 // The output's half of this warpgroup, and the log-sum-exp, from the complete sums of this thread's rows. All scores
 // of the item have been formed (by all consumers): the queries' place takes the output's rows on their way.
 __device__ __forceinline__ void store_output(const MlaDecodeParams& p, uint32_t shared, const Consumer& me,
@@ -433,8 +456,8 @@ __device__ __forceinline__ void store_output(const MlaDecodeParams& p, uint32_t 
   float inverse[2], lse[2];
 #pragma unroll
   for (int side = 0; side < 2; ++side) {
-    inverse[side] = sum[side] > 0.0f ? 1.0f / sum[side] : sum[side];  // 0 without keys, NaN where the sum is
-    lse[side] = sum[side] == 0.0f ? -INFINITY : fmaf(maximum[side], p.scale_log2, log2f(sum[side]));
+    inverse[side] = inverse_sum(sum[side]);
+    lse[side] = log_sum_exp(maximum[side], p.scale_log2, sum[side]);
   }
   if (item.split) {
 #pragma unroll
@@ -452,7 +475,6 @@ __device__ __forceinline__ void store_output(const MlaDecodeParams& p, uint32_t 
     }
     return;
   }
-  constexpr float kLn2 = 0.693147180559945309f;
 #pragma unroll
   for (int side = 0; side < 2; ++side) {
     const int row = me.row() + 8 * side;

@@ -16,184 +16,25 @@
 // Budget     per tile, cycles: tensor 1152 + 1024 = 2176; shared memory 2304 (queries 64 KB, keys 72, values 64,
 //            weights 16, filling 72, at 128 bytes a cycle); memory 4947 on an H100 and 3444 on an H200, with an FP8
 //            cache 2816 and 1984. Nothing of it is measured: it follows from counting.
-#include "mla/decode_fp8.cuh"
-#include "mla/decode_tile.cuh"
+#include "mla/decode_loop.cuh"
 
 namespace dsv3 {
 namespace {
 
-// Where keys come from: how many warps bring them, and whether consumers clear the rows that do not exist.
-template <int kCtasOfCluster>
-struct Bf16Cache {
-  static constexpr int kCtas = kCtasOfCluster;
-  static constexpr int kProducers = 1, kFullArrivals = 1;
-  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-  static constexpr bool kClears = true;
-  static __device__ __forceinline__ void load(const MlaDecodeParams& p, uint32_t shared, Slot& slot, int,
-                                              const Item& item) {
-    load_tiles<kCtas>(p, shared, slot, item);
-  }
-};
-struct Fp8Cache {
-  static constexpr int kCtas = 1;
-  static constexpr int kProducers = kFp8Warps, kFullArrivals = kFp8Warps;
-  static constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
-  static constexpr bool kClears = false;
-  static __device__ __forceinline__ void load(const MlaDecodeParams& p, uint32_t shared, Slot& slot, int warp,
-                                              const Item& item) {
-    load_fp8_tiles(p, shared, slot, warp, item);
-  }
-};
-
-template <bool kValue>
-struct First {
-  static constexpr bool value = kValue;
-};
-
-// The other warpgroup's weights, of the tile at `slot`: starts their product with this warpgroup's values.
-__device__ __forceinline__ void take(const MlaDecodeParams& p, uint32_t shared, const Slot& slot, const Consumer& me,
-                                     uint32_t& phase, RowState& state, float (&o)[128]) {
-  const int other = 1 - me.warpgroup;
-  ptx::mbarrier_wait_parity(shared + kReady + 8 * other, phase);
-  phase ^= 1;
-  float factor[2];
-#pragma unroll
-  for (int side = 0; side < 2; ++side) {
-    const float maximum = ld_shared(shared + kMaxima + 256 * other + 4 * (me.row() + 8 * side));
-    factor[side] = raise(state.maximum[side], maximum, p.scale_log2);
-    state.sum[side] *= factor[side];
-  }
-  rescale(factor, o);
-  ptx::pin(o);
-  ptx::wgmma_fence();
-  add_values(shared + kWeights + other * kPanel, values(shared, slot, me.warpgroup), o);
-  ptx::wgmma_commit_group();
-  ptx::pin(o);
-}
-
-// ... and when it is over: the values' half and the weights' place are free.
-template <class Cache>
-__device__ __forceinline__ void taken(uint32_t shared, const Slot& slot, const Consumer& me, float (&o)[128]) {
-  ptx::wgmma_wait_group<0>();
-  ptx::pin(o);
-  release<Cache::kCtas>(shared + slot.empty(me.warpgroup), me);
-}
-
-template <bool kFirst, class Cache>
-__device__ __forceinline__ void attend(const MlaDecodeParams& p, uint32_t shared, const Slot& before, const Slot& slot,
-                                       const Consumer& me, uint32_t& phase, const uint32_t (&rope)[4][4], int first,
-                                       int rows, bool masked, RowState& state, float (&o)[128]) {
-  if (Cache::kClears && rows < static_cast<int>(kDecodeKeys)) {
-    ptx::mbarrier_wait_parity(shared + slot.full(0), slot.parity);
-    ptx::mbarrier_wait_parity(shared + slot.full(1), slot.parity);
-    clear_rows(shared + slot.tile(), rows, me.thread % 128, 128);
-    ptx::bar_sync(kOneWarpgroup + me.warpgroup, 128);
-  }
-  float s[32];
-  ptx::mbarrier_wait_parity(shared + slot.full(0), slot.parity);
-  ptx::pin(s);
-  ptx::wgmma_fence();
-  start_scores<0>(shared, slot, rope, s);
-  ptx::mbarrier_wait_parity(shared + slot.full(1), slot.parity);
-  start_scores<1>(shared, slot, rope, s);
-  ptx::wgmma_commit_group();
-  ptx::pin(s);
-  if constexpr (kFirst) {
-    ptx::wgmma_wait_group<0>();
-  } else {
-    take(p, shared, before, me, phase, state, o);
-    ptx::wgmma_wait_group<1>();
-  }
-  ptx::pin(s);
-#pragma unroll
-  for (int half = 0; half < kHalves; ++half) release<Cache::kCtas>(shared + slot.empty(half), me);
-
-  float maximum[2], factor[2];
-  row_maxima(state, me, first, masked, s, maximum);
-#pragma unroll
-  for (int side = 0; side < 2; ++side) {
-    if (me.lane % 4 == 0) st_shared(shared + kMaxima + 256 * me.warpgroup + 4 * (me.row() + 8 * side), maximum[side]);
-    factor[side] = raise(state.maximum[side], maximum[side], p.scale_log2);
-    state.sum[side] *= factor[side];
-  }
-  uint32_t fragments[4][4];
-  weights(state, p.scale_log2, s, fragments);
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    ptx::stmatrix_x4(
-        shared + kWeights + me.warpgroup * kPanel + swizzled(me.first_row() + me.lane % 16, 2 * k + me.lane / 16),
-        fragments[k][0], fragments[k][1], fragments[k][2], fragments[k][3]);
-  }
-  ptx::fence_proxy_async_shared();
-  arrive(shared + kReady + 8 * me.warpgroup, me);
-
-  if constexpr (!kFirst) taken<Cache>(shared, before, me, o);
-  rescale(factor, o);
-  ptx::pin(o);
-  ptx::wgmma_fence();
-  add_values(fragments, values(shared, slot, me.warpgroup), o);
-  ptx::wgmma_commit_group();
-  ptx::wgmma_wait_group<0>();
-  ptx::pin(o);
-  release<Cache::kCtas>(shared + slot.empty(me.warpgroup), me);
-}
-
 template <class Cache>
 __device__ __forceinline__ void consume(const MlaDecodeParams& p, uint32_t shared, const Consumer& me) {
-  const Rows rows(p);
+  const Rows rows(p, blockIdx.x);
   Slot slot;           // of the item's first tile
   uint32_t phase = 0;  // of the other warpgroup's next weights, across items
   for_each_item(p, [&](int index, const Item& item) {
     uint32_t rope[4][4];
     load_queries(p, shared, me, rows, item.request, rope);
     RowState state = fresh_rows(p, me, rows, item);
-    const int unmasked = unmasked_end(p, item), tiles = item.tiles();
     float o[128];
-#pragma unroll
-    for (int i = 0; i < 128; ++i) o[i] = 0.0f;
-
-    Slot before = slot, mine = slot;
-    int tile = me.warpgroup;
-    const auto step = [&](auto is_first) {
-      const int first = item.first + tile * static_cast<int>(kDecodeKeys);
-      attend<decltype(is_first)::value, Cache>(p, shared, before, mine, me, phase, rope, first,
-                                               min(item.last - first, static_cast<int>(kDecodeKeys)),
-                                               first + static_cast<int>(kDecodeKeys) > unmasked, state, o);
-      tile += 2;
-    };
-    if (me.warpgroup == 0) {
-      if (tiles > 0) step(First<true>{});
-      before.advance();
-      mine.advance();
-      mine.advance();
-    } else {
-      mine.advance();
-    }
-#pragma unroll 1
-    while (tile < tiles) {
-      step(First<false>{});
-      before.advance();
-      before.advance();
-      mine.advance();
-      mine.advance();
-    }
-    if (tiles > 0 && (tiles - 1) % 2 != me.warpgroup) {
-      take(p, shared, before, me, phase, state, o);
-      taken<Cache>(shared, before, me, o);
-    }
-    for (int t = 0; t < tiles; ++t) slot.advance();  // a closed form makes ptxas 13.5 spill in mla_decode_fp8
-
+    walk<Cache>(p, shared, me, item, rope, slot, phase, state, o);
+    for (int t = 0; t < item.tiles(); ++t) slot.advance();  // a closed form makes ptxas 13.5 spill in mla_decode_fp8
     float sum[2];
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      sum[side] = row_sum(state.sum[side]);
-      if (me.lane % 4 == 0) st_shared(shared + kSums + 256 * me.warpgroup + 4 * (me.row() + 8 * side), sum[side]);
-    }
-    ptx::bar_sync(kAllConsumers, kConsumers);  // and nobody reads the queries any more
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      sum[side] += ld_shared(shared + kSums + 256 * (1 - me.warpgroup) + 4 * (me.row() + 8 * side));
-    }
+    add_sums(shared, me, state, sum);
     store_output(p, shared, me, rows, index, item, state.maximum, sum, o);
     ptx::bar_sync(kAllConsumers, kConsumers);  // nobody reads the output on its way any more
   });
@@ -201,8 +42,7 @@ __device__ __forceinline__ void consume(const MlaDecodeParams& p, uint32_t share
 
 template <class Cache>
 __device__ __forceinline__ void run(const MlaDecodeParams& p) {
-  static_assert(Cache::kProducerRegisters + 2 * Cache::kConsumerRegisters <= 3 * 168,
-                "setmaxnreg.inc would wait for ever");
+  static_assert(fits<Cache>(), "setmaxnreg.inc would wait for ever");
   extern __shared__ __align__(1024) uint8_t memory[];
   const uint32_t shared = ptx::cvta_to_shared(memory);
   const int warp = warp_index();
@@ -213,7 +53,7 @@ __device__ __forceinline__ void run(const MlaDecodeParams& p) {
     ptx::setmaxnreg_dec<Cache::kProducerRegisters>();
     Slot slot;
     if (warp < Cache::kProducers) {
-      for_each_item(p, [&](int, const Item& item) { Cache::load(p, shared, slot, warp, item); });
+      for_each_item(p, [&](int, const Item& item) { Cache::load(p, shared, slot, warp, item, gridDim.x); });
     }
     leave<Cache::kCtas>();
   } else {
@@ -239,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(dsv3::kDecodeThreads, 1)
 
 extern "C" __global__ void __launch_bounds__(dsv3::kDecodeThreads, 1)
     mla_decode_fp8(const __grid_constant__ dsv3::MlaDecodeParams p) {
-  dsv3::run<dsv3::Fp8Cache>(p);
+  dsv3::run<dsv3::Fp8Cache<72, 216>>(p);
 }
 
 // Requests in several items: a warp joins a row's partial outputs, in the order of the splits.
@@ -266,7 +106,6 @@ extern "C" __global__ void __launch_bounds__(dsv3::kCombineThreads)
   for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(~0u, total, step);
   const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
   if (lane == 0) {
-    constexpr float kLn2 = 0.693147180559945309f;
     p.lse[static_cast<int64_t>(request) * p.rows + row] = total == 0.0f ? -INFINITY : (shift + log2f(total)) * kLn2;
   }
 
@@ -297,14 +136,6 @@ extern "C" __global__ void __launch_bounds__(dsv3::kCombineThreads)
       p.out + request * p.out_request_stride + query * p.out_query_stride + head * p.out_head_stride + 4 * lane;
 #pragma unroll
   for (int j = 0; j < kQuarters; ++j) {
-    const uint2 value =
-        make_uint2(ptx::cvt_rn_bf16x2_f32(sum[j].x, sum[j].y), ptx::cvt_rn_bf16x2_f32(sum[j].z, sum[j].w));
-    if (p.out_vectors) {
-      *reinterpret_cast<uint2*>(out + 128 * j) = value;
-    } else {
-      const uint32_t parts[2] = {value.x, value.y};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) out[128 * j + i] = static_cast<uint16_t>(parts[i / 2] >> (16 * (i % 2)));
-    }
+    store_four(out + 128 * j, sum[j], p.out_vectors);
   }
 }

@@ -23,6 +23,11 @@ inline constexpr uint32_t kDecodeTileBytes = 9 * kDecodePanelBytes;
 inline constexpr uint32_t kDecodeSharedBytes =
     8 * kDecodePanelBytes + kDecodeStages * kDecodeTileBytes + 2 * kDecodePanelBytes + 4 * 64 * 4 + 10 * 8;
 
+// A cluster's: the log-sum-exps of the other ranks, two barriers (mla_decode_cluster.cu).
+inline constexpr uint32_t kDecodeMaxCluster = 8;
+inline constexpr uint32_t kDecodeClusterSharedBytes =
+    kDecodeSharedBytes + (kDecodeMaxCluster - 1) * kDecodeRows * 4 + 2 * 8;
+
 inline constexpr uint32_t kCombineThreads = 256;
 inline constexpr uint32_t kCombineRows = kCombineThreads / 32;  // one per warp
 

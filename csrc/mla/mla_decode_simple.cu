@@ -63,7 +63,7 @@ __device__ __forceinline__ void attend(const MlaDecodeParams& p, uint32_t shared
 }
 
 __device__ __forceinline__ void consume(const MlaDecodeParams& p, uint32_t shared, const Consumer& me) {
-  const Rows rows(p);
+  const Rows rows(p, blockIdx.x);
   Slot slot;
   for_each_item(p, [&](int index, const Item& item) {
     uint32_t rope[4][4];
@@ -110,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(dsv3::kDecodeThreads, 1)
     ptx::setmaxnreg_dec<kProducerRegisters>();
     if (warp == 0) {
       Slot slot;
-      for_each_item(p, [&](int, const Item& item) { load_tiles<1>(p, shared, slot, item); });
+      for_each_item(p, [&](int, const Item& item) { load_tiles<1>(p, shared, slot, item, gridDim.x); });
     }
   } else {
     ptx::setmaxnreg_inc<kConsumerRegisters>();

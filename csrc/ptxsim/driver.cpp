@@ -87,7 +87,18 @@ uint64_t translate(uint64_t a, uint64_t bytes) {
 }
 
 // Output of this size is not filled with a pattern: a tensor with huge strides takes memory only where it is written.
+// Input of this size is copied but for pieces of zeros, which the fresh copy has already.
 constexpr size_t kSparse = 1 << 28;
+
+void copyInput(uint8_t* to, const uint8_t* from, size_t n) {
+  constexpr size_t kPiece = 4096;
+  static const uint8_t zeros[kPiece] = {};
+  const size_t piece = n < kSparse ? n : kPiece;
+  for (size_t i = 0; i < n; i += piece) {
+    const size_t m = std::min(piece, n - i);
+    if (piece == n || memcmp(from + i, zeros, m)) memcpy(to + i, from + i, m);
+  }
+}
 
 std::vector<Region> copyIn(std::vector<Declared> list) {
   std::sort(list.begin(), list.end(), [](const Declared& x, const Declared& y) { return x.address < y.address; });
@@ -114,7 +125,7 @@ std::vector<Region> copyIn(std::vector<Declared> list) {
     for (auto& p : r.parts) allRead &= (p.access & 1) != 0;
     Buffer& b = *Arena::get().find(r.copy, 1);
     if (allRead) {
-      memcpy((void*)r.copy, (void*)r.begin, n);
+      copyInput((uint8_t*)r.copy, (const uint8_t*)r.begin, n);
     } else {
       if (n < kSparse) memset((void*)r.copy, 0xa5, n);
       b.valid.resize(n);

@@ -12,6 +12,7 @@ from .. import _host
 from .._arguments import layout, target
 from ._cuda_decode import mla_decode as mla_decode
 from ._cuda_decode import mla_decode_cannot as mla_decode_cannot
+from ._cuda_decode import mla_decode_choice as mla_decode_choice
 from ._cuda_decode import mla_decode_plan as mla_decode_plan
 from .rope import heads_of
 

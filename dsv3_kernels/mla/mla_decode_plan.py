@@ -19,6 +19,12 @@ FIXED_KEYS, FIXED_SPLITS = 512, 16
 # What starting a request and merging its result costs, in blocks of 64 bfloat16 keys: the constant of FlashMLA's
 # published scheduler. Not measured with kernels of this package.
 START_COST = 5
+# Sizes of the clusters that do without a plan; a cluster's CTAs lie in one GPC, of 16 or 18 multiprocessors.
+CLUSTERS = (8, 4, 2)
+GPC_SMS = 16
+# What a plan's own launch, the one that joins partial results and the items that are looked up cost, in blocks of 64
+# keys (1.3 us): docs/mla.md counts 6 us. Not measured.
+LAUNCHES_COST = 4
 
 
 class Plan(NamedTuple):
@@ -70,13 +76,37 @@ def mla_decode_plan(
         raise TypeError(f"{OP}: kv_dtype: got {kv_dtype}, wanted a float dtype or torch.uint8")
     check.one_of(OP, "policy", policy, "balanced", "fixed")
     if num_sms is None:
-        on_gpu = cache_seqlens.is_cuda
-        num_sms = torch.cuda.get_device_properties(cache_seqlens.device).multi_processor_count if on_gpu else 132
+        num_sms = multiprocessors(cache_seqlens)
     check.integer(OP, "num_sms", num_sms, 1)
-    row_blocks = -(-num_queries * num_heads // ROW_BLOCK)
     row_bytes = FP8_BYTES if kv_dtype == torch.uint8 else (LATENT + ROPE) * kv_dtype.itemsize
     start_cost = -(-START_COST * (LATENT + ROPE) * 2 // row_bytes)  # smaller rows pass faster, a start does not
-    return Plan(*_op(cache_seqlens, max(num_sms // row_blocks, 1), start_cost, policy == "fixed"))
+    return Plan(*_op(cache_seqlens, parts(num_sms, num_queries * num_heads), start_cost, policy == "fixed"))
+
+
+def multiprocessors(x: Tensor) -> int:
+    """Of a tensor's device; CPU tensors stand for an H200's."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
+
+
+def parts(num_sms: int, rows: int) -> int:
+    """Of a plan: each block of rows has multiprocessors of its own."""
+    return max(num_sms // -(-rows // ROW_BLOCK), 1)
+
+
+def cluster_size(requests: int, rows: int, longest: int, num_sms: int) -> int:
+    """CTAs of the cluster that takes a request and 64 of its rows where no plan is given; 0: make one after all.
+
+    `longest` is what the table has room for: nothing else is known of the lengths here. The largest cluster is taken of
+    which enough fit the GPU at once, and only where no lengths make it slower by the count of tiles one CTA does after
+    another (docs/mla.md): one request of `longest` keys and others without any are worst for it, since a plan would
+    give that one to all multiprocessors.
+    """
+    row_blocks, blocks = -(-rows // ROW_BLOCK), -(-longest // KEY_BLOCK)
+    for size in CLUSTERS:
+        if requests * row_blocks <= num_sms // GPC_SMS * (GPC_SMS // size):
+            planned = -(-(blocks + requests * START_COST) // parts(num_sms, rows))
+            return size if -(-blocks // size) <= planned + LAUNCHES_COST else 0
+    return 0
 
 
 def items(requests: int, parts: int, fixed: bool) -> int:

@@ -13,7 +13,8 @@ from dsv3_kernels import _host
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {name: row["image"] for name, row in _host.kernels().items() if name.startswith("mla_decode")}
-ATTENTION = ("mla_decode_bf16", "mla_decode_bf16_pair", "mla_decode_fp8", "mla_decode_simple")
+CLUSTER = ("mla_decode_bf16_cluster", "mla_decode_fp8_cluster")
+ATTENTION = ("mla_decode_bf16", "mla_decode_bf16_pair", "mla_decode_fp8", "mla_decode_simple", *CLUSTER)
 MIB = 2**20
 
 
@@ -45,6 +46,8 @@ def test_waits_for_its_predecessor(kernel: str) -> None:
         ("mla_decode_bf16", 40 + 44 + 4, 2 + 3 + 1),
         ("mla_decode_bf16_pair", 40 + 44 + 4, 2 + 3 + 1),
         ("mla_decode_fp8", 40 + 44 + 4, 2 + 3 + 1),
+        ("mla_decode_bf16_cluster", 40 + 44 + 4, 2 + 3 + 1),
+        ("mla_decode_fp8_cluster", 40 + 44 + 4, 2 + 3 + 1),
         ("mla_decode_simple", 40, 2),
     ],
 )
@@ -58,10 +61,18 @@ def test_products_are_waited_for_in_groups(kernel: str, products: int, waits: in
 def test_copies_conversions_and_registers(kernel: str) -> None:
     found = count(kernel)
     assert found["USETMAXREG"] == 2
-    assert found["UTMALDG"] == (0 if kernel == "mla_decode_fp8" else 2)  # either half of a tile, no loop over lanes
+    assert found["UTMALDG"] == (0 if "fp8" in kernel else 2)  # either half of a tile, no loop over lanes
     # Two codes at a time and two multiplications each; nothing goes through float32.
-    assert found["HMUL2"] == (4 * 16 if kernel == "mla_decode_fp8" else 0)
+    assert found["HMUL2"] == (4 * 16 if "fp8" in kernel else 0)
     assert not [name for name in sass.opcodes(KERNELS[kernel], kernel) if "E4M3" in name]
+
+
+@pytest.mark.parametrize("kernel", CLUSTER)
+def test_one_barrier_of_the_cluster_and_stores_of_16_bytes(kernel: str) -> None:
+    """Arrival and wait are all there is of it; 4 x 8 stores for a thread's output, and two for its log-sum-exps."""
+    names = sass.opcodes(KERNELS[kernel], kernel)
+    assert names.count("UCGABAR_ARV") == names.count("UCGABAR_WAIT") == 1
+    assert (names.count("STAS.128"), names.count("STAS")) == (32, 2)
 
 
 def test_budgets_are_the_documented_ones() -> None:
