@@ -21,7 +21,7 @@ import dsv3_kernels as dk
 from dsv3_kernels import backends
 from dsv3_kernels.commands.console import Console
 
-from . import machine, report
+from . import machine, peers, report
 from .cases import Call, Case, collect, families
 from .timing import Timing, measure, steady
 
@@ -105,7 +105,7 @@ class Run:
             return 0
         self.ceilings = machine.ceilings(self.device)
         head = {"kind": "run", "key": "", "commit": machine.commit(), "ceilings": self.ceilings}
-        self.write(head | {"facts": machine.facts(self.device)})
+        self.write(head | {"facts": machine.facts(self.device), "peer_images": peers.versions()})
         code = 0
         for case in todo:
             record = self.measure(case)
@@ -132,15 +132,10 @@ class Run:
                 calls[name] = call
             else:
                 sides[name] = {"error": error}
-        for name, make in case.peers.items() if self.device.type == "cuda" else ():
-            try:
-                peer = make(*inputs)
-                peer()
-                calls[name] = peer
-            except ImportError:
-                continue
-            except Exception as failure:  # a rival that does not run here is a note, not our failure
-                sides[name] = {"error": f"{type(failure).__name__}: {' '.join(str(failure).split())[:400]}"}
+        if self.device.type == "cuda":
+            rivals, notes = self.rivals(case, inputs)
+            calls |= rivals
+            sides |= notes
         timings = self.time(calls)
         sides |= {name: self._figures(case, timing) for name, timing in timings.items()}
         if self.steady and case.flops:
@@ -162,6 +157,25 @@ class Run:
             "ceilings": self.ceilings,
             "clocks": machine.clocks() if self.device.type == "cuda" else {},
         }
+
+    def rivals(self, case: Case, inputs: tuple[Any, ...]) -> tuple[dict[str, Call], dict[str, dict[str, Any]]]:
+        """The peers that are at hand and right, and what is wrong with others: a note, not our failure."""
+        calls: dict[str, Call] = {}
+        notes: dict[str, dict[str, Any]] = {}
+        for name, make in case.peers.items():
+            try:
+                call = make(*inputs)
+                output = call()
+                error = case.check(inputs, output) if name in case.checked else None
+            except ImportError:
+                continue
+            except Exception as failure:
+                error = f"{type(failure).__name__}: {' '.join(str(failure).split())[:400]}"
+            if error is None:
+                calls[name] = call
+            else:
+                notes[name] = {"error": error}
+        return calls, notes
 
     def ours(self, op: str) -> list[str]:
         """Our backends that serve the op here; a quick run leaves out eager where a kernel does."""
