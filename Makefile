@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0 triton==3.7.1
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-CXX_FILES := $(shell find csrc tests/build -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find csrc bench tests/build tests/bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
 .PHONY: help venv native ptxsim demo test test-fast lint test-gpu bench gpu gpu-native gpu-probes gpu-validate gpu-wheels clean

@@ -12,6 +12,7 @@ from typing import Any
 from dsv3_kernels.commands.console import Console
 
 SLOWER = 1.15  # beyond this share of the base's median a comparison fails
+UNITS = {"us": "us", "s": "s", "cycles": "cycles", "gbs": "GB/s", "tflops": "TFLOP/s", "bpc": "B/cycle"}
 COLUMNS = ("op", "shape", "side", "us>", "p20-p80>", "GB/s>", "TFLOP/s>", "of roof>", "vs ours>")
 
 
@@ -47,14 +48,13 @@ def rows(records: Iterable[dict[str, Any]]) -> list[list[str]]:
 
 
 def host_rows(records: Iterable[dict[str, Any]]) -> list[list[str]]:
-    """A row per figure of the host."""
-    units = {"us": "us", "s": "s"}
+    """A row per figure of the host, and of the microbenchmarks."""
     return [
-        [record["key"], name.rpartition("_")[0].replace("_", " "), f"{value:.3f}", units[name.rpartition("_")[2]]]
+        [record["key"], name.rpartition("_")[0].replace("_", " "), f"{value:.3f}", UNITS[name.rpartition("_")[2]]]
         for record in records
-        if record["kind"] == "host"
+        if record["kind"] in ("host", "micro")
         for name, value in record.items()
-        if name.rpartition("_")[2] in units and isinstance(value, float)
+        if name.rpartition("_")[2] in UNITS and isinstance(value, float)
     ]
 
 
@@ -68,7 +68,7 @@ def show(records: Sequence[dict[str, Any]], console: Console) -> None:
     if table := rows(records):
         console.table(COLUMNS, table)
     if table := host_rows(records):
-        console.table(("host", "what", "time>", ""), table)
+        console.table(("host, microbenchmark", "what", "measured>", ""), table)
 
 
 def markdown(records: Iterable[dict[str, Any]]) -> str:

@@ -11,7 +11,7 @@ import datetime
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = run.cases(cases, console)
     if device.type == "cpu" and not options.op and not options.family:
         code |= run.host(console)
+    if device.type == "cuda" and not options.op and not options.family:
+        code |= run.micro(console)
     report.show(run.results(), console)
     if options.compare:
         code |= report.compare(run.results(), report.read(options.compare), console)
@@ -218,16 +220,31 @@ class Run:
         """Times of the host alone: import, launch, a whole op, the build; and of many ranks on the CPU."""
         from . import overhead, parallel, training
 
-        for name, probe in (
-            overhead.probes(self.quick) | parallel.probes(self.quick) | training.probes(self.quick)
-        ).items():
+        quick = self.quick
+        return self.probes("host", overhead.probes(quick) | parallel.probes(quick) | training.probes(quick), console)
+
+    def micro(self, console: Console) -> int:
+        """What the GPU's parts do by themselves. Returns 1 when a program computed something wrong."""
+        from . import micro
+
+        return self.probes("micro", micro.probes(self.device), console)
+
+    def probes(self, kind: str, probes: dict[str, Callable[[], dict[str, Any]]], console: Console) -> int:
+        """Measure what is not in the file."""
+        from .overhead import Unavailable
+
+        code = 0
+        for name, probe in probes.items():
             if name in self.done:
                 continue
             try:
-                self.write({"kind": "host", "key": name, **probe()})
-            except overhead.Unavailable as why:
+                self.write({"kind": kind, "key": name, **probe()})
+            except Unavailable as why:
                 console.line(f"{name}: not measured ({why})")
-        return 0
+            except RuntimeError as failure:
+                console.line(f"FAIL {name}: {failure}")
+                code = 1
+        return code
 
 
 def _forced(case: Case, name: str, inputs: tuple[Any, ...]) -> Call:
