@@ -286,12 +286,24 @@ extern "C" __global__ void __launch_bounds__(64)
   }
   __syncthreads();
   uint32_t phase = 0;
-  if (p.metadata[8 * p.parts - 1] != 7) return;
+  const bool contiguous = p.q_batch == p.rows * p.d && p.k_batch == 64 * p.d && p.o_batch == p.rows * p.d_v &&
+                          p.q_row == p.d && p.k_row == p.d && p.o_row == p.d_v;
+  if (p.metadata[8 * p.parts - 1] != 7 || !contiguous) return;
   const int rows = min(64, p.rows - 64 * static_cast<int>(blockIdx.x));
   for (int work = blockIdx.z; work < 2 * p.b * rows; work += gridDim.z) {
     attend(p, maps, ready, phase, work / rows / 2, work / rows % 2, 64 * blockIdx.x + work % rows);
     __syncthreads();
   }
+  // The results' map: whatever is in shared memory goes there, for "combine" to overwrite.
+  if (blockIdx.z != 0 || threadIdx.x != 0) return;
+  extern __shared__ __align__(1024) uint8_t memory[];
+  for (int i = 0; i < 8 * p.b; ++i) {
+    const int panel = i % 8;
+    ptx::cp_async_bulk_tensor_4d_s2g(&maps.o.map, ptx::cvta_to_shared(memory + panel * 8192), 64 * panel,
+                                     64 * blockIdx.x, 0, i / 8);
+  }
+  ptx::cp_async_bulk_commit_group();
+  ptx::cp_async_bulk_wait_group<0>();
 }
 
 extern "C" __global__ void __launch_bounds__(256) rival_combine(const __grid_constant__ CombineParams p) {
