@@ -71,7 +71,7 @@ gpu-native: build/gpu-site
 test-gpu: gpu-native  ## the tests on a GPU; one that is missing is a failure
 	$(GPU_PY) -m pytest $(GPU_TESTS) --gpu $(PYTEST_ARGS)
 
-bench: gpu-native  ## side by side with the peers that are importable
+bench: gpu-native  ## side by side with the peers that are at hand
 	$(GPU_PY) -m bench.run $(BENCH_ARGS)
 
 gpu gpu-probes gpu-validate: export BENCH_OUT := $(or $(BENCH_OUT),$(OUT),$(CURDIR)/build/gpu-out)

@@ -15,7 +15,9 @@ from .bench_quant import normal
 from .cases import Call, Case
 
 PAGE, WIDTH = 64, 576
-EXPANDED_BYTES = 2**34  # of keys, one copy per head: what torch's attention may take beside the others
+EXPANDED_BYTES = (
+    2**34
+)  # of keys, one copy per head: what torch's attention takes where none of its fused kernels serves
 SCALE = 0.1352338
 
 
@@ -110,8 +112,7 @@ def flash_mla(q: Tensor, cache: Tensor, table: Tensor, seqlens: Tensor, plan: An
 
 
 def expanded_sdpa(q: Tensor, cache: Tensor, table: Tensor, seqlens: Tensor, plan: Any, out: Any) -> Call:
-    """Keys gathered into a rectangle beforehand, the mask made beforehand: an easier problem. torch copies the keys for
-    each head, since no fused kernel of its takes 576 elements."""
+    """Keys gathered into a rectangle beforehand, the mask made beforehand: an easier problem."""
     keys = cache[table.long()].flatten(1, 2)[:, None].expand(-1, q.shape[2], -1, -1)
     place = torch.arange(keys.shape[2], device=q.device)
     behind = torch.arange(q.shape[1] - 1, -1, -1, device=q.device)

@@ -1,8 +1,8 @@
 """Kernels that the package does not ship, through the package's seam: rivals' images and the microbenchmarks.
 
 The functions are those of csrc/host/driver.h by their C interface, with `ctypes`: of libcuda.so.1 for CUDA tensors,
-which takes a cubin, of the simulator for CPU tensors, which takes the PTX. A launch costs some 20 us of Python, so what
-is timed is a replayed graph of it (docs/bench.md).
+which takes a cubin, of the simulator for CPU tensors, which takes the PTX. A launch is Python and slow: what is timed
+is the replay of a graph of it (docs/bench.md).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from dsv3_kernels.commands.console import Console
 
 SLOWER = 1.15  # beyond this share of the base's median a comparison fails
 UNITS = {"us": "us", "s": "s", "cycles": "cycles", "gbs": "GB/s", "tflops": "TFLOP/s", "bpc": "B/cycle"}
-COLUMNS = ("op", "shape", "side", "us>", "p20-p80>", "GB/s>", "TFLOP/s>", "of roof>", "vs ours>")
+COLUMNS = ("op", "shape", "side", "us>", "p20-p80>", "GB/s>", "TFLOP/s>", "of roof>", "vs ours>", "steady us>")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -30,7 +30,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def rows(records: Iterable[dict[str, Any]]) -> list[list[str]]:
-    """A row per case and side, ours first; `of roof` is the least time that the ceilings allow over the time taken."""
+    """A row per case and side, ours first; `of roof` is the least time that the ceilings allow over the time taken,
+    `steady` the time of a call in a loop without gaps."""
     table = []
     for record in records:
         if record["kind"] != "case":
@@ -39,10 +40,12 @@ def rows(records: Iterable[dict[str, Any]]) -> list[list[str]]:
         for name, side in record["sides"].items():
             if "error" in side:
                 continue
-            ratio = "" if name == record["backend"] else f"{side['us'] / record['sides'][record['backend']]['us']:.2f}"
+            ours = record["sides"].get(record["backend"])  # None where no side of ours was right
+            ratio = f"{side['us'] / ours['us']:.2f}" if ours and name != record["backend"] else ""
             flops = f"{side['tflops']:.1f}" if "tflops" in side else ""
             spread = f"{side['p20']:.1f}-{side['p80']:.1f}"
             times = [f"{side['us']:.1f}", spread, f"{side['gbs']:.1f}", flops, f"{side['roof']:.0%}", ratio]
+            times.append(f"{side['steady_us']:.1f}" if "steady_us" in side else "")
             table.append([record["op"], shape, name, *times])
     return table
 
