@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import struct
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -53,10 +55,17 @@ def compiled(name: str) -> Path:
         found = json.loads(record.read_text())
         if found["source_hash"] == images.source_hash(source):
             return OUT / name
-    if (nvcc := toolchain.find_nvcc()) is None:
+    try:
+        nvcc = toolchain.find_nvcc()
+    except toolchain.BuildError as error:
+        raise Unavailable(str(error)) from None
+    if nvcc is None:
         raise Unavailable("no nvcc, and build/micro has no image of this source")
     OUT.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(images.compile_image(name, source, nvcc, OUT)))
+    entry = images.compile_image(name, source, nvcc, OUT)
+    with tempfile.NamedTemporaryFile("w", dir=OUT, suffix=".tmp", delete=False) as file:
+        json.dump(entry, file)
+    os.replace(file.name, record)  # whole, for whoever reads it meanwhile
     return OUT / name
 
 

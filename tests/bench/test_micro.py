@@ -82,6 +82,13 @@ def test_images_are_compiled_once(tmp_path, monkeypatch):
     with pytest.raises(overhead.Unavailable, match="no nvcc, and build/micro has no image of this source"):
         micro.compiled("l2_tiles")
 
+    def old():
+        raise toolchain.BuildError("PATH: nvcc is nvcc 12.9; these kernels need 13.0")
+
+    monkeypatch.setattr(toolchain, "find_nvcc", old)
+    with pytest.raises(overhead.Unavailable, match="these kernels need"):
+        micro.compiled("l2_tiles")
+
 
 def entry(name, folder):
     for ending in (".ptx", ".cubin"):
