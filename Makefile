@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0 triton==3.7.1
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-CXX_FILES := $(shell find csrc tests/build -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find csrc bench tests/build tests/bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
 .PHONY: help venv native ptxsim demo test test-fast lint test-gpu bench gpu gpu-native gpu-probes gpu-validate gpu-wheels clean
@@ -71,7 +71,7 @@ gpu-native: build/gpu-site
 test-gpu: gpu-native  ## the tests on a GPU; one that is missing is a failure
 	$(GPU_PY) -m pytest $(GPU_TESTS) --gpu $(PYTEST_ARGS)
 
-bench: gpu-native  ## side by side with the peers that are importable
+bench: gpu-native  ## side by side with the peers that are at hand
 	$(GPU_PY) -m bench.run $(BENCH_ARGS)
 
 gpu gpu-probes gpu-validate: export BENCH_OUT := $(or $(BENCH_OUT),$(OUT),$(CURDIR)/build/gpu-out)

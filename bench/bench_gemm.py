@@ -10,6 +10,7 @@ from torch import Tensor
 
 import dsv3_kernels as dk
 
+from . import peer_deep_gemm
 from .bench_quant import normal, scales, uneven_offsets
 from .cases import Call, Case
 
@@ -48,11 +49,12 @@ def fp8_gemm(m: int, n: int, k: int, *, quick: bool = False, cpu: bool = False) 
         flops=2 * m * n * k,
         unit="fp8",
         peers={
-            "deep_gemm": deep_gemm,
+            "deep_gemm": peer_deep_gemm.gemm,
             "torch 1x128": torch_blockwise,
             "torch per tensor": torch_per_tensor,
             "torch bf16": torch_bfloat16,
         },
+        checked=("deep_gemm",),
         devices=("cuda", "cpu") if cpu else ("cuda",),
         quick=quick,
     )
@@ -78,6 +80,17 @@ def quantised_gemm(m: int, n: int, k: int, *, quick: bool = False) -> Case:
 
         return lambda: deep_gemm.fp8_gemm_nt(per_token_cast_to_fp8(x, use_ue8m0=False), (b, b_scale), out)
 
+    def deep_with_ours(x: Tensor, b: Tensor, b_scale: Tensor, out: Tensor) -> Call:
+        """Its product behind our quantisation, which writes scales in its layout."""
+        a, a_scale = dk.quantize_1x128(x)
+        product = peer_deep_gemm.gemm(a, a_scale, b, b_scale, out)
+
+        def call() -> Tensor:
+            dk.quantize_1x128(x, out=(a, a_scale))
+            return product()
+
+        return call
+
     def bfloat16(x: Tensor, b: Tensor, b_scale: Tensor, out: Tensor) -> Call:
         weight = dk.dequantize(b, b_scale).t()
         return lambda: torch.mm(x, weight, out=out)
@@ -91,7 +104,8 @@ def quantised_gemm(m: int, n: int, k: int, *, quick: bool = False) -> Case:
         bytes=2 * m * k + n * k + scales(n, k) // 128 + 2 * m * n,
         flops=2 * m * n * k,
         unit="fp8",
-        peers={"deep_gemm": deep, "torch bf16": bfloat16},
+        peers={"deep_gemm": deep, "quantize_1x128, deep_gemm": deep_with_ours, "torch bf16": bfloat16},
+        checked=("quantize_1x128, deep_gemm",),
         quick=quick,
     )
 
@@ -116,12 +130,6 @@ def torch_bfloat16(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: 
     return lambda: torch.mm(left, right, out=out)
 
 
-def deep_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor) -> Call:
-    import deep_gemm
-
-    return lambda: deep_gemm.fp8_gemm_nt((a, a_scale), (b, b_scale), out)
-
-
 def weight_gradient(m: int, n: int, tokens: int, *, quick: bool = False) -> Case:
     """Both scales 1x128, added into float32: the weight gradient of a dense layer over microbatches."""
 
@@ -143,6 +151,8 @@ def weight_gradient(m: int, n: int, tokens: int, *, quick: bool = False) -> Case
         bytes=(m + n) * tokens + scales(m, tokens) + scales(n, tokens) + 8 * m * n,
         flops=2 * m * n * tokens,
         unit="fp8",
+        peers={"deep_gemm": peer_deep_gemm.accumulate},
+        checked=("deep_gemm",),
         quick=quick,
     )
 
@@ -180,18 +190,11 @@ def fp8_grouped_gemm(groups: int, rows: int, n: int, k: int, *, quick: bool = Fa
         bytes=(rows + groups * n) * k + scales(rows, k) + groups * scales(n, k) // 128 + 2 * rows * n,
         flops=2 * rows * n * k,
         unit="fp8",
-        peers={"deep_gemm": deep_gemm_contiguous},
+        peers={"deep_gemm": peer_deep_gemm.contiguous},
+        checked=("deep_gemm",),
         devices=("cuda", "cpu") if cpu else ("cuda",),
         quick=quick,
     )
-
-
-def deep_gemm_contiguous(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, out: Tensor) -> Call:
-    import deep_gemm
-
-    place = torch.arange(a.shape[0], device=a.device)
-    layout = (torch.searchsorted(offsets, place, right=True) - 1).int()
-    return lambda: deep_gemm.m_grouped_fp8_gemm_nt_contiguous((a, a_scale), (b, b_scale), out, layout)
 
 
 def fp8_masked_gemm(groups: int, most: int, mean: int, n: int, k: int, *, quick: bool = False) -> Case:
@@ -220,18 +223,10 @@ def fp8_masked_gemm(groups: int, most: int, mean: int, n: int, k: int, *, quick:
         bytes=(rows + groups * n) * k + scales(rows, k) + groups * scales(n, k) // 128 + 2 * rows * n,
         flops=2 * rows * n * k,
         unit="fp8",
-        peers={"deep_gemm": lambda *inputs: deep_gemm_masked(*inputs, mean)},
+        peers={"deep_gemm": lambda *inputs: peer_deep_gemm.masked(*inputs, mean)},
+        checked=("deep_gemm",),
         quick=quick,
     )
-
-
-def deep_gemm_masked(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, out: Tensor, mean: int
-) -> Call:
-    import deep_gemm
-
-    scale = a_scale.mT.contiguous().mT
-    return lambda: deep_gemm.m_grouped_fp8_gemm_nt_masked((a, scale), (b, b_scale), out, counts, mean)
 
 
 def fp8_grouped_wgrad(
@@ -246,6 +241,16 @@ def fp8_grouped_wgrad(
 
     def run(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, out: Tensor) -> Tensor:
         return dk.fp8_grouped_wgrad(a, a_scale, b, b_scale, offsets, out=out, accumulate=accumulate)
+
+    def zeroed(*inputs: Tensor) -> Call:
+        """Its kernel only adds."""
+        add = peer_deep_gemm.k_grouped(*inputs)
+
+        def call() -> Tensor:
+            inputs[-1].zero_()
+            return add()
+
+        return call
 
     def check(inputs: tuple[Any, ...], out: Tensor) -> str | None:
         a, a_scale, b, b_scale, offsets, _ = inputs
@@ -271,6 +276,8 @@ def fp8_grouped_wgrad(
         bytes=(m + n) * tokens + scales(m + n, tokens) + (8 if accumulate else 4) * groups * m * n,
         flops=2 * tokens * m * n,
         unit="fp8",
+        peers={"deep_gemm": peer_deep_gemm.k_grouped} if accumulate else {"zero_, deep_gemm": zeroed},
+        checked=("deep_gemm", "zero_, deep_gemm"),
         devices=("cuda", "cpu") if cpu else ("cuda",),
         quick=quick,
     )
@@ -307,24 +314,29 @@ def fp8_grouped_gemm_swiglu_quantize(groups: int, rows: int, f: int, k: int, *, 
 # attention's output; an expert's gate and up; its down; the dense layers' gate and up, and down.
 LAYERS = ((2112, 7168), (576, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))
 EXPERT = ((4096, 7168), (7168, 2048))
-SWEEP = (1, 8, 16, 32, 64, 96, 128, 192, 256, 4096)
+DENSE = ((36864, 7168), (7168, 18432), (7168, 14336))  # the first layers' MLP; the projection before the MTP module
+OTHERS = ((6144, 7168), (7168, 3072), (4096, 4096), (4096, 2048))  # experts of other sizes, in DeepGEMM's tests
+SWEEP = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)
 CASES = [
     *(fp8_gemm(m, n, k, quick=m in (16, 128, 4096), cpu=(m, n) == (1, 576)) for m in SWEEP for n, k in LAYERS),
-    *(quantised_gemm(m, n, k, quick=m == 4096) for m in (64, 4096) for n, k in LAYERS),
-    fp8_gemm(4096, 36864, 7168),
-    fp8_gemm(4096, 7168, 18432),
-    weight_gradient(7168, 2048, 4096, quick=True),
-    weight_gradient(4096, 7168, 4096),
+    *(fp8_gemm(m, n, k) for m in (64, 128, 4096) for n, k in DENSE),
+    *(fp8_gemm(4096, k, n) for n, k in LAYERS if (k, n) not in LAYERS),  # gradients of the inputs
+    *(quantised_gemm(m, n, k, quick=m == 4096) for m in (1, 64, 128, 4096) for n, k in LAYERS),
+    *(weight_gradient(n, k, 4096, quick=(n, k) == (7168, 2048)) for n, k in LAYERS),
     fp8_grouped_gemm(2, 8, 256, 256, cpu=True),
     *(fp8_grouped_gemm(g, 32768, n, k, quick=g == 8) for g in (4, 8) for n, k in EXPERT),
-    *(fp8_grouped_gemm(8, 32768, n, k) for n, k in ((6144, 7168), (7168, 3072), (4096, 4096), (4096, 2048))),
+    *(fp8_grouped_gemm(g, 32768, n, k) for g in (4, 8) for n, k in OTHERS),
     *(fp8_grouped_gemm(g, rows, 4096, 7168) for g, rows in ((256, 4096), (8, 32), (32, 512))),
     *(fp8_masked_gemm(9, 1024, m, n, k, quick=m == 128) for m in (4, 16, 64, 128) for n, k in EXPERT),
     *(fp8_masked_gemm(g, 1024, 1024 // g, n, k) for g in (1, 2, 4) for n, k in EXPERT),
-    *(fp8_masked_gemm(g, 4096, m, 4096, 7168) for g, m in ((32, 192), (6, 1024), (32, 20), (6, 20))),
+    *(
+        fp8_masked_gemm(g, 4096, m, n, k)
+        for g, m in ((32, 192), (6, 1024), (32, 20), (6, 20))
+        for n, k in ((4096, 7168), *OTHERS)
+    ),
     fp8_grouped_wgrad(2, 256, 128, 256, cpu=True),
     fp8_grouped_wgrad(8, 32768, 4096, 7168, quick=True),
     fp8_grouped_wgrad(8, 32768, 7168, 2048),
-    fp8_grouped_wgrad(8, 32768, 7168, 2048, accumulate=True),
+    *(fp8_grouped_wgrad(g, 32768, m, n, accumulate=True) for g in (4, 8, 16) for m, n in EXPERT),
     fp8_grouped_gemm_swiglu_quantize(8, 32768, 2048, 7168, quick=True),
 ]

@@ -10,11 +10,13 @@ from torch import Tensor
 import dsv3_kernels as dk
 
 # There: mla_prefill, mla_prefill_backward, mla_prologue, mla_cache_append, mla_cache_gather, merge_attention, rope.
-from . import bench_mla_prefill
+from . import bench_mla_prefill, peer_flash_mla
 from .bench_quant import normal
 from .cases import Call, Case
 
-PAGE = 64
+PAGE, WIDTH = 64, 576
+# Of keys, one copy per head: what torch's attention takes where none of its fused kernels serves.
+EXPANDED_BYTES = 2**34
 SCALE = 0.1352338
 
 
@@ -95,6 +97,9 @@ def mla_decode(
                     return f"mla_decode: request {b} is off"
         return None
 
+    peers = {} if fp8 else {"flash_mla": flash_mla}
+    if not fp8 and requests * heads * keys * WIDTH * 2 <= EXPANDED_BYTES:
+        peers["torch sdpa"] = expanded_sdpa
     return Case(
         op="mla_decode",
         shape={"B": requests, "keys": keys, "H": heads, "Sq": queries, "cache": "fp8" if fp8 else "bf16"}
@@ -105,24 +110,15 @@ def mla_decode(
         bytes=seen * (656 if fp8 else 1152) + requests * queries * heads * (576 + 512) * 2,
         flops=2 * seen * queries * heads * (576 + 512),
         unit="bf16",
-        peers={} if fp8 else {"flash_mla": flash_mla, "torch sdpa": expanded_sdpa},
+        peers=peers,
+        checked=("flash_mla",),
         devices=("cuda", "cpu") if cpu else ("cuda",),
         quick=quick,
     )
 
 
 def flash_mla(q: Tensor, cache: Tensor, table: Tensor, seqlens: Tensor, plan: Any, out: Any) -> Call:
-    from flash_mla import flash_mla_with_kvcache, get_mla_metadata
-
-    rows = q.shape[1] * q.shape[2]
-
-    def call() -> Any:
-        metadata, splits = get_mla_metadata(seqlens, rows, 1)
-        return flash_mla_with_kvcache(
-            q, cache[:, :, None], table, seqlens, 512, metadata, splits, softmax_scale=SCALE, causal=True
-        )
-
-    return call
+    return peer_flash_mla.decode(q, cache, table, seqlens, SCALE)
 
 
 def expanded_sdpa(q: Tensor, cache: Tensor, table: Tensor, seqlens: Tensor, plan: Any, out: Any) -> Call:
@@ -173,6 +169,10 @@ def bmm(x: Tensor, weight: Tensor, out: Tensor) -> Call:
     return lambda: torch.bmm(x.transpose(0, 1), weight.mT)
 
 
+HEADS = (16, 32, 64, 128)
+QUICK = {(2, 1024, 16, False), (128, 1024, 16, False), (128, 4096, 128, False), (128, 4096, 64, True)}
+DECODE = [(b, keys, heads) for b in (1, 2, 16, 128) for keys in (1024, 4096, 16384, 65536) for heads in HEADS]
+
 CASES = [
     *bench_mla_prefill.CASES,
     mla_absorb(2, True, cpu=True),
@@ -185,21 +185,14 @@ CASES = [
     mla_decode_plan(128, 4096, 128, quick=True),
     mla_decode_plan(4096, 1024, 16),
     mla_decode(2, 128, 4, cpu=True),
-    # A call without a plan: one launch, of a cluster for each request; beside it the same with its plan.
-    *(
-        mla_decode(2, 1024, heads, planned=planned, quick=heads == 16)
-        for heads in (16, 128)
-        for planned in (False, True)
-    ),
-    *(mla_decode(128, 1024, heads, quick=heads == 16) for heads in (16, 32, 64, 128)),
-    *(mla_decode(128, 4096, heads, quick=heads == 128) for heads in (16, 64, 128)),
-    *(mla_decode(128, keys, 128, queries) for keys in (8192, 16384) for queries in (1, 2)),
-    *(mla_decode(1, 65536, heads) for heads in (16, 128)),
-    *(mla_decode(32, 4096, 16, queries) for queries in (2, 4)),
-    *(mla_decode(2, 1024, 16, fp8=True, planned=planned) for planned in (False, True)),
-    *(mla_decode(16, 1024, 16, planned=planned) for planned in (False, True)),
+    # Without a plan: one launch, of a cluster for each request; the sweep below has the first two with their plans.
+    *(mla_decode(2, 1024, heads, planned=False, quick=heads == 16) for heads in (16, 128)),
+    mla_decode(2, 1024, 16, fp8=True, planned=False),
+    mla_decode(16, 1024, 16, planned=False),
     *(mla_decode(1, 2560, 16, planned=planned) for planned in (False, True)),
-    *(mla_decode(128, 4096, heads, fp8=True, quick=heads == 64) for heads in (16, 64, 128)),
-    mla_decode(128, 16384, 128, fp8=True),
-    mla_decode(1, 65536, 16, fp8=True),
+    *(mla_decode(*shape, fp8=fp8, quick=(*shape, fp8) in QUICK) for shape in DECODE for fp8 in (False, True)),
+    # What FlashMLA's tests time: 128 heads, one and two queries.
+    *(mla_decode(128, keys, 128, fp8=fp8) for keys in (2048, 8192, 32768) for fp8 in (False, True)),
+    *(mla_decode(128, keys, 128, 2, fp8=fp8) for keys in (4096, 8192, 16384, 32768) for fp8 in (False, True)),
+    *(mla_decode(32, 4096, 16, queries) for queries in (2, 4)),
 ]

@@ -203,6 +203,18 @@ def cudnn(*inputs: Any) -> Call:
     return attend
 
 
+def cudnn_backward(*inputs: Any) -> Call:
+    """Its gradients, by the operator that autograd would call; what its forward leaves for it is made beforehand."""
+    q, k_nope, k_rope, v, grad = inputs[:5]
+    k = torch.cat([k_nope, k_rope[:, None].expand(-1, q.shape[1], -1)], -1)
+    q, k, v, grad = (t.transpose(0, 1)[None] for t in (q, k, v, grad))
+    forward = torch.ops.aten._scaled_dot_product_cudnn_attention
+    out, lse, *bounds, seed, offset, _ = forward(q, k, v, None, True, 0.0, True, scale=SCALE)
+    backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+    rest = lse, seed, offset, None, *bounds, 0.0, True
+    return lambda: backward(grad, q, k, v, out, *rest, scale=SCALE)
+
+
 def mla_prefill(
     queries: int, keys: int, sequences: int, heads: int, causal: bool = True, *, quick: bool = False
 ) -> Case:
@@ -252,6 +264,7 @@ def mla_prefill_backward(tokens: int, sequences: int, heads: int, *, quick: bool
         bytes=sequences * tokens * (heads * (2 * 384 + 2 * 512 + 2 * 256 + 4) + 256),
         flops=1664 * heads * sequences * pairs(tokens, tokens, True),
         unit="bf16",
+        peers={"torch, cuDNN": cudnn_backward} if sequences == 1 else {},
         quick=quick,
     )
 

@@ -24,7 +24,8 @@ class Case:
 
     `make(device)` gives the inputs; `run(*inputs)` is what a user would call, and is timed on every backend that serves
     the device; `check(inputs, outputs)` says what is wrong with the outputs of a run, or nothing. A peer is made from
-    the inputs: `make_peer(*inputs)` returns what to call, with all preparation done, or raises ImportError.
+    the inputs: `make_peer(*inputs)` returns what to call, with all preparation done, or raises ImportError. One whose
+    name is in `checked` solves the very same problem: its outputs must pass the check, too.
     """
 
     op: str
@@ -36,6 +37,7 @@ class Case:
     flops: int = 0  # multiplications and additions of matrix products, 0 where moving bytes is all
     unit: str = ""  # the ceiling those are held against: "fp8", "bf16" or "float32"
     peers: dict[str, Callable[..., Call]] = field(default_factory=dict)
+    checked: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cuda",)
     quick: bool = False  # also part of `--quick`
 

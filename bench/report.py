@@ -12,7 +12,8 @@ from typing import Any
 from dsv3_kernels.commands.console import Console
 
 SLOWER = 1.15  # beyond this share of the base's median a comparison fails
-COLUMNS = ("op", "shape", "side", "us>", "p20-p80>", "GB/s>", "TFLOP/s>", "of roof>", "vs ours>")
+UNITS = {"us": "us", "s": "s", "cycles": "cycles", "gbs": "GB/s", "tflops": "TFLOP/s", "bpc": "B/cycle"}
+COLUMNS = ("op", "shape", "side", "us>", "p20-p80>", "GB/s>", "TFLOP/s>", "of roof>", "vs ours>", "steady us>")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -29,7 +30,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def rows(records: Iterable[dict[str, Any]]) -> list[list[str]]:
-    """A row per case and side, ours first; `of roof` is the least time that the ceilings allow over the time taken."""
+    """A row per case and side, ours first; `of roof` is the least time that the ceilings allow over the time taken,
+    `steady` the time of a call in a loop without gaps."""
     table = []
     for record in records:
         if record["kind"] != "case":
@@ -38,23 +40,24 @@ def rows(records: Iterable[dict[str, Any]]) -> list[list[str]]:
         for name, side in record["sides"].items():
             if "error" in side:
                 continue
-            ratio = "" if name == record["backend"] else f"{side['us'] / record['sides'][record['backend']]['us']:.2f}"
+            ours = record["sides"].get(record["backend"])  # None where no side of ours was right
+            ratio = f"{side['us'] / ours['us']:.2f}" if ours and name != record["backend"] else ""
             flops = f"{side['tflops']:.1f}" if "tflops" in side else ""
             spread = f"{side['p20']:.1f}-{side['p80']:.1f}"
             times = [f"{side['us']:.1f}", spread, f"{side['gbs']:.1f}", flops, f"{side['roof']:.0%}", ratio]
+            times.append(f"{side['steady_us']:.1f}" if "steady_us" in side else "")
             table.append([record["op"], shape, name, *times])
     return table
 
 
 def host_rows(records: Iterable[dict[str, Any]]) -> list[list[str]]:
-    """A row per figure of the host."""
-    units = {"us": "us", "s": "s"}
+    """A row per figure of the host, and of the microbenchmarks."""
     return [
-        [record["key"], name.rpartition("_")[0].replace("_", " "), f"{value:.3f}", units[name.rpartition("_")[2]]]
+        [record["key"], name.rpartition("_")[0].replace("_", " "), f"{value:.3f}", UNITS[name.rpartition("_")[2]]]
         for record in records
-        if record["kind"] == "host"
+        if record["kind"] in ("host", "micro")
         for name, value in record.items()
-        if name.rpartition("_")[2] in units and isinstance(value, float)
+        if name.rpartition("_")[2] in UNITS and isinstance(value, float)
     ]
 
 
@@ -68,7 +71,7 @@ def show(records: Sequence[dict[str, Any]], console: Console) -> None:
     if table := rows(records):
         console.table(COLUMNS, table)
     if table := host_rows(records):
-        console.table(("host", "what", "time>", ""), table)
+        console.table(("host, microbenchmark", "what", "measured>", ""), table)
 
 
 def markdown(records: Iterable[dict[str, Any]]) -> str:

@@ -11,7 +11,7 @@ import datetime
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import dsv3_kernels as dk
 from dsv3_kernels import backends
 from dsv3_kernels.commands.console import Console
 
-from . import machine, report
+from . import machine, peers, report
 from .cases import Call, Case, collect, families
 from .timing import Timing, measure, steady
 
@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = run.cases(cases, console)
     if device.type == "cpu" and not options.op and not options.family:
         code |= run.host(console)
+    if device.type == "cuda" and not options.op and not options.family:
+        code |= run.micro(console)
     report.show(run.results(), console)
     if options.compare:
         code |= report.compare(run.results(), report.read(options.compare), console)
@@ -105,7 +107,7 @@ class Run:
             return 0
         self.ceilings = machine.ceilings(self.device)
         head = {"kind": "run", "key": "", "commit": machine.commit(), "ceilings": self.ceilings}
-        self.write(head | {"facts": machine.facts(self.device)})
+        self.write(head | {"facts": machine.facts(self.device), "peer_images": peers.versions()})
         code = 0
         for case in todo:
             record = self.measure(case)
@@ -132,15 +134,10 @@ class Run:
                 calls[name] = call
             else:
                 sides[name] = {"error": error}
-        for name, make in case.peers.items() if self.device.type == "cuda" else ():
-            try:
-                peer = make(*inputs)
-                peer()
-                calls[name] = peer
-            except ImportError:
-                continue
-            except Exception as failure:  # a rival that does not run here is a note, not our failure
-                sides[name] = {"error": f"{type(failure).__name__}: {' '.join(str(failure).split())[:400]}"}
+        if self.device.type == "cuda":
+            rivals, notes = self.rivals(case, inputs)
+            calls |= rivals
+            sides |= notes
         timings = self.time(calls)
         sides |= {name: self._figures(case, timing) for name, timing in timings.items()}
         if self.steady and case.flops:
@@ -162,6 +159,25 @@ class Run:
             "ceilings": self.ceilings,
             "clocks": machine.clocks() if self.device.type == "cuda" else {},
         }
+
+    def rivals(self, case: Case, inputs: tuple[Any, ...]) -> tuple[dict[str, Call], dict[str, dict[str, Any]]]:
+        """The peers that are at hand and right, and what is wrong with others: a note, not our failure."""
+        calls: dict[str, Call] = {}
+        notes: dict[str, dict[str, Any]] = {}
+        for name, make in case.peers.items():
+            try:
+                call = make(*inputs)
+                output = call()
+                error = case.check(inputs, output) if name in case.checked else None
+            except ImportError:
+                continue
+            except Exception as failure:
+                error = f"{type(failure).__name__}: {' '.join(str(failure).split())[:400]}"
+            if error is None:
+                calls[name] = call
+            else:
+                notes[name] = {"error": error}
+        return calls, notes
 
     def ours(self, op: str) -> list[str]:
         """Our backends that serve the op here; a quick run leaves out eager where a kernel does."""
@@ -204,16 +220,31 @@ class Run:
         """Times of the host alone: import, launch, a whole op, the build; and of many ranks on the CPU."""
         from . import overhead, parallel, training
 
-        for name, probe in (
-            overhead.probes(self.quick) | parallel.probes(self.quick) | training.probes(self.quick)
-        ).items():
+        quick = self.quick
+        return self.probes("host", overhead.probes(quick) | parallel.probes(quick) | training.probes(quick), console)
+
+    def micro(self, console: Console) -> int:
+        """What the GPU's parts do by themselves. Returns 1 when a program computed something wrong."""
+        from . import micro
+
+        return self.probes("micro", micro.probes(self.device), console)
+
+    def probes(self, kind: str, probes: dict[str, Callable[[], dict[str, Any]]], console: Console) -> int:
+        """Measure what is not in the file."""
+        from .overhead import Unavailable
+
+        code = 0
+        for name, probe in probes.items():
             if name in self.done:
                 continue
             try:
-                self.write({"kind": "host", "key": name, **probe()})
-            except overhead.Unavailable as why:
+                self.write({"kind": kind, "key": name, **probe()})
+            except Unavailable as why:
                 console.line(f"{name}: not measured ({why})")
-        return 0
+            except RuntimeError as failure:
+                console.line(f"FAIL {name}: {failure}")
+                code = 1
+        return code
 
 
 def _forced(case: Case, name: str, inputs: tuple[Any, ...]) -> Call:

@@ -251,7 +251,7 @@ int launch(const LaunchConfig& cfg, KernelHandle& handle, void** params, void** 
     return report(InvalidValue, n(k.staticShared + l.dynShared) + " bytes of shared memory; a CTA may have 232448");
   l.threads = (unsigned)threads;
   l.warpsPerCta = (l.threads + kLanes - 1) / kLanes;
-  l.regsPerThread = f.maxnreg ? f.maxnreg : std::min(256u, 65536u / (l.warpsPerCta * kLanes) / 8 * 8);
+  l.regsPerThread = f.maxnreg ? f.maxnreg : std::min(255u, 65536u / (l.warpsPerCta * kLanes)) / 8 * 8;
   const unsigned perSm = std::min(std::min(32u, 2048u / (l.warpsPerCta * kLanes)),
                                   233472u / (k.staticShared + l.dynShared + kSharedReserved));
   l.maxResident = std::max(1u, l.opt.sms * std::max(1u, perSm) / l.ctasPerCluster);
@@ -564,6 +564,15 @@ static int setAttribute(KernelHandle* h, int attribute, int value) {
     } else if (attribute != 9) {
       return report(InvalidValue, "function attribute " + std::to_string(attribute) + " is not modelled");
     }
+    return Success;
+  });
+}
+SIM_API int cuKernelGetParamInfo(void* kernel, size_t index, size_t* offset, size_t* bytes) {
+  return guarded([&]() -> int {
+    const auto& layout = ((KernelHandle*)kernel)->get().paramLayout;
+    if (index >= layout.size()) return report(InvalidValue, "the kernel has no parameter " + std::to_string(index));
+    if (offset) *offset = layout[index].first;
+    if (bytes) *bytes = layout[index].second;
     return Success;
   });
 }

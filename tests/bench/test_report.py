@@ -33,8 +33,14 @@ def case(key="fp8_gemm[M=1]", us=10.0, machine="H100", backend="cuda", flops=0, 
 
 def test_rows():
     first, second = report.rows([case(flops=10**9, unit="fp8"), {"kind": "run"}])
-    assert first == ["fp8_gemm", "M=1", "cuda", "10.0", "9.0-11.0", "100.0", "100.0", "50%", ""]
-    assert second[2:4] == ["torch", "20.0"] and second[-1] == "2.00"
+    assert first == ["fp8_gemm", "M=1", "cuda", "10.0", "9.0-11.0", "100.0", "100.0", "50%", "", ""]
+    assert second[2:4] == ["torch", "20.0"] and second[-2:] == ["2.00", ""]
+    alone = case() | {"backend": None}
+    alone["sides"]["cuda"] = {"error": "wrong"}
+    assert [(row[2], row[-2]) for row in report.rows([alone])] == [("torch", "")]
+    steady = case()
+    steady["sides"]["cuda"]["steady_us"] = 12.34
+    assert report.rows([steady])[0][-1] == "12.3"
     assert report.markdown([case()]).splitlines()[0].startswith("| op | shape | side | us |")
 
 

@@ -191,14 +191,14 @@ def test_what_does_nothing_here(sim):
     assert set(warp(sim, body, x)[0]) == {x[0]}
 
 
-def setmaxnreg(sim, inc: int, dec: int) -> None:
+def setmaxnreg(sim, inc: int, dec: int, threads: int = 384) -> None:
     """Three warpgroups of 168 registers a thread: what the first gives up the others take."""
-    out = np.zeros(384, np.uint32)
-    text = f""".visible .entry k(.param .u64 p) .maxntid 384,1,1 {{ .reg .b32 %t; .reg .b64 %d; .reg .pred %p; mov.u32 %t, %tid.x;
+    out = np.zeros(threads, np.uint32)
+    text = f""".visible .entry k(.param .u64 p) .maxntid {threads},1,1 {{ .reg .b32 %t; .reg .b64 %d; .reg .pred %p; mov.u32 %t, %tid.x;
     ld.param.u64 %d, [p]; mad.wide.u32 %d, %t, 4, %d; setp.lt.u32 %p, %t, 128; @%p bra A;
     setmaxnreg.inc.sync.aligned.u32 {inc}; bra B; A: setmaxnreg.dec.sync.aligned.u32 {dec}; B: st.global.u32 [%d], %t; ret; }}"""
-    sim.run(text, out, block=384)
-    assert np.array_equal(out, np.arange(384))
+    sim.run(text, out, block=threads)
+    assert np.array_equal(out, np.arange(threads))
 
 
 def test_setmaxnreg(sim):
@@ -210,6 +210,10 @@ def test_setmaxnreg(sim):
     ):
         with pytest.raises(SimError, match=text):
             setmaxnreg(sim, inc, dec)
+    # No thread has more than 255, in steps of 8: two warpgroups start with what ptxas compiles them for.
+    setmaxnreg(sim, 248, 24, threads=256)
+    with pytest.raises(SimError, match=r"setmaxnreg\.inc to 240, but the warp has 248"):
+        setmaxnreg(sim, 240, 24, threads=256)
 
 
 # ---- barriers of a CTA
