@@ -104,6 +104,7 @@ bool waitGroups(Warp& w, const Inst& in, OpTrack& t, uint32_t m, uint32_t n, boo
       continue;
     }
     raceWaited(w, *t.ops[i], reads);
+    t.ops[i]->waited(t.ops[i]->mask & m);
     if (reads) {
       ++i;
       continue;
@@ -144,7 +145,7 @@ void initBarrier(Warp& w, const Inst& in, uint32_t m) {
     b.pending = count;
     memset(p.p, 0, 8);
     memset(p.valid, 1, 8);
-    raceMbarrierInit(w, b);
+    raceMbarrierInit(w, i, b);
     racePlace(w, in, p, 8, Kind::Write);
   }
   w.launch->progress();
@@ -369,6 +370,9 @@ struct CpAsync : AsyncOp {
     }
     return true;
   }
+  void waited(uint32_t m) override {
+    for (; m; m &= m - 1) laneAsync(*warp, *inst, firstLane(m), *warp->cta, to[firstLane(m)], size, Kind::Write);
+  }
   uint32_t lanes = 0;
 };
 // a: shared, ext->refs: {global, src-size or predicate}, v[0] global offset, v[1] kind of third operand
@@ -398,6 +402,7 @@ void cpAsync(Warp& w, const Inst& in, uint32_t m) {
     }
     w.launch->n.globalRead += have;
     w.launch->n.sharedWrite += in.bytes;
+    laneAsync(w, in, i, *w.cta, p.offset, in.bytes, Kind::Write);
   }
   launchOp(w, in, m, op, &w.cp);
 }

@@ -18,7 +18,7 @@ struct Bulk : AsyncOp {
   uint64_t global = 0;
   int reduce = -1;  // atomic operation
   Type type = Type::None;
-  bool tensor = false;
+  bool tensor = false, told = false;
   TensorMap map;
   int32_t coord[5] = {0, 0, 0, 0, 0};
   std::vector<uint8_t> data, good;  // box contents in logical order; per byte: initialised, and inside the tensor
@@ -151,6 +151,10 @@ struct Bulk : AsyncOp {
       put(0, global, bytes);
   }
   bool exitOk() const override { return false; }
+  void waited(uint32_t) override {  // for the first time: its source may be written again
+    if (!told) laneAsync(*warp, *inst, lane, *warp->cta, shared & 0xffffff, bytes, Kind::Read);
+    told = true;
+  }
   bool step() override {
     if (way == Store) {
       if (!readDone) {
@@ -261,7 +265,11 @@ void bulk(Warp& w, const Inst& in, uint32_t m) {
       w.fail(in, i,
              "the shared memory address of the copy, offset " + n(op->shared & 0xffffff) + ", must be a multiple of " +
                  (b.tensor ? "128" : "16") + " bytes");
-    if (op->bytes) locateShared(w, in, i, op->shared, op->bytes, source ? Kind::Read : Kind::Write, 16, false);
+    if (op->bytes) {
+      const Kind kind = source ? Kind::Read : Kind::Write;
+      locateShared(w, in, i, op->shared, op->bytes, kind, 16, false);
+      if (op->shared >> 24 == w.cta->rank) laneAsync(w, in, i, *w.cta, op->shared & 0xffffff, op->bytes, kind);
+    }
     if (!source) {
       w.needValid(in, b.barrier.ref, 1u << i, "address");
       op->barrier = (uint32_t)b.barrier.get(w, l);
@@ -286,6 +294,7 @@ void bulk(Warp& w, const Inst& in, uint32_t m) {
         auto two = std::make_shared<Two>();
         static_cast<Bulk&>(*two) = *op;
         two->from = (from & 0xffffff) | w.cta->rank << 24;
+        laneAsync(w, in, i, *w.cta, two->from & 0xffffff, op->bytes, Kind::Read);
         op = two;
       }
       if (b.hasMask) {

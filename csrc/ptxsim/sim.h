@@ -255,6 +255,7 @@ struct Mbarrier {
   uint64_t phase = 0;
   uint64_t txSeen = 0;                               // bytes that arrived in this phase, for reports
   uint32_t initBy = 0, initTime = 0;                 // race detector: warp of the grid
+  uint32_t initLane = 0, initLaneTime = 0;
   std::shared_ptr<RaceClock> clock, done;            // race detector: of the open phase, of the last completed one
   std::shared_ptr<RaceCompletion> open, completion;  // asynchronous operations of the open phase, of the last one
 };
@@ -279,7 +280,6 @@ struct Cta {
   };
   std::vector<WgmmaOrder> wgmma;
   std::shared_ptr<RaceShadow> shadow;  // race detector
-  std::shared_ptr<struct LaneShadow> lanes;
   std::unique_ptr<uint64_t[]> memory, regMemory;
 };
 
@@ -308,6 +308,7 @@ struct AsyncOp {
   bool generic = false;                         // works through the generic proxy
   std::vector<uint32_t> covers;                 // operations whose end its signal tells of
   virtual bool exitOk() const { return true; }  // nobody waited: the CTA may exit all the same
+  virtual void waited(uint32_t) {}              // these lanes have waited for it: what it did is as if they had now
 };
 
 struct Counters {
