@@ -68,14 +68,12 @@ Ref KernelBuilder::reg(const Func& f, int index, unsigned* bytes) {
   return {p.off, p.id};
 }
 
-Ref KernelBuilder::sreg(Sreg kind, unsigned bytes, uint32_t value) {
-  std::string key = std::to_string((int)kind) + ":" + std::to_string(bytes) + ":" + std::to_string(value);
-  auto it = sregs.find(key);
-  if (it != sregs.end()) return it->second;
-  Ref r{k.regBytes, 0};
+Ref KernelBuilder::special(const Special& s, unsigned dimension, unsigned bytes, uint32_t add) {
+  for (auto& u : k.specials)
+    if (u.special == &s && u.dimension == dimension && u.bytes == bytes && u.add == add) return {u.off, 0};
+  k.specials.push_back({&s, k.regBytes, (uint8_t)bytes, (uint8_t)dimension, add});
   k.regBytes += bytes * kLanes;
-  k.sregs.push_back({kind, r.off, (uint8_t)bytes, value});
-  return sregs[key] = r;
+  return {k.specials.back().off, 0};
 }
 
 uint32_t KernelBuilder::sharedOffset(const Var& v) {
@@ -260,15 +258,16 @@ Ref Dec::srcWide(const Operand& o, Type t, unsigned* bytes) {
       *bytes = std::max(2u, want ? want : 4u);
       return constant(immediateBits(o, t, *this), *bytes);
     case Operand::Special: {
-      Sreg kind;
-      if (!specialKind(o.name, &kind)) fail("special register " + o.name + " is not supported here");
+      unsigned dimension;
+      const Special* special = findSpecial(o.name, &dimension);
+      if (!special || !special->value) fail("special register " + o.name + " is not supported here");
       *bytes = want >= 8 ? 8 : want == 2 ? 2 : 4;
-      return kb.sreg(kind, *bytes);
+      return kb.special(*special, dimension, *bytes);
     }
     case Operand::Symbol: {
       const Var& v = *o.var;
       *bytes = want >= 8 ? 8 : 4;
-      if (v.space == Space::Shared) return kb.sreg(Sreg::SharedAddress, *bytes, kb.sharedOffset(v) + (uint32_t)o.i);
+      if (v.space == Space::Shared) return kb.special(kSharedAddress, 0, *bytes, kb.sharedOffset(v) + (uint32_t)o.i);
       // 32 bits hold an offset in the parameter space, which cvta.param makes an address of; 64 bits the address
       // itself.
       if (v.space == Space::Param && kb.isEntryParam(v) && *bytes == 4)
@@ -340,55 +339,6 @@ Ref Dec::address(const Operand& o, Space space, int64_t* offset) {
   Ref r = srcWide(plain, Type::U64, &bytes);
   out.x[5] = (uint8_t)bytes;
   return r;
-}
-
-bool specialKind(const std::string& name, Sreg* kind) {
-  static const std::unordered_map<std::string, Sreg> kMap = {{"%tid.x", Sreg::TidX},
-                                                             {"%tid.y", Sreg::TidY},
-                                                             {"%tid.z", Sreg::TidZ},
-                                                             {"%ntid.x", Sreg::NtidX},
-                                                             {"%ntid.y", Sreg::NtidY},
-                                                             {"%ntid.z", Sreg::NtidZ},
-                                                             {"%laneid", Sreg::LaneId},
-                                                             {"%warpid", Sreg::WarpId},
-                                                             {"%nwarpid", Sreg::NwarpId},
-                                                             {"%ctaid.x", Sreg::CtaidX},
-                                                             {"%ctaid.y", Sreg::CtaidY},
-                                                             {"%ctaid.z", Sreg::CtaidZ},
-                                                             {"%nctaid.x", Sreg::NctaidX},
-                                                             {"%nctaid.y", Sreg::NctaidY},
-                                                             {"%nctaid.z", Sreg::NctaidZ},
-                                                             {"%smid", Sreg::SmId},
-                                                             {"%nsmid", Sreg::NsmId},
-                                                             {"%gridid", Sreg::GridId},
-                                                             {"%clusterid.x", Sreg::ClusteridX},
-                                                             {"%clusterid.y", Sreg::ClusteridY},
-                                                             {"%clusterid.z", Sreg::ClusteridZ},
-                                                             {"%nclusterid.x", Sreg::NclusteridX},
-                                                             {"%nclusterid.y", Sreg::NclusteridY},
-                                                             {"%nclusterid.z", Sreg::NclusteridZ},
-                                                             {"%cluster_ctaid.x", Sreg::ClusterCtaidX},
-                                                             {"%cluster_ctaid.y", Sreg::ClusterCtaidY},
-                                                             {"%cluster_ctaid.z", Sreg::ClusterCtaidZ},
-                                                             {"%cluster_nctaid.x", Sreg::ClusterNctaidX},
-                                                             {"%cluster_nctaid.y", Sreg::ClusterNctaidY},
-                                                             {"%cluster_nctaid.z", Sreg::ClusterNctaidZ},
-                                                             {"%cluster_ctarank", Sreg::ClusterCtarank},
-                                                             {"%cluster_nctarank", Sreg::ClusterNctarank},
-                                                             {"%is_explicit_cluster", Sreg::IsExplicitCluster},
-                                                             {"%lanemask_eq", Sreg::MaskEq},
-                                                             {"%lanemask_le", Sreg::MaskLe},
-                                                             {"%lanemask_lt", Sreg::MaskLt},
-                                                             {"%lanemask_ge", Sreg::MaskGe},
-                                                             {"%lanemask_gt", Sreg::MaskGt},
-                                                             {"%dynamic_smem_size", Sreg::DynamicSmem},
-                                                             {"%total_smem_size", Sreg::TotalSmem},
-                                                             {"%reserved_smem_offset_end", Sreg::SmemReserved},
-                                                             {"%reserved_smem_offset_begin", Sreg::Zero}};
-  auto it = kMap.find(name);
-  if (it == kMap.end()) return false;
-  *kind = it->second;
-  return true;
 }
 
 // ---- a kernel

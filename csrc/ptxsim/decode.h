@@ -76,19 +76,17 @@ struct KernelBuilder {
   };
   std::unordered_map<const Func*, std::vector<Placed>> regs;
   std::unordered_map<std::string, Ref> consts;
-  std::unordered_map<std::string, Ref> sregs;
   std::unordered_map<const Var*, uint32_t> shared;
   std::unordered_map<const Var*, uint32_t> params;  // entry parameters
 
   KernelBuilder(Module& m, Kernel& kernel) : module(m), k(kernel) {}
   Ref reg(const Func& f, int index, unsigned* bytes);
-  Ref sreg(Sreg kind, unsigned bytes, uint32_t value = 0);
+  Ref special(const Special& s, unsigned dimension, unsigned bytes, uint32_t add = 0);
   uint32_t sharedOffset(const Var& v);
   uint32_t frameOffset(const Var& v);
   bool isEntryParam(const Var& v) const { return params.count(&v) != 0; }
 };
 
-bool specialKind(const std::string& name, Sreg* kind);  // false: time-varying or unknown
 uint64_t immediateBits(const Operand& o, Type t, const Dec& d);
 uint64_t globalAddress(Module& m, Var& v);  // places the variable on first use
 

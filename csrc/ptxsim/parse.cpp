@@ -4,7 +4,7 @@
 #include <cstring>
 #include <string_view>
 
-#include "ptx.h"
+#include "sim.h"
 
 namespace ptxsim {
 namespace {
@@ -18,42 +18,6 @@ const TypeInfo kTypes[] = {{"", 0},       {"b8", 1},     {"b16", 2},   {"b32", 4
                            {"s32", 4},    {"s64", 8},    {"f16", 2},   {"f16x2", 4}, {"bf16", 2}, {"bf16x2", 4},
                            {"f32", 4},    {"f32x2", 8},  {"f64", 8},   {"tf32", 4},  {"e4m3", 1}, {"e5m2", 1},
                            {"e4m3x2", 2}, {"e5m2x2", 2}, {"u16x2", 4}, {"s16x2", 4}, {"pred", 4}};
-
-const char* kSpecials[] = {"tid",
-                           "ntid",
-                           "laneid",
-                           "warpid",
-                           "nwarpid",
-                           "ctaid",
-                           "nctaid",
-                           "smid",
-                           "nsmid",
-                           "gridid",
-                           "clusterid",
-                           "nclusterid",
-                           "cluster_ctaid",
-                           "cluster_nctaid",
-                           "cluster_ctarank",
-                           "cluster_nctarank",
-                           "is_explicit_cluster",
-                           "lanemask_eq",
-                           "lanemask_le",
-                           "lanemask_lt",
-                           "lanemask_ge",
-                           "lanemask_gt",
-                           "clock",
-                           "clock_hi",
-                           "clock64",
-                           "globaltimer",
-                           "globaltimer_lo",
-                           "globaltimer_hi",
-                           "dynamic_smem_size",
-                           "total_smem_size",
-                           "aggr_smem_size",
-                           "reserved_smem_offset_begin",
-                           "reserved_smem_offset_end",
-                           "reserved_smem_offset_cap",
-                           "current_graph_exec"};
 
 struct Token {
   enum Kind { End, Ident, Number, String, Punct } kind = End;
@@ -543,15 +507,6 @@ class Parser {
     auto it = module_->varByName.find(name);
     return it == module_->varByName.end() ? nullptr : it->second;
   }
-  static bool isSpecial(const std::string& name) {
-    if (name[0] != '%') return false;
-    std::string base = name.substr(1, name.find('.') == std::string::npos ? std::string::npos : name.find('.') - 1);
-    if (base.compare(0, 6, "envreg") == 0 || base.compare(0, 2, "pm") == 0) return true;
-    for (auto s : kSpecials)
-      if (base == s) return true;
-    return false;
-  }
-
   Operand operand() {
     Operand o;
     if (accept("!")) {
@@ -603,7 +558,7 @@ class Parser {
     } else if (int r = findReg(name); r >= 0) {
       o.kind = Operand::Register;
       o.reg = r;
-    } else if (isSpecial(name)) {
+    } else if (unsigned d; findSpecial(name, &d)) {
       o.kind = Operand::Special;
       o.name = name;
     } else {

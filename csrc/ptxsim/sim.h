@@ -62,59 +62,19 @@ struct Inst {
   uint8_t x[6] = {0, 0, 0, 0, 0, 0};
 };
 
-enum class Sreg : uint8_t {
-  TidX,
-  TidY,
-  TidZ,
-  NtidX,
-  NtidY,
-  NtidZ,
-  LaneId,
-  WarpId,
-  NwarpId,
-  CtaidX,
-  CtaidY,
-  CtaidZ,
-  NctaidX,
-  NctaidY,
-  NctaidZ,
-  SmId,
-  NsmId,
-  GridId,
-  ClusteridX,
-  ClusteridY,
-  ClusteridZ,
-  NclusteridX,
-  NclusteridY,
-  NclusteridZ,
-  ClusterCtaidX,
-  ClusterCtaidY,
-  ClusterCtaidZ,
-  ClusterNctaidX,
-  ClusterNctaidY,
-  ClusterNctaidZ,
-  ClusterCtarank,
-  ClusterNctarank,
-  IsExplicitCluster,
-  MaskEq,
-  MaskLe,
-  MaskLt,
-  MaskGe,
-  MaskGt,
-  DynamicSmem,
-  TotalSmem,
-  SmemReserved,
-  SharedAddress,
-  Clock,
-  Globaltimer,
-  Zero
+// A special register: what a lane finds in it when its warp starts; nullptr: it changes while the warp runs.
+struct Special {
+  const char* name;
+  uint64_t (*value)(const Warp&, unsigned lane, unsigned dimension);
 };
+const Special* findSpecial(const std::string& name, unsigned* dimension);  // nullptr: there is none
+extern const Special kSharedAddress;                                       // where the CTA's window begins
 
-struct SregInit {
-  Sreg kind;
+struct SpecialUse {
+  const Special* special;
   uint32_t off;
-  uint8_t bytes;
-  uint32_t value;  // SharedAddress: offset in the CTA's window
+  uint8_t bytes, dimension;
+  uint32_t add;
 };
 
 struct SourceLine {
@@ -132,8 +92,7 @@ struct Kernel {
   std::deque<Extra> extras;
   std::vector<std::shared_ptr<void>> owned;  // what instructions keep beyond an Extra
   std::vector<uint64_t> constants;           // lane vectors
-  std::vector<SregInit> sregs;
-  std::vector<std::pair<uint32_t, uint32_t>> sregIds;
+  std::vector<SpecialUse> specials;
   uint32_t regBytes = 0, numIds = 1;
   uint32_t staticShared = 0;  // bytes after the reserved first 1 KB
   uint32_t dynSharedAlign = 16;
@@ -253,8 +212,8 @@ struct Mbarrier {
   uint32_t expected = 0, nextExpected = 0;
   int64_t pending = 0, tx = 0;
   uint64_t phase = 0;
-  uint64_t txSeen = 0;                               // bytes that arrived in this phase, for reports
-  uint32_t initBy = 0, initTime = 0;                 // race detector: warp of the grid
+  uint64_t txSeen = 0;                // bytes that arrived in this phase, for reports
+  uint32_t initBy = 0, initTime = 0;  // race detector: warp of the grid
   uint32_t initLane = 0, initLaneTime = 0;
   std::shared_ptr<RaceClock> clock, done;            // race detector: of the open phase, of the last completed one
   std::shared_ptr<RaceCompletion> open, completion;  // asynchronous operations of the open phase, of the last one
