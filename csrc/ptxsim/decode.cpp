@@ -31,13 +31,13 @@ const OpTable& opTable() {
 
 uint64_t globalAddress(Module& m, Var& v) {
   if (v.address) return v.address;
-  if (v.isExtern) throw Error("variable '" + v.name + "' is declared .extern and defined nowhere");
+  if (v.isExtern) throw Error("variable '", v.name, "' is declared .extern and defined nowhere");
   v.address =
       Arena::get().allocate(std::max<uint64_t>(v.bytes, 1), v.name, true);  // written below, then as the module says
   if (!v.init.empty()) memcpy((void*)v.address, v.init.data(), v.init.size());
   for (auto& r : v.relocs) {
     auto it = m.varByName.find(r.second);
-    if (it == m.varByName.end()) throw Error("initialiser of '" + v.name + "' refers to unknown '" + r.second + "'");
+    if (it == m.varByName.end()) throw Error("initialiser of '", v.name, "' refers to unknown '", r.second, "'");
     uint64_t value;
     memcpy(&value, (void*)(v.address + r.first), 8);
     value += globalAddress(m, *it->second);
@@ -79,7 +79,7 @@ Ref KernelBuilder::special(const Special& s, unsigned dimension, unsigned bytes,
 uint32_t KernelBuilder::sharedOffset(const Var& v) {
   auto it = shared.find(&v);
   if (it != shared.end()) return it->second;
-  if (v.isExtern) throw Error("dynamic shared memory '" + v.name + "' was not placed");
+  if (v.isExtern) throw Error("dynamic shared memory '", v.name, "' was not placed");
   uint32_t off = (kSharedReserved + k.staticShared + v.align - 1) / v.align * v.align;
   k.staticShared = off + (uint32_t)v.bytes - kSharedReserved;
   k.sharedVars.emplace_back(off, const_cast<Var*>(&v));
@@ -97,9 +97,6 @@ uint32_t KernelBuilder::frameOffset(const Var& v) {
 
 // ---- Dec
 
-void Dec::fail(const std::string& what) const {
-  throw Error("PTX line " + std::to_string(p.ptxLine) + ": " + p.text() + ": " + what);
-}
 bool Dec::has(const char* mod) const {
   for (size_t i = 1; i < p.op.size(); ++i)
     if (!used[i] && p.op[i] == mod) return true;
@@ -142,12 +139,10 @@ void Dec::takePrefix(const char* prefix) {
     if (p.op[i].compare(0, strlen(prefix), prefix) == 0) used[i] = true;
 }
 void Dec::wantArgs(size_t lo, size_t hi) {
-  if (p.args.size() < lo || p.args.size() > hi)
-    fail("takes " + std::to_string(lo) + " to " + std::to_string(hi) + " operands, got " +
-         std::to_string(p.args.size()));
+  if (p.args.size() < lo || p.args.size() > hi) fail("takes ", lo, " to ", hi, " operands, got ", p.args.size());
 }
 const Operand& Dec::arg(size_t i) const {
-  if (i >= p.args.size()) fail("operand " + std::to_string(i) + " is missing");
+  if (i >= p.args.size()) fail("operand ", i, " is missing");
   return p.args[i];
 }
 Extra* Dec::extra() {
@@ -158,7 +153,7 @@ Extra* Dec::extra() {
   return const_cast<Extra*>(out.ext);
 }
 int64_t Dec::intArg(size_t i) const {
-  if (arg(i).kind != Operand::Int) fail("operand " + std::to_string(i) + " must be an integer constant");
+  if (arg(i).kind != Operand::Int) fail("operand ", i, " must be an integer constant");
   return arg(i).i;
 }
 
@@ -226,10 +221,9 @@ Ref Dec::dst(const Operand& o, unsigned bytes) {
   if (o.kind != Operand::Register) fail("the destination must be a register");
   unsigned b;
   Ref r = kb.reg(fn, o.reg, &b);
-  if (b == 0) fail("register " + fn.regs[(size_t)o.reg].name + " is a predicate");
+  if (b == 0) fail("register ", fn.regs[(size_t)o.reg].name, " is a predicate");
   if (bytes && b != bytes)
-    fail("register " + fn.regs[(size_t)o.reg].name + " has " + std::to_string(b * 8) + " bits, the instruction wants " +
-         std::to_string(bytes * 8));
+    fail("register ", fn.regs[(size_t)o.reg].name, " has ", b * 8, " bits, the instruction wants ", bytes * 8);
   return r;
 }
 
@@ -249,7 +243,7 @@ Ref Dec::srcWide(const Operand& o, Type t, unsigned* bytes) {
   switch (o.kind) {
     case Operand::Register: {
       Ref r = kb.reg(fn, o.reg, bytes);
-      if (*bytes == 0) fail("register " + fn.regs[(size_t)o.reg].name + " is a predicate");
+      if (*bytes == 0) fail("register ", fn.regs[(size_t)o.reg].name, " is a predicate");
       if (o.i) fail("offset on a register operand");
       return r;
     }
@@ -260,7 +254,7 @@ Ref Dec::srcWide(const Operand& o, Type t, unsigned* bytes) {
     case Operand::Special: {
       unsigned dimension;
       const Special* special = findSpecial(o.name, &dimension);
-      if (!special || !special->value) fail("special register " + o.name + " is not supported here");
+      if (!special || !special->value) fail("special register ", o.name, " is not supported here");
       *bytes = want >= 8 ? 8 : want == 2 ? 2 : 4;
       return kb.special(*special, dimension, *bytes);
     }
@@ -289,8 +283,7 @@ Ref Dec::src(const Operand& o, Type t) {
   unsigned want = std::max(2u, typeBytes(t));
   if (bytes != want) {
     if (o.kind == Operand::Register)
-      fail("register " + fn.regs[(size_t)o.reg].name + " has " + std::to_string(bytes * 8) +
-           " bits, the instruction wants " + std::to_string(want * 8));
+      fail("register ", fn.regs[(size_t)o.reg].name, " has ", bytes * 8, " bits, the instruction wants ", want * 8);
     fail("operand has the wrong width");
   }
   return r;
@@ -346,7 +339,7 @@ Ref Dec::address(const Operand& o, Space space, int64_t* offset) {
 static void collectCalls(const Module& m, const Func& f, std::vector<const Func*>& order,
                          std::vector<const Func*>& stack) {
   if (std::find(stack.begin(), stack.end(), &f) != stack.end())
-    throw Error("recursive function '" + f.name + "' is not supported");
+    throw Error("recursive function '", f.name, "' is not supported");
   if (std::find(order.begin(), order.end(), &f) != order.end()) return;
   order.push_back(&f);
   stack.push_back(&f);
@@ -383,7 +376,7 @@ static void decodeFunction(KernelBuilder& kb, const Func& f) {
     it->second(d);
     if (!d.out.fn) d.fail("this form is not supported");
     for (size_t j = 0; j < d.used.size(); ++j)
-      if (!d.used[j]) d.fail("modifier ." + p.op[j] + " is not supported here");
+      if (!d.used[j]) d.fail("modifier .", p.op[j], " is not supported here");
     k.code.push_back(d.out);
     k.source.push_back({p.ptxLine, p.loc, p.text()});
     k.leader.push_back(leader[i] || (i && (f.code[i - 1].op[0] == "bra" || f.code[i - 1].op[0] == "ret" ||

@@ -37,7 +37,10 @@ struct Dec {
   Dec(KernelBuilder& k, const Func& f, const PInst& inst) : kb(k), fn(f), p(inst), used(inst.op.size(), false) {
     used[0] = true;
   }
-  [[noreturn]] void fail(const std::string& what) const;
+  template <class... Parts>
+  [[noreturn]] void fail(const Parts&... what) const {
+    throw Error("PTX line ", p.ptxLine, ": ", p.text(), ": ", what...);
+  }
   bool has(const char* mod) const;
   bool take(const char* mod);
   int takeOneOf(std::initializer_list<const char*> mods);  // index or -1

@@ -34,13 +34,9 @@ std::string where(const Warp& w, const Inst& in, int lane) {
   return out;
 }
 
-void Warp::fail(const Inst& in, int lane, const std::string& what) {
-  throw Error(what + "\n  at " + where(*this, in, lane));
-}
-
 void Warp::needValid(const Inst& in, Ref r, uint32_t mask, const char* role) {
   uint32_t bad = mask & ~validOf(r);
-  if (bad && launch->opt.detect) fail(in, __builtin_ctz(bad), std::string("uninitialised value used as ") + role);
+  if (bad && launch->opt.detect) fail(in, __builtin_ctz(bad), "uninitialised value used as ", role);
 }
 
 // ---- fragments

@@ -48,8 +48,9 @@ class Parser {
   int loc_ = 0;
   std::map<std::array<int, 3>, int> located_;  // the last .loc of each position
 
-  [[noreturn]] void fail(const std::string& what) const {
-    throw Error("PTX line " + std::to_string(tok_.line) + ": " + what);
+  template <class... Parts>
+  [[noreturn]] void fail(const Parts&... what) const {
+    throw Error("PTX line ", tok_.line, ": ", what...);
   }
 
   // ---- lexer. An identifier keeps dots and :: that join its parts, so that an opcode is one token.
@@ -110,10 +111,10 @@ class Parser {
     return true;
   }
   void expect(const char* s) {
-    if (!accept(s)) fail(std::string("expected '") + s + "', found '" + tok_.s + "'");
+    if (!accept(s)) fail("expected '", s, "', found '", tok_.s, "'");
   }
   std::string ident() {
-    if (tok_.kind != Token::Ident) fail("expected a name, found '" + tok_.s + "'");
+    if (tok_.kind != Token::Ident) fail("expected a name, found '", tok_.s, "'");
     std::string s = tok_.s;
     advance();
     return s;
@@ -126,7 +127,7 @@ class Parser {
   }
   int64_t integer() {
     bool neg = accept("-");
-    if (tok_.kind != Token::Number) fail("expected a number, found '" + tok_.s + "'");
+    if (tok_.kind != Token::Number) fail("expected a number, found '", tok_.s, "'");
     int64_t v = toInt(tok_.s);
     advance();
     return neg ? -v : v;
@@ -210,7 +211,7 @@ class Parser {
       v->visible = visible;
       expect(";");
     } else {
-      fail("unknown directive '" + tok_.s + "'");
+      fail("unknown directive '", tok_.s, "'");
     }
   }
 
@@ -250,7 +251,7 @@ class Parser {
         while (!accept(")")) advance();
       } else {
         type = typeFromName(d);
-        if (type == Type::None) fail("unknown type '." + d + "'");
+        if (type == Type::None) fail("unknown type '.", d, "'");
       }
     }
     v->name = ident();
@@ -366,7 +367,7 @@ class Parser {
         advance();
         accept(";");
       } else {
-        fail("unknown function directive '" + d + "'");
+        fail("unknown function directive '", d, "'");
       }
     }
     if (!accept(";")) {
@@ -472,7 +473,7 @@ class Parser {
       skipStatement();
       return;
     }
-    fail("unknown directive '" + tok_.s + "'");
+    fail("unknown directive '", tok_.s, "'");
   }
 
   int findReg(const std::string& name) {
@@ -568,7 +569,7 @@ class Parser {
         o.var = v;
         o.funcVar = local;
       } else {
-        if (name[0] == '%') fail("register '" + name + "' is not declared");
+        if (name[0] == '%') fail("register '", name, "' is not declared");
         o.kind = Operand::Name;
         o.name = name;
       }
@@ -598,7 +599,7 @@ class Parser {
       in.guardNegate = accept("!");
       std::string name = ident();
       in.guard = findReg(name);
-      if (in.guard < 0) fail("predicate '" + name + "' is not declared");
+      if (in.guard < 0) fail("predicate '", name, "' is not declared");
     }
     std::string name = ident();
     if (accept(":")) {  // label, or `label: .branchtargets a, b;`

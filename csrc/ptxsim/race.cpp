@@ -177,8 +177,8 @@ const char* ordered(RaceState& s, const Side& me, const Entry& e) {
   uint32_t warp = e.flags & kOpFlag ? s.ops[e.agent]->issuer : e.agent;
   if (e.flags & kOpFlag) other = "the asynchronous operation issued by ";
   other += "warp " + std::to_string(warp % n) + " of CTA " + std::to_string(warp / n) + " at " + k.place(e.pc);
-  throw Error("race on " + place + ": this " + (me.async ? "asynchronous " : "") + verb(write) + " and the " +
-              verb(e.flags & kWriteFlag) + " by " + other + ": " + why + "\n  at " + where(w, in, -1));
+  throw Error("race on ", place, ": this ", (me.async ? "asynchronous " : ""), verb(write), " and the ",
+              verb(e.flags & kWriteFlag), " by ", other, ": ", why, "\n  at ", where(w, in, -1));
 }
 
 void put(Entry* list, unsigned n, const Side& me, uint16_t mask, uint8_t flags) {
@@ -472,21 +472,19 @@ void raceMbarrierUse(Warp& w, const Inst& in, int lane, const Mbarrier& b) {
   const RaceWarp& r = *w.race;
   if (b.initBy == r.self) {
     if ((int)b.initLane != lane && b.initLaneTime >= w.laneNews[lane])
-      w.fail(in, lane,
-             "race on an mbarrier: nothing orders this operation after its mbarrier.init by lane " +
-                 std::to_string(b.initLane) + " of the same warp (bar.warp.sync is missing)");
+      w.fail(in, lane, "race on an mbarrier: nothing orders this operation after its mbarrier.init by lane ",
+             b.initLane, " of the same warp (bar.warp.sync is missing)");
     return;
   }
   if (knows(r.clock, r.first, b.initBy, b.initTime, false) || knows(r.met, r.first, b.initBy, b.initTime, true)) return;
   const uint32_t n = w.launch->warpsPerCta;
   const bool fence = knows(r.met, r.first, b.initBy, b.initTime, false);
-  w.fail(in, lane,
-         "race on an mbarrier of CTA " + std::to_string(b.initBy / n) + ": nothing orders this operation after its " +
-             "mbarrier.init by warp " + std::to_string(b.initBy % n) + " (" +
-             (fence                        ? "fence.mbarrier_init"
-              : b.initBy / n == r.self / n ? "a barrier of the CTA"
-                                           : "a cluster barrier") +
-             " is missing)");
+  w.fail(in, lane, "race on an mbarrier of CTA ", b.initBy / n, ": nothing orders this operation after its ",
+         "mbarrier.init by warp ", b.initBy % n, " (",
+         (fence                        ? "fence.mbarrier_init"
+          : b.initBy / n == r.self / n ? "a barrier of the CTA"
+                                       : "a cluster barrier"),
+         " is missing)");
 }
 void raceRemote(Warp& w, const Inst& in, int lane, Cta& target, const AsyncOp* op) {
   if (!w.launch->race || &target == w.cta) return;
@@ -495,9 +493,8 @@ void raceRemote(Warp& w, const Inst& in, int lane, Cta& target, const AsyncOp* o
   bool started = false;
   for (uint32_t i = at; i < at + n; ++i) started |= r.clock.seen[i] || r.met.seen[i];
   if (!started)
-    w.fail(in, lane,
-           "shared memory of CTA rank " + std::to_string(target.rank) +
-               " is accessed before that CTA is known to have started: a cluster barrier is missing");
+    w.fail(in, lane, "shared memory of CTA rank ", target.rank,
+           " is accessed before that CTA is known to have started: a cluster barrier is missing");
   const uint32_t pc = (uint32_t)(&in - w.kernel->code.data());
   if (op) {
     target.shadow->remoteOps.push_back({op->id, 0, pc, 1, kOpFlag | kWriteFlag, 0});
@@ -524,11 +521,11 @@ static void checkRemote(Cta& cta) {
     const uint32_t warp = e.flags & kOpFlag ? s.ops[e.agent]->issuer : e.agent;
     if (!(e.flags & kOpFlag) && knows(cta.shadow->met, own.first, warp, e.time, false)) return;
     const std::string who = "warp " + std::to_string(warp % n) + " of CTA " + std::to_string(warp / n);
-    throw Error("CTA " + std::to_string(cta.linear) + " may exit before " +
+    throw Error("CTA ", cta.linear, " may exit before ",
                 (e.flags & kOpFlag
                      ? "the asynchronous operation issued by " + who + " has written its shared memory: nothing waits"
-                     : who + " accesses its shared memory: a cluster barrier is missing") +
-                "\n  at kernel " + cta.launch->kernel->name + ": " + cta.launch->kernel->place(e.pc));
+                     : who + " accesses its shared memory: a cluster barrier is missing"),
+                "\n  at kernel ", cta.launch->kernel->name, ": ", cta.launch->kernel->place(e.pc));
   };
   for (const Entry& e : cta.shadow->remote) check(e);
   for (const Entry& e : cta.shadow->remoteOps) check(e);
@@ -628,22 +625,21 @@ void checkExit(Cta& cta) {
     for (auto& op : w.bulk.ops)
       if (!op->exitOk() && cta.launch->race && cta.launch->race->ops[op->id]->read.empty()) {
         throw Error(
-            "the CTA exits before a bulk store has read its shared memory: cp.async.bulk.wait_group is missing\n  at " +
+            "the CTA exits before a bulk store has read its shared memory: cp.async.bulk.wait_group is missing\n  at ",
             where(w, *op->inst, -1));
       }
     if (!w.wgmma.ops.empty())
-      throw Error("the CTA exits with a wgmma that nobody has waited for\n  at " +
+      throw Error("the CTA exits with a wgmma that nobody has waited for\n  at ",
                   where(w, *w.wgmma.ops.front()->inst, -1));
   }
   for (auto& o : cta.wgmma)
     if (!o.issued.empty() && !o.issued.back()->id)
-      throw Error("kernel " + cta.launch->kernel->name +
+      throw Error("kernel ", cta.launch->kernel->name,
                   ": not all warps of a warpgroup have issued the same number of wgmma");
   for (auto& b : cta.mbars)
     if (b.live && b.tx != 0)
-      throw Error("kernel " + cta.launch->kernel->name + ": CTA " + std::to_string(cta.linear) +
-                  " exits while an mbarrier still expects " + std::to_string(b.tx) +
-                  " bytes (transaction count; negative: more came than were expected)");
+      throw Error("kernel ", cta.launch->kernel->name, ": CTA ", cta.linear, " exits while an mbarrier still expects ",
+                  b.tx, " bytes (transaction count; negative: more came than were expected)");
 }
 
 }  // namespace ptxsim

@@ -13,7 +13,7 @@ void laneStart(Warp& w) {
 void laneSync(Warp& w, uint32_t m) {
   if (!w.launch->race) return;
   ++w.laneTime;
-  for (uint32_t left = m; left; left &= left - 1) w.laneNews[__builtin_ctz(left)] = w.laneTime;
+  for (int i : lanesOf(m)) w.laneNews[i] = w.laneTime;
 }
 
 // Makes the units as small as an access of `bytes` needs them: each takes over what was known of the larger one.
@@ -32,12 +32,10 @@ void laneAccess(Warp& w, const Inst& in, int lane, LanePage& page, const Memory&
   const uint32_t pc = (uint32_t)(&in - w.kernel->code.data());
   if (page.units.empty() || bytes & ((1u << page.shift) - 1)) refine(page, bytes);
   auto race = [&](const char* verb, uint32_t others, uint32_t otherPc, uint32_t unit) {
-    w.fail(in, lane,
-           "race on " + memory.name() + " at byte " +
-               std::to_string(offset / kPageBytes * kPageBytes + ((uint64_t)unit << page.shift)) +
-               " between lanes of a warp: this " + (kind == LaneAccess::Read ? "read" : "write") + " and the " + verb +
-               " by lane " + std::to_string(__builtin_ctz(others)) + " at " + w.kernel->place(otherPc) +
-               ": nothing orders them (bar.warp.sync is missing)");
+    w.fail(in, lane, "race on ", memory.name(), " at byte ",
+           offset / kPageBytes * kPageBytes + ((uint64_t)unit << page.shift), " between lanes of a warp: this ",
+           (kind == LaneAccess::Read ? "read" : "write"), " and the ", verb, " by lane ", __builtin_ctz(others), " at ",
+           w.kernel->place(otherPc), ": nothing orders them (bar.warp.sync is missing)");
   };
   const uint32_t first = (uint32_t)(offset % kPageBytes) >> page.shift;
   for (uint32_t k = first; k < first + (bytes >> page.shift); ++k) {

@@ -113,6 +113,21 @@ struct Kernel {
   std::string place(size_t pc) const;  // source position and PTX line, for reports
 };
 
+// for (int lane : lanesOf(mask))
+struct LanesOf {
+  uint32_t left;
+  int operator*() const { return __builtin_ctz(left); }
+  LanesOf& operator++() { return left &= left - 1, *this; }
+  bool operator!=(LanesOf o) const { return left != o.left; }
+  LanesOf begin() const { return *this; }
+  LanesOf end() const { return {0}; }
+};
+inline LanesOf lanesOf(uint32_t mask) {
+  return {mask};
+}
+
+std::string where(const Warp& w, const Inst& in, int lane);
+
 // A set of lanes at one program counter.
 struct Frame {
   int returnPc;
@@ -177,6 +192,10 @@ struct Warp {
   uint32_t& pred(Ref r) { return *ptr<uint32_t>(r); }
   uint32_t validOf(Ref r) const { return valid[r.id]; }
   void setValid(Ref d, uint32_t m, uint32_t v) { valid[d.id] = (valid[d.id] & ~m) | (v & m); }
+  void setPred(Ref d, uint32_t m, uint32_t value, uint32_t v) {
+    pred(d) = (pred(d) & ~m) | (value & m);
+    setValid(d, m, v);
+  }
 
   bool run(unsigned quantum);  // false: nothing to run now
   void schedule();
@@ -188,7 +207,10 @@ struct Warp {
   void jump(uint32_t mask, uint32_t target, uint32_t activeMask);  // lanes of mask go to target
   void exitLanes(uint32_t mask);
   void block(Wait kind, std::string (*describe)(Warp&, const Inst&) = nullptr);  // retry this instruction later
-  [[noreturn]] void fail(const Inst& in, int lane, const std::string& what);
+  template <class... Parts>
+  [[noreturn]] void fail(const Inst& in, int lane, const Parts&... what) {
+    throw Error(what..., "\n  at ", where(*this, in, lane));
+  }
   void needValid(const Inst& in, Ref r, uint32_t mask, const char* role);
 };
 
@@ -337,7 +359,6 @@ void profileEnd(Kernel& k);    // after it, failed or not
 std::string instructionCounts(const Kernel& k);
 std::string coverageOf(const std::string& kernel);
 
-std::string where(const Warp& w, const Inst& in, int lane);
 void checkExit(Cta& cta);  // what a CTA must not leave behind
 
 }  // namespace ptxsim
