@@ -31,13 +31,13 @@ const OpTable& opTable() {
 
 uint64_t globalAddress(Module& m, Var& v) {
   if (v.address) return v.address;
-  if (v.isExtern) throw Error("variable '" + v.name + "' is declared .extern and defined nowhere");
+  if (v.isExtern) throw Error("variable '", v.name, "' is declared .extern and defined nowhere");
   v.address =
       Arena::get().allocate(std::max<uint64_t>(v.bytes, 1), v.name, true);  // written below, then as the module says
   if (!v.init.empty()) memcpy((void*)v.address, v.init.data(), v.init.size());
   for (auto& r : v.relocs) {
     auto it = m.varByName.find(r.second);
-    if (it == m.varByName.end()) throw Error("initialiser of '" + v.name + "' refers to unknown '" + r.second + "'");
+    if (it == m.varByName.end()) throw Error("initialiser of '", v.name, "' refers to unknown '", r.second, "'");
     uint64_t value;
     memcpy(&value, (void*)(v.address + r.first), 8);
     value += globalAddress(m, *it->second);
@@ -68,20 +68,18 @@ Ref KernelBuilder::reg(const Func& f, int index, unsigned* bytes) {
   return {p.off, p.id};
 }
 
-Ref KernelBuilder::sreg(Sreg kind, unsigned bytes, uint32_t value) {
-  std::string key = std::to_string((int)kind) + ":" + std::to_string(bytes) + ":" + std::to_string(value);
-  auto it = sregs.find(key);
-  if (it != sregs.end()) return it->second;
-  Ref r{k.regBytes, 0};
+Ref KernelBuilder::special(const Special& s, unsigned dimension, unsigned bytes, uint32_t add) {
+  for (auto& u : k.specials)
+    if (u.special == &s && u.dimension == dimension && u.bytes == bytes && u.add == add) return {u.off, 0};
+  k.specials.push_back({&s, k.regBytes, (uint8_t)bytes, (uint8_t)dimension, add});
   k.regBytes += bytes * kLanes;
-  k.sregs.push_back({kind, r.off, (uint8_t)bytes, value});
-  return sregs[key] = r;
+  return {k.specials.back().off, 0};
 }
 
 uint32_t KernelBuilder::sharedOffset(const Var& v) {
   auto it = shared.find(&v);
   if (it != shared.end()) return it->second;
-  if (v.isExtern) throw Error("dynamic shared memory '" + v.name + "' was not placed");
+  if (v.isExtern) throw Error("dynamic shared memory '", v.name, "' was not placed");
   uint32_t off = (kSharedReserved + k.staticShared + v.align - 1) / v.align * v.align;
   k.staticShared = off + (uint32_t)v.bytes - kSharedReserved;
   k.sharedVars.emplace_back(off, const_cast<Var*>(&v));
@@ -99,9 +97,6 @@ uint32_t KernelBuilder::frameOffset(const Var& v) {
 
 // ---- Dec
 
-void Dec::fail(const std::string& what) const {
-  throw Error("PTX line " + std::to_string(p.ptxLine) + ": " + p.text() + ": " + what);
-}
 bool Dec::has(const char* mod) const {
   for (size_t i = 1; i < p.op.size(); ++i)
     if (!used[i] && p.op[i] == mod) return true;
@@ -144,12 +139,10 @@ void Dec::takePrefix(const char* prefix) {
     if (p.op[i].compare(0, strlen(prefix), prefix) == 0) used[i] = true;
 }
 void Dec::wantArgs(size_t lo, size_t hi) {
-  if (p.args.size() < lo || p.args.size() > hi)
-    fail("takes " + std::to_string(lo) + " to " + std::to_string(hi) + " operands, got " +
-         std::to_string(p.args.size()));
+  if (p.args.size() < lo || p.args.size() > hi) fail("takes ", lo, " to ", hi, " operands, got ", p.args.size());
 }
 const Operand& Dec::arg(size_t i) const {
-  if (i >= p.args.size()) fail("operand " + std::to_string(i) + " is missing");
+  if (i >= p.args.size()) fail("operand ", i, " is missing");
   return p.args[i];
 }
 Extra* Dec::extra() {
@@ -160,7 +153,7 @@ Extra* Dec::extra() {
   return const_cast<Extra*>(out.ext);
 }
 int64_t Dec::intArg(size_t i) const {
-  if (arg(i).kind != Operand::Int) fail("operand " + std::to_string(i) + " must be an integer constant");
+  if (arg(i).kind != Operand::Int) fail("operand ", i, " must be an integer constant");
   return arg(i).i;
 }
 
@@ -228,10 +221,9 @@ Ref Dec::dst(const Operand& o, unsigned bytes) {
   if (o.kind != Operand::Register) fail("the destination must be a register");
   unsigned b;
   Ref r = kb.reg(fn, o.reg, &b);
-  if (b == 0) fail("register " + fn.regs[(size_t)o.reg].name + " is a predicate");
+  if (b == 0) fail("register ", fn.regs[(size_t)o.reg].name, " is a predicate");
   if (bytes && b != bytes)
-    fail("register " + fn.regs[(size_t)o.reg].name + " has " + std::to_string(b * 8) + " bits, the instruction wants " +
-         std::to_string(bytes * 8));
+    fail("register ", fn.regs[(size_t)o.reg].name, " has ", b * 8, " bits, the instruction wants ", bytes * 8);
   return r;
 }
 
@@ -251,7 +243,7 @@ Ref Dec::srcWide(const Operand& o, Type t, unsigned* bytes) {
   switch (o.kind) {
     case Operand::Register: {
       Ref r = kb.reg(fn, o.reg, bytes);
-      if (*bytes == 0) fail("register " + fn.regs[(size_t)o.reg].name + " is a predicate");
+      if (*bytes == 0) fail("register ", fn.regs[(size_t)o.reg].name, " is a predicate");
       if (o.i) fail("offset on a register operand");
       return r;
     }
@@ -260,15 +252,16 @@ Ref Dec::srcWide(const Operand& o, Type t, unsigned* bytes) {
       *bytes = std::max(2u, want ? want : 4u);
       return constant(immediateBits(o, t, *this), *bytes);
     case Operand::Special: {
-      Sreg kind;
-      if (!specialKind(o.name, &kind)) fail("special register " + o.name + " is not supported here");
+      unsigned dimension;
+      const Special* special = findSpecial(o.name, &dimension);
+      if (!special || !special->value) fail("special register ", o.name, " is not supported here");
       *bytes = want >= 8 ? 8 : want == 2 ? 2 : 4;
-      return kb.sreg(kind, *bytes);
+      return kb.special(*special, dimension, *bytes);
     }
     case Operand::Symbol: {
       const Var& v = *o.var;
       *bytes = want >= 8 ? 8 : 4;
-      if (v.space == Space::Shared) return kb.sreg(Sreg::SharedAddress, *bytes, kb.sharedOffset(v) + (uint32_t)o.i);
+      if (v.space == Space::Shared) return kb.special(kSharedAddress, 0, *bytes, kb.sharedOffset(v) + (uint32_t)o.i);
       // 32 bits hold an offset in the parameter space, which cvta.param makes an address of; 64 bits the address
       // itself.
       if (v.space == Space::Param && kb.isEntryParam(v) && *bytes == 4)
@@ -290,8 +283,7 @@ Ref Dec::src(const Operand& o, Type t) {
   unsigned want = std::max(2u, typeBytes(t));
   if (bytes != want) {
     if (o.kind == Operand::Register)
-      fail("register " + fn.regs[(size_t)o.reg].name + " has " + std::to_string(bytes * 8) +
-           " bits, the instruction wants " + std::to_string(want * 8));
+      fail("register ", fn.regs[(size_t)o.reg].name, " has ", bytes * 8, " bits, the instruction wants ", want * 8);
     fail("operand has the wrong width");
   }
   return r;
@@ -342,61 +334,12 @@ Ref Dec::address(const Operand& o, Space space, int64_t* offset) {
   return r;
 }
 
-bool specialKind(const std::string& name, Sreg* kind) {
-  static const std::unordered_map<std::string, Sreg> kMap = {{"%tid.x", Sreg::TidX},
-                                                             {"%tid.y", Sreg::TidY},
-                                                             {"%tid.z", Sreg::TidZ},
-                                                             {"%ntid.x", Sreg::NtidX},
-                                                             {"%ntid.y", Sreg::NtidY},
-                                                             {"%ntid.z", Sreg::NtidZ},
-                                                             {"%laneid", Sreg::LaneId},
-                                                             {"%warpid", Sreg::WarpId},
-                                                             {"%nwarpid", Sreg::NwarpId},
-                                                             {"%ctaid.x", Sreg::CtaidX},
-                                                             {"%ctaid.y", Sreg::CtaidY},
-                                                             {"%ctaid.z", Sreg::CtaidZ},
-                                                             {"%nctaid.x", Sreg::NctaidX},
-                                                             {"%nctaid.y", Sreg::NctaidY},
-                                                             {"%nctaid.z", Sreg::NctaidZ},
-                                                             {"%smid", Sreg::SmId},
-                                                             {"%nsmid", Sreg::NsmId},
-                                                             {"%gridid", Sreg::GridId},
-                                                             {"%clusterid.x", Sreg::ClusteridX},
-                                                             {"%clusterid.y", Sreg::ClusteridY},
-                                                             {"%clusterid.z", Sreg::ClusteridZ},
-                                                             {"%nclusterid.x", Sreg::NclusteridX},
-                                                             {"%nclusterid.y", Sreg::NclusteridY},
-                                                             {"%nclusterid.z", Sreg::NclusteridZ},
-                                                             {"%cluster_ctaid.x", Sreg::ClusterCtaidX},
-                                                             {"%cluster_ctaid.y", Sreg::ClusterCtaidY},
-                                                             {"%cluster_ctaid.z", Sreg::ClusterCtaidZ},
-                                                             {"%cluster_nctaid.x", Sreg::ClusterNctaidX},
-                                                             {"%cluster_nctaid.y", Sreg::ClusterNctaidY},
-                                                             {"%cluster_nctaid.z", Sreg::ClusterNctaidZ},
-                                                             {"%cluster_ctarank", Sreg::ClusterCtarank},
-                                                             {"%cluster_nctarank", Sreg::ClusterNctarank},
-                                                             {"%is_explicit_cluster", Sreg::IsExplicitCluster},
-                                                             {"%lanemask_eq", Sreg::MaskEq},
-                                                             {"%lanemask_le", Sreg::MaskLe},
-                                                             {"%lanemask_lt", Sreg::MaskLt},
-                                                             {"%lanemask_ge", Sreg::MaskGe},
-                                                             {"%lanemask_gt", Sreg::MaskGt},
-                                                             {"%dynamic_smem_size", Sreg::DynamicSmem},
-                                                             {"%total_smem_size", Sreg::TotalSmem},
-                                                             {"%reserved_smem_offset_end", Sreg::SmemReserved},
-                                                             {"%reserved_smem_offset_begin", Sreg::Zero}};
-  auto it = kMap.find(name);
-  if (it == kMap.end()) return false;
-  *kind = it->second;
-  return true;
-}
-
 // ---- a kernel
 
 static void collectCalls(const Module& m, const Func& f, std::vector<const Func*>& order,
                          std::vector<const Func*>& stack) {
   if (std::find(stack.begin(), stack.end(), &f) != stack.end())
-    throw Error("recursive function '" + f.name + "' is not supported");
+    throw Error("recursive function '", f.name, "' is not supported");
   if (std::find(order.begin(), order.end(), &f) != order.end()) return;
   order.push_back(&f);
   stack.push_back(&f);
@@ -433,7 +376,7 @@ static void decodeFunction(KernelBuilder& kb, const Func& f) {
     it->second(d);
     if (!d.out.fn) d.fail("this form is not supported");
     for (size_t j = 0; j < d.used.size(); ++j)
-      if (!d.used[j]) d.fail("modifier ." + p.op[j] + " is not supported here");
+      if (!d.used[j]) d.fail("modifier .", p.op[j], " is not supported here");
     k.code.push_back(d.out);
     k.source.push_back({p.ptxLine, p.loc, p.text()});
     k.leader.push_back(leader[i] || (i && (f.code[i - 1].op[0] == "bra" || f.code[i - 1].op[0] == "ret" ||

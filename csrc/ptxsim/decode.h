@@ -37,7 +37,10 @@ struct Dec {
   Dec(KernelBuilder& k, const Func& f, const PInst& inst) : kb(k), fn(f), p(inst), used(inst.op.size(), false) {
     used[0] = true;
   }
-  [[noreturn]] void fail(const std::string& what) const;
+  template <class... Parts>
+  [[noreturn]] void fail(const Parts&... what) const {
+    throw Error("PTX line ", p.ptxLine, ": ", p.text(), ": ", what...);
+  }
   bool has(const char* mod) const;
   bool take(const char* mod);
   int takeOneOf(std::initializer_list<const char*> mods);  // index or -1
@@ -76,19 +79,17 @@ struct KernelBuilder {
   };
   std::unordered_map<const Func*, std::vector<Placed>> regs;
   std::unordered_map<std::string, Ref> consts;
-  std::unordered_map<std::string, Ref> sregs;
   std::unordered_map<const Var*, uint32_t> shared;
   std::unordered_map<const Var*, uint32_t> params;  // entry parameters
 
   KernelBuilder(Module& m, Kernel& kernel) : module(m), k(kernel) {}
   Ref reg(const Func& f, int index, unsigned* bytes);
-  Ref sreg(Sreg kind, unsigned bytes, uint32_t value = 0);
+  Ref special(const Special& s, unsigned dimension, unsigned bytes, uint32_t add = 0);
   uint32_t sharedOffset(const Var& v);
   uint32_t frameOffset(const Var& v);
   bool isEntryParam(const Var& v) const { return params.count(&v) != 0; }
 };
 
-bool specialKind(const std::string& name, Sreg* kind);  // false: time-varying or unknown
 uint64_t immediateBits(const Operand& o, Type t, const Dec& d);
 uint64_t globalAddress(Module& m, Var& v);  // places the variable on first use
 

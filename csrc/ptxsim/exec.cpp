@@ -34,13 +34,9 @@ std::string where(const Warp& w, const Inst& in, int lane) {
   return out;
 }
 
-void Warp::fail(const Inst& in, int lane, const std::string& what) {
-  throw Error(what + "\n  at " + where(*this, in, lane));
-}
-
 void Warp::needValid(const Inst& in, Ref r, uint32_t mask, const char* role) {
   uint32_t bad = mask & ~validOf(r);
-  if (bad && launch->opt.detect) fail(in, __builtin_ctz(bad), std::string("uninitialised value used as ") + role);
+  if (bad && launch->opt.detect) fail(in, __builtin_ctz(bad), "uninitialised value used as ", role);
 }
 
 // ---- fragments
@@ -213,151 +209,15 @@ bool Warp::run(unsigned quantum) {
 
 static void initWarp(Warp& w) {
   const Kernel& k = *w.kernel;
-  Launch& l = *w.launch;
-  Cta& cta = *w.cta;
   memset(w.base[0], 0xa5, k.regBytes);
   memset(w.valid, 0, k.numIds * 4);
   w.valid[0] = kAll;
   if (w.localValid) memset(w.localValid, 0, (size_t)k.localBytes * kLanes);
-  for (auto& s : k.sregs) {
+  for (auto& s : k.specials)
     for (unsigned i = 0; i < kLanes; ++i) {
-      const unsigned t = w.index * kLanes + i, *b = l.block, *g = l.grid, *c = l.clusterDim;
-      const unsigned *id = cta.id, *cl = cta.cluster->id;
-      uint64_t v = 0;
-      switch (s.kind) {
-        case Sreg::TidX:
-          v = t % b[0];
-          break;
-        case Sreg::TidY:
-          v = t / b[0] % b[1];
-          break;
-        case Sreg::TidZ:
-          v = t / b[0] / b[1];
-          break;
-        case Sreg::NtidX:
-          v = b[0];
-          break;
-        case Sreg::NtidY:
-          v = b[1];
-          break;
-        case Sreg::NtidZ:
-          v = b[2];
-          break;
-        case Sreg::LaneId:
-          v = i;
-          break;
-        case Sreg::WarpId:
-          v = w.index;
-          break;
-        case Sreg::NwarpId:
-          v = l.warpsPerCta;
-          break;
-        case Sreg::CtaidX:
-          v = id[0];
-          break;
-        case Sreg::CtaidY:
-          v = id[1];
-          break;
-        case Sreg::CtaidZ:
-          v = id[2];
-          break;
-        case Sreg::NctaidX:
-          v = g[0];
-          break;
-        case Sreg::NctaidY:
-          v = g[1];
-          break;
-        case Sreg::NctaidZ:
-          v = g[2];
-          break;
-        case Sreg::SmId:
-          v = cta.linear % l.opt.sms;
-          break;
-        case Sreg::NsmId:
-          v = l.opt.sms;
-          break;
-        case Sreg::GridId:
-          v = 1;
-          break;
-        case Sreg::ClusteridX:
-          v = cl[0];
-          break;
-        case Sreg::ClusteridY:
-          v = cl[1];
-          break;
-        case Sreg::ClusteridZ:
-          v = cl[2];
-          break;
-        case Sreg::NclusteridX:
-          v = g[0] / c[0];
-          break;
-        case Sreg::NclusteridY:
-          v = g[1] / c[1];
-          break;
-        case Sreg::NclusteridZ:
-          v = g[2] / c[2];
-          break;
-        case Sreg::ClusterCtaidX:
-          v = id[0] % c[0];
-          break;
-        case Sreg::ClusterCtaidY:
-          v = id[1] % c[1];
-          break;
-        case Sreg::ClusterCtaidZ:
-          v = id[2] % c[2];
-          break;
-        case Sreg::ClusterNctaidX:
-          v = c[0];
-          break;
-        case Sreg::ClusterNctaidY:
-          v = c[1];
-          break;
-        case Sreg::ClusterNctaidZ:
-          v = c[2];
-          break;
-        case Sreg::ClusterCtarank:
-          v = cta.rank;
-          break;
-        case Sreg::ClusterNctarank:
-          v = l.ctasPerCluster;
-          break;
-        case Sreg::IsExplicitCluster:
-          v = l.explicitCluster;
-          break;
-        case Sreg::MaskEq:
-          v = 1u << i;
-          break;
-        case Sreg::MaskLe:
-          v = (2u << i) - 1;
-          break;
-        case Sreg::MaskLt:
-          v = (1u << i) - 1;
-          break;
-        case Sreg::MaskGe:
-          v = ~((1u << i) - 1);
-          break;
-        case Sreg::MaskGt:
-          v = i == 31 ? 0 : ~((2u << i) - 1);
-          break;
-        case Sreg::DynamicSmem:
-          v = l.dynShared;
-          break;
-        case Sreg::TotalSmem:
-          v = k.staticShared + l.dynShared;
-          break;
-        case Sreg::SmemReserved:
-          v = kSharedReserved;
-          break;
-        case Sreg::SharedAddress:
-          v = cta.rank << 24 | s.value;
-          break;
-        default:
-          break;
-      }
-      uint8_t* p = w.base[0] + s.off + i * s.bytes;
-      memcpy(p, &v, s.bytes);
+      const uint64_t v = s.special->value(w, i, s.dimension) + s.add;
+      memcpy(w.base[0] + s.off + i * s.bytes, &v, s.bytes);
     }
-  }
 }
 
 std::unique_ptr<Cluster> Launch::makeCluster(uint64_t index) {

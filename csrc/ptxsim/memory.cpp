@@ -38,7 +38,7 @@ uint64_t Arena::allocate(size_t bytes, const std::string& name, bool writable, u
   cursor_ = at + chunks + 1;
   uint64_t start = base_ + ((uint64_t)at << kShift);
   if (mprotect((void*)start, chunks << kShift, PROT_READ | PROT_WRITE))
-    throw Error("out of memory for a simulated buffer of " + std::to_string(bytes) + " bytes");
+    throw Error("out of memory for a simulated buffer of ", bytes, " bytes");
   uint32_t id;
   if (freeIds_.empty()) {
     id = (uint32_t)buffers_.size();

@@ -24,9 +24,7 @@ Mbarrier& mbarrierAt(Warp& w, const Inst& in, int lane, uint32_t address, Cta** 
   Place p = locateShared(w, in, lane, address, 8, Kind::Read, 8, false);
   uint16_t i = p.cta->mbarIndex[p.offset >> 3];
   if (!i)
-    w.fail(in, lane,
-           "no mbarrier has been initialised at shared offset " + std::to_string(p.offset) + " of CTA rank " +
-               std::to_string(p.cta->rank));
+    w.fail(in, lane, "no mbarrier has been initialised at shared offset ", p.offset, " of CTA rank ", p.cta->rank);
   if (owner) *owner = p.cta;
   return p.cta->mbars[i];
 }
@@ -44,14 +42,12 @@ static void settle(Launch& l, Mbarrier& b) {
 static void addTx(Warp& w, const Inst& in, int lane, Mbarrier& b, int64_t n) {
   b.tx += n;
   if (b.tx > 0xfffff || b.tx < -0xfffff)
-    w.fail(in, lane, "the mbarrier's transaction count " + std::to_string(b.tx) + " is outside +-(2^20 - 1)");
+    w.fail(in, lane, "the mbarrier's transaction count ", b.tx, " is outside +-(2^20 - 1)");
 }
 static void arrive(Warp& w, const Inst& in, int lane, Mbarrier& b, uint32_t n) {
   if (b.pending < (int64_t)n)
-    w.fail(in, lane,
-           "mbarrier arrival without a pending count: " + std::to_string(n) + " arrive, " + std::to_string(b.pending) +
-               " of " + std::to_string(b.expected) + " are pending, " + std::to_string(b.tx) +
-               " bytes are outstanding");
+    w.fail(in, lane, "mbarrier arrival without a pending count: ", n, " arrive, ", b.pending, " of ", b.expected,
+           " are pending, ", b.tx, " bytes are outstanding");
   b.pending -= n;
 }
 void completeTx(Warp& w, const Inst& in, int lane, uint32_t address, uint32_t bytes, const AsyncOp* op) {
@@ -79,7 +75,7 @@ void launchOp(Warp& w, const Inst& in, uint32_t mask, std::shared_ptr<AsyncOp> o
   w.launch->issue(std::move(op));
 }
 void commitGroups(OpTrack& t, uint32_t m) {
-  for (uint32_t left = m; left; left &= left - 1) ++t.committed[firstLane(left)];
+  for (int i : lanesOf(m)) ++t.committed[i];
 }
 static std::string describeGroup(Warp&, const Inst&) {
   return "waits for asynchronous operations that cannot finish";
@@ -87,8 +83,7 @@ static std::string describeGroup(Warp&, const Inst&) {
 bool waitGroups(Warp& w, const Inst& in, OpTrack& t, uint32_t m, uint32_t n, bool reads, bool all) {
   (void)in;
   auto wanted = [&](const AsyncOp& op) {
-    for (uint32_t left = op.mask & m; left; left &= left - 1) {
-      int i = firstLane(left);
+    for (int i : lanesOf(op.mask & m)) {
       if (all || op.group[i] + n < t.committed[i]) return true;
     }
     return false;
@@ -104,6 +99,7 @@ bool waitGroups(Warp& w, const Inst& in, OpTrack& t, uint32_t m, uint32_t n, boo
       continue;
     }
     raceWaited(w, *t.ops[i], reads);
+    t.ops[i]->waited(t.ops[i]->mask & m);
     if (reads) {
       ++i;
       continue;
@@ -122,14 +118,12 @@ namespace {
 // ---- mbarrier. x[0] operation, x[1] shared::cluster, x[2] flags; a: address, b, c: operands, d: result
 
 void initBarrier(Warp& w, const Inst& in, uint32_t m) {
-  for (uint32_t left = m; left; left &= left - 1) {
-    int i = firstLane(left);
+  for (int i : lanesOf(m)) {
     uint32_t a = withRank(w, sharedOf(w, in, i, in.space, lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm)), false);
     uint32_t count = lane32(w, in.b, (unsigned)i);
     w.needValid(in, in.b, 1u << i, "mbarrier count");
     Place p = locateShared(w, in, i, a, 8, Kind::Write, 8, true);
-    if (count < 1 || count > 0xfffff)
-      w.fail(in, i, "an mbarrier count of " + std::to_string(count) + " is not in 1..2^20-1");
+    if (count < 1 || count > 0xfffff) w.fail(in, i, "an mbarrier count of ", count, " is not in 1..2^20-1");
     uint16_t& index = p.cta->mbarIndex[p.offset >> 3];
     if (index) w.fail(in, i, "mbarrier.init of a live mbarrier (it needs mbarrier.inval first)");
     for (uint16_t k = 1; k < p.cta->mbars.size() && !index; ++k)
@@ -144,14 +138,13 @@ void initBarrier(Warp& w, const Inst& in, uint32_t m) {
     b.pending = count;
     memset(p.p, 0, 8);
     memset(p.valid, 1, 8);
-    raceMbarrierInit(w, b);
+    raceMbarrierInit(w, i, b);
     racePlace(w, in, p, 8, Kind::Write);
   }
   w.launch->progress();
 }
 void invalBarrier(Warp& w, const Inst& in, uint32_t m) {
-  for (uint32_t left = m; left; left &= left - 1) {
-    int i = firstLane(left);
+  for (int i : lanesOf(m)) {
     uint32_t a = withRank(w, sharedOf(w, in, i, in.space, lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm)), false);
     Cta* cta;
     Mbarrier& b = mbarrierAt(w, in, i, a, &cta);
@@ -166,8 +159,7 @@ enum { Expect = 1, Complete = 2, ArriveOp = 4, Drop = 8, NoComplete = 16, HasCou
 void arriveBarrier(Warp& w, const Inst& in, uint32_t m) {
   uint64_t state[kLanes] = {0};
   const unsigned flags = in.x[2];
-  for (uint32_t left = m; left; left &= left - 1) {
-    int i = firstLane(left);
+  for (int i : lanesOf(m)) {
     uint32_t a = withRank(w, sharedOf(w, in, i, in.space, lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm)),
                           in.x[1] || in.space == Space::Generic);
     if (in.space == Space::Generic && (a >> 24) != w.cta->rank)
@@ -219,8 +211,7 @@ void waitBarrier(Warp& w, const Inst& in, uint32_t m) {
   uint32_t ok = 0;
   Fragment& f = w.frag();
   w.needValid(in, in.b, m, "mbarrier phase");
-  for (uint32_t left = m; left; left &= left - 1) {
-    int i = firstLane(left);
+  for (int i : lanesOf(m)) {
     uint32_t a = sharedOf(w, in, i, in.space, lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm));
     if ((a >> 24) != w.cta->rank && (a >> 24) != 0)
       w.fail(in, i, "a thread can wait only for an mbarrier of its own CTA");
@@ -232,9 +223,8 @@ void waitBarrier(Warp& w, const Inst& in, uint32_t m) {
     } else {
       uint32_t was = (uint32_t)lane64(w, in.b, (unsigned)i), now = (uint32_t)b.phase;
       if (was != now && was + 1 != now)
-        w.fail(in, i,
-               "the mbarrier state is of phase " + std::to_string(was) + ", which is neither the current phase " +
-                   std::to_string(now) + " nor the one before");
+        w.fail(in, i, "the mbarrier state is of phase ", was, ", which is neither the current phase ", now,
+               " nor the one before");
       passed = was != now;
     }
     if (passed) {
@@ -249,9 +239,7 @@ void waitBarrier(Warp& w, const Inst& in, uint32_t m) {
   }
   f.mayGiveUp = f.giveUp = false;
   if (ok) laneSync(w, ok);
-  uint32_t& d = w.pred(in.d);
-  d = (d & ~m) | ok;
-  w.setValid(in.d, m, kAll);
+  w.setPred(in.d, m, ok, kAll);
   if (!ok && !in.x[0]) {  // a poll gives way, and comes back when something has happened
     const uint32_t next = w.next;
     w.block(Wait::Poll, nullptr);
@@ -360,14 +348,16 @@ struct CpAsync : AsyncOp {
   uint32_t to[kLanes], have[kLanes];
   bool step() override {
     Cta& c = *warp->cta;
-    for (uint32_t left = lanes; left; left &= left - 1) {
-      int i = firstLane(left);
+    for (int i : lanesOf(lanes)) {
       raceAsyncShared(*this, c, to[i], size, Kind::Write);
       memcpy(c.smem + to[i], from[i], have[i]);
       memset(c.smem + to[i] + have[i], 0, size - have[i]);
       memset(c.smemValid + to[i], 1, size);
     }
     return true;
+  }
+  void waited(uint32_t m) override {
+    for (; m; m &= m - 1) laneAsync(*warp, *inst, firstLane(m), *warp->cta, to[firstLane(m)], size, Kind::Write);
   }
   uint32_t lanes = 0;
 };
@@ -378,15 +368,13 @@ void cpAsync(Warp& w, const Inst& in, uint32_t m) {
   op->size = in.bytes;
   op->lanes = m;
   w.needValid(in, in.a, m, "address");
-  for (uint32_t left = m; left; left &= left - 1) {
-    int i = firstLane(left);
+  for (int i : lanesOf(m)) {
     uint32_t to = sharedOf(w, in, i, in.space, lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm));
     Place p = locateShared(w, in, i, to, in.bytes, Kind::Write, in.bytes, true);
     uint32_t have = in.bytes;
     if (in.ext->v[1] == 1) have = lane32(w, in.ext->refs[1], (unsigned)i);
     if (in.ext->v[1] == 2 && (w.pred(in.ext->refs[1]) >> i) & 1) have = 0;
-    if (have > in.bytes)
-      w.fail(in, i, "cp.async: src-size " + std::to_string(have) + " exceeds cp-size " + std::to_string(in.bytes));
+    if (have > in.bytes) w.fail(in, i, "cp.async: src-size ", have, " exceeds cp-size ", in.bytes);
     op->to[i] = p.offset;
     op->have[i] = have;
     op->from[i] = p.p;
@@ -398,6 +386,7 @@ void cpAsync(Warp& w, const Inst& in, uint32_t m) {
     }
     w.launch->n.globalRead += have;
     w.launch->n.sharedWrite += in.bytes;
+    laneAsync(w, in, i, *w.cta, p.offset, in.bytes, Kind::Write);
   }
   launchOp(w, in, m, op, &w.cp);
 }
@@ -411,8 +400,7 @@ void cpWait(Warp& w, const Inst& in, uint32_t m) {
 struct CpArrive : AsyncOp {
   uint32_t address[kLanes], lanes = 0;
   bool step() override {
-    for (uint32_t left = lanes; left; left &= left - 1) {
-      int i = firstLane(left);
+    for (int i : lanesOf(lanes)) {
       Mbarrier& b = mbarrierAt(*warp, *inst, i, address[i]);
       arrive(*warp, *inst, i, b, 1);
       raceAsyncSignal(*this, b);
@@ -424,8 +412,7 @@ struct CpArrive : AsyncOp {
 void cpArrive(Warp& w, const Inst& in, uint32_t m) {
   auto op = std::make_shared<CpArrive>();
   op->lanes = m;
-  for (uint32_t left = m; left; left &= left - 1) {
-    int i = firstLane(left);
+  for (int i : lanesOf(m)) {
     op->address[i] =
         withRank(w, sharedOf(w, in, i, in.space, lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm)), false);
     Mbarrier& b = mbarrierAt(w, in, i, op->address[i]);
@@ -464,8 +451,7 @@ struct StAsync : AsyncOp {
 // a: destination, ext->refs: {barrier, values...}, v[0] barrier offset, x[0] atomic op + 1, x[3] type
 void stAsync(Warp& w, const Inst& in, uint32_t m) {
   const auto& refs = in.ext->refs;
-  for (uint32_t left = m; left; left &= left - 1) {
-    int i = firstLane(left);
+  for (int i : lanesOf(m)) {
     auto op = std::make_shared<StAsync>();
     op->generic = true;
     op->lane = i;

@@ -117,8 +117,7 @@ void atomic(Warp& w, const Inst& in, uint32_t m) {
     if (src.size() > n) loadLanes(w, src[n], size, c);
     uint32_t valid = w.validOf(src[k]) & (src.size() > n ? w.validOf(src[n]) : kAll), oldValid = 0;
     if (m & ~valid) w.needValid(in, src[k], m, "operand of an atomic");
-    for (uint32_t left = m; left; left &= left - 1) {
-      int i = __builtin_ctz(left);
+    for (int i : lanesOf(m)) {
       uint8_t* p = s.p[i] + k * size;
       memcpy(&old[i], p, size);
       uint8_t* v = s.tracked && s.v[i] ? s.v[i] + k * size : nullptr;
@@ -145,8 +144,7 @@ void atomic128(Warp& w, const Inst& in, uint32_t m) {  // cas and exch only
   addresses(w, in, m, a);
   Span s;
   resolve(w, in, m, in.space, a, 16, Kind::Atomic, s);
-  for (uint32_t left = m; left; left &= left - 1) {
-    int i = __builtin_ctz(left);
+  for (int i : lanesOf(m)) {
     B128 old, b = w.ptr<B128>(in.ext->refs2[0])[i];
     memcpy(&old, s.p[i], 16);
     bool write = in.x[2] == kExch || (old.v[0] == b.v[0] && old.v[1] == b.v[1]);

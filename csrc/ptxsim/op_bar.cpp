@@ -54,26 +54,20 @@ void barrier(Warp& w, const Inst& in, uint32_t m) {
   w.needValid(in, in.a, m, "barrier number");
   const int lane = firstLane(m);
   const uint32_t id = lane32(w, in.a, (unsigned)lane);
-  if (id > 15) w.fail(in, lane, "barrier " + std::to_string(id) + " does not exist (0..15)");
+  if (id > 15) w.fail(in, lane, "barrier ", id, " does not exist (0..15)");
   NamedBarrier& b = cta.bars[id];
   const unsigned count = in.x[2] ? lane32(w, in.b, (unsigned)lane) : 0;
   if (in.x[2] && (count == 0 || count % kLanes))
-    w.fail(in, lane,
-           "barrier " + std::to_string(id) + ": a thread count of " + std::to_string(count) + " is no multiple of 32");
+    w.fail(in, lane, "barrier ", id, ": a thread count of ", count, " is no multiple of 32");
   if (in.x[2] && count > (w.launch->warpsPerCta) * kLanes)
-    w.fail(in, lane,
-           "barrier " + std::to_string(id) + ": a thread count of " + std::to_string(count) + " in a CTA of " +
-               std::to_string(w.launch->threads) + " threads");
+    w.fail(in, lane, "barrier ", id, ": a thread count of ", count, " in a CTA of ", w.launch->threads, " threads");
   if (b.arrived && (b.all != !in.x[2] || b.expected != count))
-    w.fail(in, lane,
-           "barrier " + std::to_string(id) + " is used with " + (count ? std::to_string(count) : "all") +
-               " threads while a phase with " + (b.all ? "all" : std::to_string(b.expected)) + " threads is open");
+    w.fail(in, lane, "barrier ", id, " is used with ", (count ? std::to_string(count) : "all"),
+           " threads while a phase with ", (b.all ? "all" : std::to_string(b.expected)), " threads is open");
   b.all = !in.x[2];
   b.expected = count;
   if (b.lanes.empty()) b.lanes.assign(cta.warps.size(), 0);
-  if (b.lanes[w.index] & m)
-    w.fail(in, lane,
-           "warp " + std::to_string(w.index) + " arrives twice at barrier " + std::to_string(id) + " in one phase");
+  if (b.lanes[w.index] & m) w.fail(in, lane, "warp ", w.index, " arrives twice at barrier ", id, " in one phase");
   b.lanes[w.index] |= m;
   const unsigned add = in.x[1] && in.x[2] ? kLanes : (unsigned)__builtin_popcount(m);
   b.arrived += add;
@@ -95,10 +89,7 @@ void barrier(Warp& w, const Inst& in, uint32_t m) {
     w.reschedule = true;
   }
   const unsigned want = b.all ? cta.liveThreads : b.expected;
-  if (b.arrived > want)
-    w.fail(in, lane,
-           "barrier " + std::to_string(id) + ": " + std::to_string(b.arrived) + " threads arrive at a phase of " +
-               std::to_string(want));
+  if (b.arrived > want) w.fail(in, lane, "barrier ", id, ": ", b.arrived, " threads arrive at a phase of ", want);
   if (b.arrived == want) complete(cta, b);
 }
 
@@ -120,7 +111,7 @@ void clusterArrive(Warp& w, const Inst& in, uint32_t m) {
   Cluster& c = *w.cta->cluster;
   if (w.clusterArrived & m) w.fail(in, firstLane(w.clusterArrived & m), "barrier.cluster.arrive twice without a wait");
   w.clusterArrived |= m;
-  for (uint32_t left = m; left; left &= left - 1) w.clusterPhase[firstLane(left)] = c.barrierPhase;
+  for (int i : lanesOf(m)) w.clusterPhase[i] = c.barrierPhase;
   c.arrived += (unsigned)__builtin_popcount(m);
   raceClusterArrive(w, in.x[0] == 0);
   w.launch->progress();
@@ -129,8 +120,8 @@ void clusterArrive(Warp& w, const Inst& in, uint32_t m) {
 void clusterWait(Warp& w, const Inst& in, uint32_t m) {
   Cluster& c = *w.cta->cluster;
   if (m & ~w.clusterArrived) w.fail(in, firstLane(m & ~w.clusterArrived), "barrier.cluster.wait without an arrive");
-  for (uint32_t left = m; left; left &= left - 1)
-    if (w.clusterPhase[firstLane(left)] == c.barrierPhase) {
+  for (int i : lanesOf(m))
+    if (w.clusterPhase[i] == c.barrierPhase) {
       w.block(Wait::Poll, describeCluster);
       return;
     }
@@ -192,8 +183,8 @@ void barrierExit(Cta& cta) {
 }
 void clusterExit(Warp& w, uint32_t mask) {
   Cluster& c = *w.cta->cluster;
-  for (uint32_t left = mask & w.clusterArrived; left; left &= left - 1)
-    if (w.clusterPhase[firstLane(left)] == c.barrierPhase && c.arrived) --c.arrived;
+  for (int i : lanesOf(mask & w.clusterArrived))
+    if (w.clusterPhase[i] == c.barrierPhase && c.arrived) --c.arrived;
   w.clusterArrived &= ~mask;
   clusterCheck(c, *w.launch);
 }

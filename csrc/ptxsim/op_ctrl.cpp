@@ -19,9 +19,7 @@ void brx(Warp& w, const Inst& in, uint32_t m) {
     uint32_t idx = lane32(w, in.a, (unsigned)firstLane(left)), same = 0;
     for (uint32_t l = left; l; l &= l - 1)
       if (lane32(w, in.a, (unsigned)firstLane(l)) == idx) same |= 1u << firstLane(l);
-    if (idx >= targets.size())
-      w.fail(in, firstLane(left),
-             "branch index " + std::to_string(idx) + " of " + std::to_string(targets.size()) + " targets");
+    if (idx >= targets.size()) w.fail(in, firstLane(left), "branch index ", idx, " of ", targets.size(), " targets");
     left &= ~same;
     w.jump(same, (uint32_t)targets[idx], w.frag().mask);
   }
@@ -30,8 +28,8 @@ void brx(Warp& w, const Inst& in, uint32_t m) {
 void copyFrame(Warp& w, const std::vector<Extra::Copy>& copies, uint32_t m) {
   const size_t n = w.kernel->localBytes;
   for (auto& c : copies)
-    for (uint32_t left = m; left; left &= left - 1) {
-      size_t lane = (size_t)firstLane(left) * n;
+    for (int i : lanesOf(m)) {
+      const size_t lane = (size_t)i * n;
       memcpy(w.local + lane + c.to, w.local + lane + c.from, c.bytes);
       memcpy(w.localValid + lane + c.to, w.localValid + lane + c.from, c.bytes);
     }
@@ -91,8 +89,7 @@ uint64_t frame64(Warp& w, int lane, uint32_t off) {
 }
 // vprintf(format, argument buffer): the arguments lie at their natural alignment, floats as doubles.
 void vprintf(Warp& w, const Inst& in, uint32_t m) {
-  for (uint32_t left = m; left; left &= left - 1) {
-    int lane = firstLane(left);
+  for (int lane : lanesOf(m)) {
     const char* f = cstring(w, in, lane, frame64(w, lane, in.ext->args[0].from));
     uint64_t buf = frame64(w, lane, in.ext->args[1].from);
     std::string out;
@@ -140,7 +137,7 @@ void vprintf(Warp& w, const Inst& in, uint32_t m) {
 void assertFail(Warp& w, const Inst& in, uint32_t m) {
   int lane = firstLane(m);
   std::string msg = cstring(w, in, lane, frame64(w, lane, in.ext->args[0].from));
-  w.fail(in, lane, "device assertion failed: " + msg);
+  w.fail(in, lane, "device assertion failed: ", msg);
 }
 
 void decodeCall(Dec& d) {
@@ -163,9 +160,9 @@ void decodeCall(Dec& d) {
   };
   auto it = d.kb.module.funcByName.find(name->name);
   const Func* f = it == d.kb.module.funcByName.end() ? nullptr : it->second;
-  if (!f) d.fail("unknown function '" + name->name + "'");
+  if (!f) d.fail("unknown function '", name->name, "'");
   const size_t na = args ? args->sub.size() : 0, nr = rets ? rets->sub.size() : 0;
-  if (na != f->params.size() || nr != f->returns.size()) d.fail("'" + f->name + "' takes other operands");
+  if (na != f->params.size() || nr != f->returns.size()) d.fail("'", f->name, "' takes other operands");
   for (size_t i = 0; i < na; ++i)
     e->args.push_back({d.kb.frameOffset(var(args->sub[i])), f->hasBody ? d.kb.frameOffset(*f->params[i]) : 0,
                        (uint32_t)f->params[i]->bytes});
@@ -179,7 +176,7 @@ void decodeCall(Dec& d) {
   else if (f->name == "__assertfail")
     d.out.fn = assertFail;
   else
-    d.fail("function '" + f->name + "' has no body");
+    d.fail("function '", f->name, "' has no body");
 }
 
 // setmaxnreg: the registers that a warp gives up go to the CTA's pool, and those it asks for must be there.
@@ -191,9 +188,7 @@ void setmaxnreg(Warp& w, const Inst& in, uint32_t m) {
   unsigned want = (unsigned)in.imm;
   if (in.x[0]) {
     if (want < w.maxnreg)
-      w.fail(in, firstLane(m),
-             "setmaxnreg.inc to " + std::to_string(want) + ", but the warp has " + std::to_string(w.maxnreg) +
-                 " registers a thread");
+      w.fail(in, firstLane(m), "setmaxnreg.inc to ", want, ", but the warp has ", w.maxnreg, " registers a thread");
     int need = (int)(want - w.maxnreg) * 32;
     if (w.cta->regPool < need) {
       w.block(Wait::Poll, waitsForRegisters);
@@ -202,9 +197,8 @@ void setmaxnreg(Warp& w, const Inst& in, uint32_t m) {
     w.cta->regPool -= need;
   } else {
     if (want > w.maxnreg)
-      w.fail(in, firstLane(m),
-             "setmaxnreg.dec to " + std::to_string(want) + ", but the warp has only " + std::to_string(w.maxnreg) +
-                 " registers a thread");
+      w.fail(in, firstLane(m), "setmaxnreg.dec to ", want, ", but the warp has only ", w.maxnreg,
+             " registers a thread");
     w.cta->regPool += (int)(w.maxnreg - want) * 32;
   }
   w.maxnreg = want;
@@ -242,7 +236,7 @@ void addControlOps(OpTable& t) {
     d.wantArgs(1, 1);
     if (d.arg(0).kind != Operand::Name) d.fail("a label is expected");
     int target = d.fn.findLabel(d.p.scope, d.arg(0).name);
-    if (target < 0) d.fail("label '" + d.arg(0).name + "' does not exist");
+    if (target < 0) d.fail("label '", d.arg(0).name, "' does not exist");
     d.out.imm = target;
     d.out.fn = bra;
   };
@@ -252,10 +246,10 @@ void addControlOps(OpTable& t) {
     d.wantArgs(2, 2);
     d.out.a = d.src(0, Type::U32);
     auto* list = d.fn.findTargets(d.p.scope, d.arg(1).name);
-    if (!list) d.fail("branch target list '" + d.arg(1).name + "' does not exist");
+    if (!list) d.fail("branch target list '", d.arg(1).name, "' does not exist");
     for (auto& l : *list) {
       int target = d.fn.findLabel(d.p.scope, l);
-      if (target < 0) d.fail("label '" + l + "' does not exist");
+      if (target < 0) d.fail("label '", l, "' does not exist");
       d.extra()->targets.push_back(target);
     }
     d.out.fn = brx;

@@ -323,9 +323,7 @@ void testp(Warp& w, const Inst& in, uint32_t m) {
                             : c == FP_SUBNORMAL;
     r |= (uint32_t)t << i;
   }
-  uint32_t& d = w.pred(in.d);
-  d = (d & ~m) | (r & m);
-  w.setValid(in.d, m, w.validOf(in.a));
+  w.setPred(in.d, m, r, w.validOf(in.a));
 }
 struct Copysign32 {
   uint32_t operator()(uint32_t a, uint32_t b) const { return (a & 0x80000000u) | (b & 0x7fffffffu); }

@@ -107,9 +107,7 @@ void lop3Bool(Warp& w, const Inst& in, uint32_t m) {  // d|p = lop3 ..., q: p = 
   uint32_t v = w.validOf(in.a) & w.validOf(in.b) & w.validOf(in.c);
   storeLanes(w, in.d, r, m);
   w.setValid(in.d, m, v);
-  uint32_t& d = w.pred(in.ext->refs[0]);
-  d = (d & ~m) | (p & m);
-  w.setValid(in.ext->refs[0], m, v & w.validOf(in.ext->refs[1]));
+  w.setPred(in.ext->refs[0], m, p, v & w.validOf(in.ext->refs[1]));
 }
 
 // Predicate logic on whole lane masks. x[0], x[1]: the sources are negated.
@@ -117,9 +115,7 @@ template <int Op>
 void predLogic(Warp& w, const Inst& in, uint32_t m) {
   uint32_t a = w.pred(in.a) ^ (in.x[0] ? kAll : 0), b = Op < 3 ? w.pred(in.b) ^ (in.x[1] ? kAll : 0) : 0;
   uint32_t r = Op == 0 ? a & b : Op == 1 ? a | b : Op == 2 ? a ^ b : Op == 3 ? ~a : a;
-  uint32_t& d = w.pred(in.d);
-  d = (d & ~m) | (r & m);
-  w.setValid(in.d, m, w.validOf(in.a) & (Op < 3 ? w.validOf(in.b) : kAll));
+  w.setPred(in.d, m, r, w.validOf(in.a) & (Op < 3 ? w.validOf(in.b) : kAll));
 }
 
 template <template <class> class F, int PredOp>
@@ -296,13 +292,9 @@ void setp(Warp& w, const Inst& in, uint32_t m) {
     p = in.x[0] == 1 ? t & c : in.x[0] == 2 ? t | c : t ^ c;
     q = in.x[0] == 1 ? ~t & c : in.x[0] == 2 ? ~t | c : ~t ^ c;
   }
-  uint32_t& d = w.pred(in.d);
-  d = (d & ~m) | (p & m);
-  w.setValid(in.d, m, v);
+  w.setPred(in.d, m, p, v);
   if (in.x[2]) {
-    uint32_t& e = w.pred(in.ext->refs[0]);
-    e = (e & ~m) | (q & m);
-    w.setValid(in.ext->refs[0], m, v);
+    w.setPred(in.ext->refs[0], m, q, v);
   }
 }
 template <class V>
@@ -361,8 +353,7 @@ void setpHalf2(Warp& w, const Inst& in, uint32_t m) {  // p|q = the two halves
   uint32_t v = w.validOf(in.a) & w.validOf(in.b);
   for (int h = 0; h < 2; ++h) {
     Ref to = h ? in.ext->refs[0] : in.d;
-    w.pred(to) = (w.pred(to) & ~m) | (r[h] & m);
-    w.setValid(to, m, v);
+    w.setPred(to, m, r[h], v);
   }
 }
 int takeBoolOp(Dec& d) {
@@ -653,9 +644,7 @@ void isspacep(Warp& w, const Inst& in, uint32_t m) {
     }
     r |= (uint32_t)t << i;
   }
-  uint32_t& d = w.pred(in.d);
-  d = (d & ~m) | (r & m);
-  w.setValid(in.d, m, w.validOf(in.a));
+  w.setPred(in.d, m, r, w.validOf(in.a));
 }
 
 }  // namespace

@@ -223,8 +223,7 @@ void decodeMma(Dec& d) {
     d.fail("no such shape");
   d.wantArgs(4, 4);
   auto list = [&](const Operand& o, unsigned n) {
-    if (o.kind != Operand::Vector || o.sub.size() != n)
-      d.fail("wrong number of registers: " + std::to_string(n) + " are expected");
+    if (o.kind != Operand::Vector || o.sub.size() != n) d.fail("wrong number of registers: ", n, " are expected");
     return o.sub;
   };
   Extra* e = d.extra();

@@ -18,22 +18,18 @@ static std::string hex(uint64_t v) {
 
 Place locateGlobal(Warp& w, const Inst& in, int lane, uint64_t a, uint32_t bytes, Kind kind, uint32_t align) {
   if (align > 1 && a % align)
-    w.fail(in, lane,
-           "misaligned " + std::string(verb(kind)) + " of " + std::to_string(bytes) + " bytes: address " +
-               Arena::get().describe(a, bytes) + " is no multiple of " + std::to_string(align));
+    w.fail(in, lane, "misaligned ", verb(kind), " of ", bytes, " bytes: address ", Arena::get().describe(a, bytes),
+           " is no multiple of ", align);
   Buffer* b = Arena::get().find(a, bytes);
   if (!b && w.launch->alias) {
     uint64_t moved = w.launch->alias(a, bytes);
     if (moved) b = Arena::get().find(a = moved, bytes);
   }
   if (!b)
-    w.fail(in, lane,
-           "out-of-bounds global " + std::string(verb(kind)) + " of " + std::to_string(bytes) + " bytes at " +
-               Arena::get().describe(a, bytes));
+    w.fail(in, lane, "out-of-bounds global ", verb(kind), " of ", bytes, " bytes at ", Arena::get().describe(a, bytes));
   if (kind != Kind::Read && !b->writable)
-    w.fail(in, lane,
-           "global " + std::string(verb(kind)) + " to buffer '" + b->name +
-               "', which this launch may only read (byte offset " + std::to_string(a - b->begin) + ")");
+    w.fail(in, lane, "global ", verb(kind), " to buffer '", b->name, "', which this launch may only read (byte offset ",
+           a - b->begin, ")");
   Place p;
   p.p = (uint8_t*)a;
   p.buffer = b;
@@ -44,28 +40,22 @@ Place locateGlobal(Warp& w, const Inst& in, int lane, uint64_t a, uint32_t bytes
 Place locateShared(Warp& w, const Inst& in, int lane, uint32_t a, uint32_t bytes, Kind kind, uint32_t align, bool own) {
   uint32_t rank = a >> 24, off = a & 0xffffffu;
   if (align > 1 && off % align)
-    w.fail(in, lane,
-           "misaligned shared " + std::string(verb(kind)) + " of " + std::to_string(bytes) +
-               " bytes at shared offset " + hex(off) + ": no multiple of " + std::to_string(align));
+    w.fail(in, lane, "misaligned shared ", verb(kind), " of ", bytes, " bytes at shared offset ", hex(off),
+           ": no multiple of ", align);
   if (own && rank != w.cta->rank && rank != 0)
-    w.fail(in, lane,
-           "shared::cta access with the address of CTA rank " + std::to_string(rank) + " of the cluster (own rank " +
-               std::to_string(w.cta->rank) + "): .shared::cluster is needed");
+    w.fail(in, lane, "shared::cta access with the address of CTA rank ", rank, " of the cluster (own rank ",
+           w.cta->rank, "): .shared::cluster is needed");
   if (own) rank = w.cta->rank;
   auto& ctas = w.cta->cluster->ctas;
   if (rank >= ctas.size())
-    w.fail(in, lane,
-           "shared " + std::string(verb(kind)) + " at CTA rank " + std::to_string(rank) + " of a cluster of " +
-               std::to_string(ctas.size()) + " (address " + hex(a) + ")");
+    w.fail(in, lane, "shared ", verb(kind), " at CTA rank ", rank, " of a cluster of ", ctas.size(), " (address ",
+           hex(a), ")");
   Cta& c = *ctas[rank];
   if (off < kSharedReserved || off + bytes > c.smemBytes)
-    w.fail(in, lane,
-           "out-of-bounds shared " + std::string(verb(kind)) + " of " + std::to_string(bytes) + " bytes at offset " +
-               hex(off) + ": the CTA's shared memory is [0x400, " + hex(c.smemBytes) + ")");
+    w.fail(in, lane, "out-of-bounds shared ", verb(kind), " of ", bytes, " bytes at offset ", hex(off),
+           ": the CTA's shared memory is [0x400, ", hex(c.smemBytes), ")");
   if (c.liveThreads == 0 && &c != w.cta)  // what a CTA leaves behind is checked when it exits
-    w.fail(in, lane,
-           "shared " + std::string(verb(kind)) + " to CTA rank " + std::to_string(rank) +
-               ", whose threads have all exited");
+    w.fail(in, lane, "shared ", verb(kind), " to CTA rank ", rank, ", whose threads have all exited");
   Place p;
   p.p = c.smem + off;
   p.valid = c.smemValid + off;
@@ -81,12 +71,10 @@ Place locate(Warp& w, const Inst& in, int lane, Space space, uint64_t a, uint32_
     if (inLocal(a)) space = Space::Local, a = (uint32_t)a;
   }
   if (space == Space::Local) {
-    if (align > 1 && a % align)
-      w.fail(in, lane, "misaligned local " + std::string(verb(kind)) + " at offset " + hex(a));
+    if (align > 1 && a % align) w.fail(in, lane, "misaligned local ", verb(kind), " at offset ", hex(a));
     if (a < 16 || a + bytes > w.kernel->localBytes)
-      w.fail(in, lane,
-             "out-of-bounds local " + std::string(verb(kind)) + " at offset " + hex(a) + " of " +
-                 std::to_string(w.kernel->localBytes) + " bytes");
+      w.fail(in, lane, "out-of-bounds local ", verb(kind), " at offset ", hex(a), " of ", w.kernel->localBytes,
+             " bytes");
     Place p;
     p.p = w.local + (size_t)lane * w.kernel->localBytes + a;
     p.valid = w.localValid + (size_t)lane * w.kernel->localBytes + a;
@@ -132,25 +120,20 @@ static void countBanks(Warp& w, uint32_t m, const uint64_t* a, uint32_t bytes) {
 void place(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* a, uint32_t bytes, Kind kind, Span& s) {
   Launch& l = *w.launch;
   if (space == Space::Generic) {  // one window for all lanes is the rule
-    uint64_t first = a[__builtin_ctz(m)] >> 32;
-    bool same = first != 1 && first != 2;
-    for (uint32_t left = m; left && same; left &= left - 1) {
-      uint64_t top = a[__builtin_ctz(left)] >> 32;
-      same = top != 1 && top != 2;
-    }
+    bool same = true;
+    for (int i : lanesOf(m)) same &= a[i] >> 32 != 1 && a[i] >> 32 != 2;
     if (same) space = Space::Global;
   }
   const uint32_t total = bytes * (uint32_t)__builtin_popcount(m);
   if (space == Space::Shared && in.x[4] == 0) {
     Cta& c = *w.cta;
     const uint32_t base = c.rank << 24;
-    for (uint32_t left = m; left; left &= left - 1) {
-      int i = __builtin_ctz(left);
+    for (int i : lanesOf(m)) {
       uint32_t off = (uint32_t)a[i] & 0xffffffu, top = (uint32_t)a[i] & 0xff000000u;
       if ((top != base && top != 0) || off < kSharedReserved || off + bytes > c.smemBytes || (off & (bytes - 1)))
         locateShared(w, in, i, (uint32_t)a[i], bytes, kind, bytes, true);
       if (kind != Kind::Read && (c.mbarIndex[off >> 3] || c.mbarIndex[(off + bytes - 1) >> 3]))
-        w.fail(in, i, "ordinary " + std::string(verb(kind)) + " to a live mbarrier at shared offset " + hex(off));
+        w.fail(in, i, "ordinary ", verb(kind), " to a live mbarrier at shared offset ", hex(off));
       s.p[i] = c.smem + off;
       s.v[i] = c.smemValid + off;
     }
@@ -160,8 +143,7 @@ void place(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* a, 
   } else if (space == Space::Global) {
     Buffer* b = Arena::get().find(a[__builtin_ctz(m)], bytes);
     if (b && (kind != Kind::Read && !b->writable)) b = nullptr;
-    for (uint32_t left = m; left; left &= left - 1) {
-      int i = __builtin_ctz(left);
+    for (int i : lanesOf(m)) {
       if (!b || a[i] < b->begin || a[i] + bytes > b->end || (a[i] & (bytes - 1)) || !b->valid.empty()) {
         Place p = locateGlobal(w, in, i, a[i], bytes, kind, bytes);
         s.p[i] = p.p;
@@ -174,8 +156,7 @@ void place(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* a, 
     }
     (kind == Kind::Read ? l.n.globalRead : kind == Kind::Write ? l.n.globalWrite : l.n.atomics) += total;
   } else {
-    for (uint32_t left = m; left; left &= left - 1) {
-      int i = __builtin_ctz(left);
+    for (int i : lanesOf(m)) {
       Place p = locate(w, in, i, space, a[i], bytes, kind, bytes);
       s.p[i] = p.p;
       s.v[i] = p.valid;
@@ -206,8 +187,7 @@ void load(Warp& w, const Inst& in, uint32_t m) {
   for (unsigned k = 0; k < n; ++k) {
     R* d = w.ptr<R>(refs[k]);
     uint32_t bad = 0;
-    for (uint32_t left = m; left; left &= left - 1) {
-      int i = __builtin_ctz(left);
+    for (int i : lanesOf(m)) {
       M v;
       memcpy(&v, s.p[i] + k * sizeof(M), sizeof(M));
       if constexpr (std::is_same<M, B128>::value)
@@ -233,11 +213,10 @@ void store(Warp& w, const Inst& in, uint32_t m) {
     const R* d = w.ptr<const R>(refs[k]);
     const uint32_t valid = w.validOf(refs[k]);
     if (m & ~valid && w.launch->opt.detect)
-      for (uint32_t left = m & ~valid; left; left &= left - 1)
-        if (int i = __builtin_ctz(left); !s.tracked || !s.v[i] || in.space == Space::Global)
+      for (int i : lanesOf(m & ~valid))
+        if (!s.tracked || !s.v[i] || in.space == Space::Global)
           w.fail(in, i, "an uninitialised value is stored to global memory");
-    for (uint32_t left = m; left; left &= left - 1) {
-      int i = __builtin_ctz(left);
+    for (int i : lanesOf(m)) {
       M v;
       if constexpr (std::is_same<M, B128>::value)
         v = d[i];
@@ -345,7 +324,7 @@ namespace {
 
 void checkParamBounds(Dec& d, const Operand& a, unsigned bytes) {
   const Operand& s = a.sub[0];
-  if (s.i < 0 || (uint64_t)s.i + bytes > s.var->bytes) d.fail("reads past the end of parameter " + s.var->name);
+  if (s.i < 0 || (uint64_t)s.i + bytes > s.var->bytes) d.fail("reads past the end of parameter ", s.var->name);
 }
 
 void loadStore(Dec& d, bool isLoad) {
@@ -375,7 +354,7 @@ void loadStore(Dec& d, bool isLoad) {
   };
   if (d.out.vec > 1) {
     if (reg.kind != Operand::Vector || reg.sub.size() != d.out.vec)
-      d.fail("a vector of " + std::to_string(d.out.vec) + " registers is expected");
+      d.fail("a vector of ", d.out.vec, " registers is expected");
     for (auto& e : reg.sub) d.extra()->refs.push_back(one(e));
   } else {
     const Operand& o = reg.kind == Operand::Vector && reg.sub.size() == 1 ? reg.sub[0] : reg;
@@ -417,13 +396,10 @@ void constant64(Warp& w, const Inst& in, uint32_t m) {
 void mapa(Warp& w, const Inst& in, uint32_t m) {
   uint64_t a[kLanes], r[kLanes];
   loadLanes(w, in.a, in.x[5], a);
-  for (uint32_t left = m; left; left &= left - 1) {
-    int i = __builtin_ctz(left);
+  for (int i : lanesOf(m)) {
     uint32_t rank = lane32(w, in.b, (unsigned)i);
     if (rank >= w.cta->cluster->ctas.size())
-      w.fail(in, i,
-             "mapa to CTA rank " + std::to_string(rank) + " of a cluster of " +
-                 std::to_string(w.cta->cluster->ctas.size()));
+      w.fail(in, i, "mapa to CTA rank ", rank, " of a cluster of ", w.cta->cluster->ctas.size());
     if (in.x[0] && !inShared(a[i])) w.fail(in, i, "mapa of a generic address that is not in shared memory");
     r[i] = (a[i] & ~0xff000000ull) | (uint64_t)rank << 24;
   }

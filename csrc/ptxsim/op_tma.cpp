@@ -18,7 +18,7 @@ struct Bulk : AsyncOp {
   uint64_t global = 0;
   int reduce = -1;  // atomic operation
   Type type = Type::None;
-  bool tensor = false;
+  bool tensor = false, told = false;
   TensorMap map;
   int32_t coord[5] = {0, 0, 0, 0, 0};
   std::vector<uint8_t> data, good;  // box contents in logical order; per byte: initialised, and inside the tensor
@@ -130,7 +130,7 @@ struct Bulk : AsyncOp {
       if (tensor) raceTag(*p.cta, off, provenance(i));
       for (uint32_t k = 0; k < n; k += 8)
         if (p.cta->mbarIndex[(off + k) >> 3])
-          warp->fail(*inst, lane, "a bulk copy overwrites a live mbarrier at shared offset " + std::to_string(off + k));
+          warp->fail(*inst, lane, "a bulk copy overwrites a live mbarrier at shared offset ", off + k);
     });
   }
   void writeGlobal() {
@@ -151,6 +151,10 @@ struct Bulk : AsyncOp {
       put(0, global, bytes);
   }
   bool exitOk() const override { return false; }
+  void waited(uint32_t) override {  // for the first time: its source may be written again
+    if (!told) laneAsync(*warp, *inst, lane, *warp->cta, shared & 0xffffff, bytes, Kind::Read);
+    told = true;
+  }
   bool step() override {
     if (way == Store) {
       if (!readDone) {
@@ -201,15 +205,14 @@ TensorMap readMap(Warp& w, const Inst& in, int lane, uint64_t address) {
   TensorMap map;
   memcpy(&map, p.p, sizeof map);
   if (map.magic != TensorMap::kMagic || map.rank < 1 || map.rank > 5 || !mapElementBytes(map.type))
-    w.fail(in, lane, "there is no tensor map at " + Arena::get().describe(address, 128));
+    w.fail(in, lane, "there is no tensor map at ", Arena::get().describe(address, 128));
   return map;
 }
 
 void bulk(Warp& w, const Inst& in, uint32_t m) {
   const BulkInst& b = *reinterpret_cast<const BulkInst*>(in.imm);
   auto n = [](uint64_t v) { return std::to_string(v); };
-  for (uint32_t left = m; left; left &= left - 1) {
-    const int i = firstLane(left);
+  for (int i : lanesOf(m)) {
     const unsigned l = (unsigned)i;
     auto op = std::make_shared<Bulk>();
     op->way = b.way;
@@ -221,14 +224,14 @@ void bulk(Warp& w, const Inst& in, uint32_t m) {
     if (b.tensor) {
       op->map = readMap(w, in, i, b.global.get(w, l));
       if (op->map.rank != b.rank)
-        w.fail(in, i, "a " + n(b.rank) + "-dimensional copy with a tensor map of rank " + n(op->map.rank));
+        w.fail(in, i, "a ", n(b.rank), "-dimensional copy with a tensor map of rank ", n(op->map.rank));
       op->bytes = mapElementBytes(op->map.type);
       for (unsigned d = 0; d < b.rank; ++d) {
         w.needValid(in, b.coord[d], 1u << i, "tensor coordinate");
         op->coord[d] = (int32_t)lane32(w, b.coord[d], l);
         op->bytes *= (op->map.box(d) + op->map.elementStride[d] - 1) / op->map.elementStride[d];
         if (b.way == Bulk::Store && op->coord[d] < 0)
-          w.fail(in, i, "a tensor store at a negative coordinate (dimension " + n(d) + ")");
+          w.fail(in, i, "a tensor store at a negative coordinate (dimension ", n(d), ")");
       }
       if (b.reduce >= 0) {
         static const Type kOf[] = {Type::None, Type::None, Type::U32,  Type::S32, Type::U64,  Type::S64, Type::F16,
@@ -241,7 +244,7 @@ void bulk(Warp& w, const Inst& in, uint32_t m) {
       if (b.way == Bulk::ToCluster) op->global = 0;
       w.needValid(in, b.size, 1u << i, "copy size");
       op->bytes = lane32(w, b.size, l);
-      if (op->bytes % 16) w.fail(in, i, "a bulk copy of " + n(op->bytes) + " bytes: the size must be a multiple of 16");
+      if (op->bytes % 16) w.fail(in, i, "a bulk copy of ", n(op->bytes), " bytes: the size must be a multiple of 16");
       if (b.way != Bulk::ToCluster && op->global % 16)
         w.fail(in, i, "the global address of a bulk copy must be a multiple of 16 bytes");
     }
@@ -258,10 +261,13 @@ void bulk(Warp& w, const Inst& in, uint32_t m) {
       op->shared = (op->shared & 0xffffff) | w.cta->rank << 24;
     }
     if ((op->shared & 0xffffff) % (b.tensor ? 128 : 16))
-      w.fail(in, i,
-             "the shared memory address of the copy, offset " + n(op->shared & 0xffffff) + ", must be a multiple of " +
-                 (b.tensor ? "128" : "16") + " bytes");
-    if (op->bytes) locateShared(w, in, i, op->shared, op->bytes, source ? Kind::Read : Kind::Write, 16, false);
+      w.fail(in, i, "the shared memory address of the copy, offset ", n(op->shared & 0xffffff),
+             ", must be a multiple of ", (b.tensor ? "128" : "16"), " bytes");
+    if (op->bytes) {
+      const Kind kind = source ? Kind::Read : Kind::Write;
+      locateShared(w, in, i, op->shared, op->bytes, kind, 16, false);
+      if (op->shared >> 24 == w.cta->rank) laneAsync(w, in, i, *w.cta, op->shared & 0xffffff, op->bytes, kind);
+    }
     if (!source) {
       w.needValid(in, b.barrier.ref, 1u << i, "address");
       op->barrier = (uint32_t)b.barrier.get(w, l);
@@ -286,12 +292,13 @@ void bulk(Warp& w, const Inst& in, uint32_t m) {
         auto two = std::make_shared<Two>();
         static_cast<Bulk&>(*two) = *op;
         two->from = (from & 0xffffff) | w.cta->rank << 24;
+        laneAsync(w, in, i, *w.cta, two->from & 0xffffff, op->bytes, Kind::Read);
         op = two;
       }
       if (b.hasMask) {
         op->ctaMask = w.ptr<uint16_t>(b.mask)[l];
         if (!op->ctaMask || op->ctaMask >> w.cta->cluster->ctas.size())
-          w.fail(in, i, "multicast mask " + n(op->ctaMask) + " in a cluster of " + n(w.cta->cluster->ctas.size()));
+          w.fail(in, i, "multicast mask ", n(op->ctaMask), " in a cluster of ", n(w.cta->cluster->ctas.size()));
         for (uint32_t r = 0; r < 16; ++r)
           if ((op->ctaMask >> r) & 1)
             raceMbarrierUse(w, in, i, mbarrierAt(w, in, i, (op->barrier & 0xffffff) | r << 24));
@@ -320,8 +327,7 @@ void bulkWait(Warp& w, const Inst& in, uint32_t m) {
 const char* kFields[] = {"global_address", "rank",     "box_dim",           "global_dim",   "global_stride",
                          "element_stride", "elemtype", "interleave_layout", "swizzle_mode", "fill_mode"};
 void replaceField(Warp& w, const Inst& in, uint32_t m) {
-  for (uint32_t left = m; left; left &= left - 1) {
-    int i = firstLane(left);
+  for (int i : lanesOf(m)) {
     uint64_t a = lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm);
     Place p = locate(w, in, i, in.space, a, 128, Kind::Write, 64);
     racePlace(w, in, p, 128, Kind::Write);
@@ -331,9 +337,7 @@ void replaceField(Warp& w, const Inst& in, uint32_t m) {
     uint64_t v = in.x[1] == 8 ? lane64(w, in.b, (unsigned)i) : lane32(w, in.b, (unsigned)i);
     const unsigned ord = (unsigned)in.ext->v[0];
     auto check = [&](bool ok) {
-      if (!ok)
-        w.fail(in, i,
-               std::string("tensormap.replace of ") + kFields[in.x[0]] + ": " + std::to_string(v) + " is not allowed");
+      if (!ok) w.fail(in, i, "tensormap.replace of ", kFields[in.x[0]], ": ", v, " is not allowed");
     };
     switch (in.x[0]) {
       case 0:

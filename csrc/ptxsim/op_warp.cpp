@@ -71,9 +71,7 @@ void shfl(Warp& w, const Inst& in, uint32_t m) {
   storeLanes(w, in.d, r, m);
   w.setValid(in.d, m, v);
   if (in.x[2]) {
-    uint32_t& d = w.pred(in.ext->refs[0]);
-    d = (d & ~m) | (p & m);
-    w.setValid(in.ext->refs[0], m, kAll);
+    w.setPred(in.ext->refs[0], m, p, kAll);
   }
 }
 
@@ -94,8 +92,7 @@ void vote(Warp& w, const Inst& in, uint32_t m) {
   if (in.x[0] == 3) {
     storeLanes(w, in.d, r, m);
   } else {
-    uint32_t& d = w.pred(in.d);
-    d = (d & ~m) | (out & m);
+    w.setPred(in.d, m, out, v);
   }
   w.setValid(in.d, m, v);
 }
@@ -117,9 +114,7 @@ void match(Warp& w, const Inst& in, uint32_t m) {
   storeLanes(w, in.d, r, m);
   w.setValid(in.d, m, w.validOf(in.a));
   if (in.x[2]) {
-    uint32_t& d = w.pred(in.ext->refs[0]);
-    d = (d & ~m) | (p & m);
-    w.setValid(in.ext->refs[0], m, w.validOf(in.a));
+    w.setPred(in.ext->refs[0], m, p, w.validOf(in.a));
   }
 }
 
@@ -130,8 +125,8 @@ void redux(Warp& w, const Inst& in, uint32_t m) {
   for (unsigned i = 0; i < kLanes; ++i) {
     if (!((m >> i) & 1)) continue;
     uint32_t group = lane32(w, in.b, i) & m, acc = lane32(w, in.a, (unsigned)firstLane(group));
-    for (uint32_t left = group & (group - 1); left; left &= left - 1) {
-      uint32_t x = lane32(w, in.a, (unsigned)firstLane(left));
+    for (int j : lanesOf(group & (group - 1))) {
+      const uint32_t x = lane32(w, in.a, (unsigned)j);
       switch (in.x[0]) {
         case 0:
           acc += x;
@@ -174,9 +169,7 @@ void elect(Warp& w, const Inst& in, uint32_t m) {
     storeLanes(w, in.d, r, m);
     w.setValid(in.d, m, kAll);
   }
-  uint32_t& d = w.pred(in.ext->refs[0]);
-  d = (d & ~m) | (p & m);
-  w.setValid(in.ext->refs[0], m, kAll);
+  w.setPred(in.ext->refs[0], m, p, kAll);
 }
 
 void warpSync(Warp& w, const Inst& in, uint32_t m) {

@@ -163,10 +163,8 @@ struct Wgmma : AsyncOp {
       other = d, other.mode = mode;
       tryOut(other, "swizzle mode " + std::to_string(mode));
     }
-    warp->fail(*inst, -1,
-               "operand " + std::string(name) + " of a wgmma is no regular part of the tensor it was loaded from: " +
-                   what + " (descriptor: start " + std::to_string(d.start) + ", LBO " + std::to_string(d.lbo) +
-                   ", SBO " + std::to_string(d.sbo) + ", swizzle mode " + std::to_string(d.mode) + hint + ")");
+    warp->fail(*inst, -1, "operand ", name, " of a wgmma is no regular part of the tensor it was loaded from: ", what,
+               " (descriptor: start ", d.start, ", LBO ", d.lbo, ", SBO ", d.sbo, ", swizzle mode ", d.mode, hint, ")");
   }
 
   bool step() override {
@@ -283,7 +281,7 @@ void mmaAsync(Warp& w, const Inst& in, uint32_t m) {
     w.needValid(in, r, m, what);
     const uint64_t v = lane64(w, r, 0);
     for (unsigned i = 1; i < kLanes; ++i)
-      if (lane64(w, r, i) != v) w.fail(in, (int)i, std::string(what) + " differs between lanes");
+      if (lane64(w, r, i) != v) w.fail(in, (int)i, what, " differs between lanes");
     return v;
   };
   const uint64_t descA = s.registersA ? 0 : uniform(in.a, "wgmma descriptor"),
@@ -403,8 +401,7 @@ void decodeWgmma(Dec& d) {
   const size_t tail = integer ? 0 : half ? (s.registersA ? 3 : 4) : 2;
   d.wantArgs(4 + tail, 4 + tail);
   const Operand& acc = d.arg(0);
-  if (acc.kind != Operand::Vector || acc.sub.size() != nd)
-    d.fail(std::to_string(nd) + " accumulator registers are expected");
+  if (acc.kind != Operand::Vector || acc.sub.size() != nd) d.fail(nd, " accumulator registers are expected");
   Extra* e = d.extra();
   for (auto& o : acc.sub) e->refs.push_back(d.dst(o, 4));
   if (s.registersA) {

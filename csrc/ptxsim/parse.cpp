@@ -4,7 +4,7 @@
 #include <cstring>
 #include <string_view>
 
-#include "ptx.h"
+#include "sim.h"
 
 namespace ptxsim {
 namespace {
@@ -18,42 +18,6 @@ const TypeInfo kTypes[] = {{"", 0},       {"b8", 1},     {"b16", 2},   {"b32", 4
                            {"s32", 4},    {"s64", 8},    {"f16", 2},   {"f16x2", 4}, {"bf16", 2}, {"bf16x2", 4},
                            {"f32", 4},    {"f32x2", 8},  {"f64", 8},   {"tf32", 4},  {"e4m3", 1}, {"e5m2", 1},
                            {"e4m3x2", 2}, {"e5m2x2", 2}, {"u16x2", 4}, {"s16x2", 4}, {"pred", 4}};
-
-const char* kSpecials[] = {"tid",
-                           "ntid",
-                           "laneid",
-                           "warpid",
-                           "nwarpid",
-                           "ctaid",
-                           "nctaid",
-                           "smid",
-                           "nsmid",
-                           "gridid",
-                           "clusterid",
-                           "nclusterid",
-                           "cluster_ctaid",
-                           "cluster_nctaid",
-                           "cluster_ctarank",
-                           "cluster_nctarank",
-                           "is_explicit_cluster",
-                           "lanemask_eq",
-                           "lanemask_le",
-                           "lanemask_lt",
-                           "lanemask_ge",
-                           "lanemask_gt",
-                           "clock",
-                           "clock_hi",
-                           "clock64",
-                           "globaltimer",
-                           "globaltimer_lo",
-                           "globaltimer_hi",
-                           "dynamic_smem_size",
-                           "total_smem_size",
-                           "aggr_smem_size",
-                           "reserved_smem_offset_begin",
-                           "reserved_smem_offset_end",
-                           "reserved_smem_offset_cap",
-                           "current_graph_exec"};
 
 struct Token {
   enum Kind { End, Ident, Number, String, Punct } kind = End;
@@ -84,8 +48,9 @@ class Parser {
   int loc_ = 0;
   std::map<std::array<int, 3>, int> located_;  // the last .loc of each position
 
-  [[noreturn]] void fail(const std::string& what) const {
-    throw Error("PTX line " + std::to_string(tok_.line) + ": " + what);
+  template <class... Parts>
+  [[noreturn]] void fail(const Parts&... what) const {
+    throw Error("PTX line ", tok_.line, ": ", what...);
   }
 
   // ---- lexer. An identifier keeps dots and :: that join its parts, so that an opcode is one token.
@@ -146,10 +111,10 @@ class Parser {
     return true;
   }
   void expect(const char* s) {
-    if (!accept(s)) fail(std::string("expected '") + s + "', found '" + tok_.s + "'");
+    if (!accept(s)) fail("expected '", s, "', found '", tok_.s, "'");
   }
   std::string ident() {
-    if (tok_.kind != Token::Ident) fail("expected a name, found '" + tok_.s + "'");
+    if (tok_.kind != Token::Ident) fail("expected a name, found '", tok_.s, "'");
     std::string s = tok_.s;
     advance();
     return s;
@@ -162,7 +127,7 @@ class Parser {
   }
   int64_t integer() {
     bool neg = accept("-");
-    if (tok_.kind != Token::Number) fail("expected a number, found '" + tok_.s + "'");
+    if (tok_.kind != Token::Number) fail("expected a number, found '", tok_.s, "'");
     int64_t v = toInt(tok_.s);
     advance();
     return neg ? -v : v;
@@ -246,7 +211,7 @@ class Parser {
       v->visible = visible;
       expect(";");
     } else {
-      fail("unknown directive '" + tok_.s + "'");
+      fail("unknown directive '", tok_.s, "'");
     }
   }
 
@@ -286,7 +251,7 @@ class Parser {
         while (!accept(")")) advance();
       } else {
         type = typeFromName(d);
-        if (type == Type::None) fail("unknown type '." + d + "'");
+        if (type == Type::None) fail("unknown type '.", d, "'");
       }
     }
     v->name = ident();
@@ -402,7 +367,7 @@ class Parser {
         advance();
         accept(";");
       } else {
-        fail("unknown function directive '" + d + "'");
+        fail("unknown function directive '", d, "'");
       }
     }
     if (!accept(";")) {
@@ -508,7 +473,7 @@ class Parser {
       skipStatement();
       return;
     }
-    fail("unknown directive '" + tok_.s + "'");
+    fail("unknown directive '", tok_.s, "'");
   }
 
   int findReg(const std::string& name) {
@@ -543,15 +508,6 @@ class Parser {
     auto it = module_->varByName.find(name);
     return it == module_->varByName.end() ? nullptr : it->second;
   }
-  static bool isSpecial(const std::string& name) {
-    if (name[0] != '%') return false;
-    std::string base = name.substr(1, name.find('.') == std::string::npos ? std::string::npos : name.find('.') - 1);
-    if (base.compare(0, 6, "envreg") == 0 || base.compare(0, 2, "pm") == 0) return true;
-    for (auto s : kSpecials)
-      if (base == s) return true;
-    return false;
-  }
-
   Operand operand() {
     Operand o;
     if (accept("!")) {
@@ -603,7 +559,7 @@ class Parser {
     } else if (int r = findReg(name); r >= 0) {
       o.kind = Operand::Register;
       o.reg = r;
-    } else if (isSpecial(name)) {
+    } else if (unsigned d; findSpecial(name, &d)) {
       o.kind = Operand::Special;
       o.name = name;
     } else {
@@ -613,7 +569,7 @@ class Parser {
         o.var = v;
         o.funcVar = local;
       } else {
-        if (name[0] == '%') fail("register '" + name + "' is not declared");
+        if (name[0] == '%') fail("register '", name, "' is not declared");
         o.kind = Operand::Name;
         o.name = name;
       }
@@ -643,7 +599,7 @@ class Parser {
       in.guardNegate = accept("!");
       std::string name = ident();
       in.guard = findReg(name);
-      if (in.guard < 0) fail("predicate '" + name + "' is not declared");
+      if (in.guard < 0) fail("predicate '", name, "' is not declared");
     }
     std::string name = ident();
     if (accept(":")) {  // label, or `label: .branchtargets a, b;`

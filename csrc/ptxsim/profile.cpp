@@ -16,7 +16,7 @@ constexpr size_t kNumClasses = sizeof kClasses / sizeof *kClasses;
 uint8_t classNumber(const char* name) {
   for (size_t i = 0; i < kNumClasses; ++i)
     if (!strcmp(kClasses[i], name)) return (uint8_t)i;
-  throw Error(std::string("no instruction class '") + name + "'");
+  throw Error("no instruction class '", name, "'");
 }
 
 bool hasPart(const std::string& op, const char* part) {

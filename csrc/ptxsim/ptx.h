@@ -10,8 +10,22 @@
 
 namespace ptxsim {
 
+// Its arguments, texts and numbers, one after the other.
+template <class... Parts>
+std::string cat(const Parts&... parts) {
+  std::string s;
+  auto add = [&](const auto& part) {
+    if constexpr (std::is_arithmetic<std::decay_t<decltype(part)>>::value)
+      s += std::to_string(part);
+    else
+      s += part;
+  };
+  (add(parts), ...);
+  return s;
+}
 struct Error : std::runtime_error {
-  using std::runtime_error::runtime_error;
+  template <class... Parts>
+  explicit Error(const Parts&... parts) : std::runtime_error(cat(parts...)) {}
 };
 
 enum class Type : uint8_t {

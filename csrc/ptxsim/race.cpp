@@ -56,13 +56,11 @@ struct Granule {  // 16 bytes of memory
   Entry w[kSharedWrites], r[kSharedReads];
   Provenance from;
 };
-// The memory that a granule belongs to, for reports.
-struct Memory {
-  const Cta* cta;
-  const Buffer* buffer;
-  std::string name() const { return cta ? "shared memory of CTA " + std::to_string(cta->linear) : buffer->name; }
+constexpr unsigned kPage = kPageBytes / 16;
+struct Page {
+  Granule granules[kPage];
+  LanePage lanes;
 };
-constexpr unsigned kPage = 64;
 
 struct OpRecord {
   RaceClock clock;  // the issuer's, at issue
@@ -74,14 +72,16 @@ struct OpRecord {
 }  // namespace
 
 struct RaceShadow {
-  std::vector<std::unique_ptr<Granule[]>> pages;
+  std::vector<std::unique_ptr<Page>> pages;
   std::vector<Entry> remote, remoteOps;  // of other CTAs: each warp's last access, all operations
   RaceClock exit, met;                   // what its warps knew when they exited
-  Granule& at(uint64_t granule) {
-    auto& p = pages[granule / kPage];
-    if (!p) p.reset(new Granule[kPage]());
-    return p[granule % kPage];
+  void resize(uint64_t bytes) { pages.resize((bytes + kPageBytes - 1) / kPageBytes); }
+  Page& page(uint64_t offset) {
+    auto& p = pages[offset / kPageBytes];
+    if (!p) p.reset(new Page());
+    return *p;
   }
+  Granule& at(uint64_t granule) { return page(16 * granule).granules[granule % kPage]; }
 };
 
 struct RaceState {
@@ -110,9 +110,9 @@ void raceStart(Launch& l, Cluster& c, uint64_t index) {
   const uint32_t n = l.warpsPerCta * l.ctasPerCluster, first = (uint32_t)index * n;
   for (auto& cta : c.ctas) {
     cta->shadow = std::make_shared<RaceShadow>();
-    laneStart(*cta);
-    cta->shadow->pages.resize((cta->smemBytes + 16 * kPage - 1) / (16 * kPage));
+    cta->shadow->resize(cta->smemBytes);
     for (auto& w : cta->warps) {
+      laneStart(w);
       w.race = std::make_shared<RaceWarp>();
       w.race->first = first;
       w.race->self = first + cta->rank * l.warpsPerCta + w.index;
@@ -177,8 +177,8 @@ const char* ordered(RaceState& s, const Side& me, const Entry& e) {
   uint32_t warp = e.flags & kOpFlag ? s.ops[e.agent]->issuer : e.agent;
   if (e.flags & kOpFlag) other = "the asynchronous operation issued by ";
   other += "warp " + std::to_string(warp % n) + " of CTA " + std::to_string(warp / n) + " at " + k.place(e.pc);
-  throw Error("race on " + place + ": this " + (me.async ? "asynchronous " : "") + verb(write) + " and the " +
-              verb(e.flags & kWriteFlag) + " by " + other + ": " + why + "\n  at " + where(w, in, -1));
+  throw Error("race on ", place, ": this ", (me.async ? "asynchronous " : ""), verb(write), " and the ",
+              verb(e.flags & kWriteFlag), " by ", other, ": ", why, "\n  at ", where(w, in, -1));
 }
 
 void put(Entry* list, unsigned n, const Side& me, uint16_t mask, uint8_t flags) {
@@ -252,7 +252,7 @@ Side side(Warp& w, const Inst& in, bool strong) {
 }
 RaceShadow& globalShadow(RaceState& s, const Buffer& b) {
   RaceShadow& g = s.global[&b];
-  if (g.pages.empty()) g.pages.resize((b.end - b.begin + 16 * kPage - 1) / (16 * kPage));
+  if (g.pages.empty()) g.resize(b.end - b.begin);
   return g;
 }
 
@@ -306,24 +306,33 @@ static void accessLanes(Warp& w, const Inst& in, uint32_t m, Space space, const 
   if (space == Space::Local || space == Space::Param) return;
   Side me = side(w, in, strong);
   me.unchanged = unchanged;
+  const LaneAccess laneKind = kind == Kind::Read ? LaneAccess::Read
+                              : unchanged        ? LaneAccess::Rewrite
+                                                 : LaneAccess::Write;
   for (uint32_t left = m; left;) {
     int i = firstLane(left);
     left &= left - 1;
     uint64_t at = a[i], n = bytes;
+    uint32_t run = 1u << i;
     // neighbours of the same granule or run are one access
-    while (left && a[firstLane(left)] == at + n && n < 64) n += bytes, left &= left - 1;
+    while (left && a[firstLane(left)] == at + n && n < 64) n += bytes, run |= left & (0 - left), left &= left - 1;
+    auto check = [&](RaceShadow& shadow, uint64_t offset, const Memory& memory) {
+      range(s, w, in, shadow, me, offset, n, kind, memory);
+      for (; run && !strong; run &= run - 1, offset += bytes)
+        laneAccess(w, in, firstLane(run), shadow.page(offset).lanes, memory, offset, bytes, laneKind);
+    };
     const bool shared = space == Space::Shared || (space == Space::Generic && inShared(at));
     if (shared) {
       Place p = locateShared(w, in, i, (uint32_t)at, 1, Kind::Read, 1, space == Space::Shared && in.x[4] == 0);
       raceRemote(w, in, i, *p.cta, nullptr);
-      range(s, w, in, *p.cta->shadow, me, p.offset, n, kind, Memory{p.cta, nullptr});
+      check(*p.cta->shadow, p.offset, Memory{p.cta, nullptr});
     } else if (!inLocal(at)) {
       Buffer* b = Arena::get().find(at, 1);
       if (!b) {
         uint64_t moved = w.launch->alias ? w.launch->alias(at, n) : 0;
         if (!moved || !(b = Arena::get().find(at = moved, 1))) continue;
       }
-      if (b->writable) range(s, w, in, globalShadow(s, *b), me, at - b->begin, n, kind, Memory{nullptr, b});
+      if (b->writable) check(globalShadow(s, *b), at - b->begin, Memory{nullptr, b});
     }
     if (!strong) continue;
     // sem: 0 weak (an atomic without .sem is relaxed), 1 relaxed, 2 acquire, 3 release, 4 acq_rel, 5 volatile
@@ -351,17 +360,24 @@ static void accessLanes(Warp& w, const Inst& in, uint32_t m, Space space, const 
   if (strong && (in.x[0] == 2 || in.x[0] == 4)) laneSync(w, m);
 }
 
-static bool plainShared(const Inst& in, Space space) {
-  return space == Space::Shared && in.x[4] == 0 && in.x[0] == 0;
-}
 void raceAccess(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* a, uint32_t bytes, Kind kind) {
-  if (plainShared(in, space) && kind != Kind::Atomic) laneAccess(w, in, m, a, bytes, kind == Kind::Write);
   accessLanes(w, in, m, space, a, bytes, kind, false);
 }
 void raceWrites(Warp& w, const Inst& in, uint32_t m, uint32_t changed, Space space, const uint64_t* a, uint32_t bytes) {
-  if (plainShared(in, space)) laneAccess(w, in, m & changed, a, bytes, true);
   if (m & changed) accessLanes(w, in, m & changed, space, a, bytes, Kind::Write, false);
   if (m & ~changed) accessLanes(w, in, m & ~changed, space, a, bytes, Kind::Write, true);
+}
+void laneAsync(Warp& w, const Inst& in, int lane, Cta& cta, uint32_t offset, uint32_t bytes, Kind kind) {
+  if (!w.launch->race) return;
+  const LaneAccess laneKind = kind == Kind::Read ? LaneAccess::Read : LaneAccess::Write;
+  for (uint32_t end = offset + bytes; offset < end;) {
+    const uint32_t n = std::min({bytes, 16u, end - offset});
+    laneAccess(w, in, lane, cta.shadow->page(offset).lanes, Memory{&cta, nullptr}, offset, n, laneKind);
+    offset += n;
+  }
+}
+uint32_t raceAgent(const Warp& w) {
+  return w.race->self;
 }
 
 void racePlace(Warp& w, const Inst& in, const Place& p, uint32_t bytes, Kind kind) {
@@ -394,8 +410,8 @@ void raceTensorMap(Warp& w, const Inst& in, Buffer& b, uint64_t address) {
 void raceFence(Warp& w, const Inst& in, uint32_t m) {
   if (!w.launch->race) return;
   RaceWarp& r = *w.race;
-  laneSync(w, m);
-  if (in.x[0] == 1) {  // proxy fence: what is known is visible to the async proxy too
+  if (in.x[0] != 1) laneSync(w, m);  // a fence of the pattern by which lanes may talk; a proxy fence is none
+  if (in.x[0] == 1) {                // proxy fence: what is known is visible to the async proxy too
     r.clock.async = r.clock.seen;
     for (auto& f : r.clock.foreign) f.second[1] = f.second[0];
     ++r.own();
@@ -446,22 +462,29 @@ void raceClusterWait(Warp& w) {
 
 // ---- mbarriers and shared memory of other CTAs: the other side must be there
 
-void raceMbarrierInit(Warp& w, Mbarrier& b) {
-  if (w.launch->race) b.initBy = w.race->self, b.initTime = w.race->own();
+void raceMbarrierInit(Warp& w, int lane, Mbarrier& b) {
+  if (!w.launch->race) return;
+  b.initBy = w.race->self, b.initTime = w.race->own();
+  b.initLane = (uint32_t)lane, b.initLaneTime = w.laneTime;
 }
 void raceMbarrierUse(Warp& w, const Inst& in, int lane, const Mbarrier& b) {
-  if (!w.launch->race || b.initBy == w.race->self) return;
+  if (!w.launch->race) return;
   const RaceWarp& r = *w.race;
+  if (b.initBy == r.self) {
+    if ((int)b.initLane != lane && b.initLaneTime >= w.laneNews[lane])
+      w.fail(in, lane, "race on an mbarrier: nothing orders this operation after its mbarrier.init by lane ",
+             b.initLane, " of the same warp (bar.warp.sync is missing)");
+    return;
+  }
   if (knows(r.clock, r.first, b.initBy, b.initTime, false) || knows(r.met, r.first, b.initBy, b.initTime, true)) return;
   const uint32_t n = w.launch->warpsPerCta;
   const bool fence = knows(r.met, r.first, b.initBy, b.initTime, false);
-  w.fail(in, lane,
-         "race on an mbarrier of CTA " + std::to_string(b.initBy / n) + ": nothing orders this operation after its " +
-             "mbarrier.init by warp " + std::to_string(b.initBy % n) + " (" +
-             (fence                        ? "fence.mbarrier_init"
-              : b.initBy / n == r.self / n ? "a barrier of the CTA"
-                                           : "a cluster barrier") +
-             " is missing)");
+  w.fail(in, lane, "race on an mbarrier of CTA ", b.initBy / n, ": nothing orders this operation after its ",
+         "mbarrier.init by warp ", b.initBy % n, " (",
+         (fence                        ? "fence.mbarrier_init"
+          : b.initBy / n == r.self / n ? "a barrier of the CTA"
+                                       : "a cluster barrier"),
+         " is missing)");
 }
 void raceRemote(Warp& w, const Inst& in, int lane, Cta& target, const AsyncOp* op) {
   if (!w.launch->race || &target == w.cta) return;
@@ -470,9 +493,8 @@ void raceRemote(Warp& w, const Inst& in, int lane, Cta& target, const AsyncOp* o
   bool started = false;
   for (uint32_t i = at; i < at + n; ++i) started |= r.clock.seen[i] || r.met.seen[i];
   if (!started)
-    w.fail(in, lane,
-           "shared memory of CTA rank " + std::to_string(target.rank) +
-               " is accessed before that CTA is known to have started: a cluster barrier is missing");
+    w.fail(in, lane, "shared memory of CTA rank ", target.rank,
+           " is accessed before that CTA is known to have started: a cluster barrier is missing");
   const uint32_t pc = (uint32_t)(&in - w.kernel->code.data());
   if (op) {
     target.shadow->remoteOps.push_back({op->id, 0, pc, 1, kOpFlag | kWriteFlag, 0});
@@ -499,11 +521,11 @@ static void checkRemote(Cta& cta) {
     const uint32_t warp = e.flags & kOpFlag ? s.ops[e.agent]->issuer : e.agent;
     if (!(e.flags & kOpFlag) && knows(cta.shadow->met, own.first, warp, e.time, false)) return;
     const std::string who = "warp " + std::to_string(warp % n) + " of CTA " + std::to_string(warp / n);
-    throw Error("CTA " + std::to_string(cta.linear) + " may exit before " +
+    throw Error("CTA ", cta.linear, " may exit before ",
                 (e.flags & kOpFlag
                      ? "the asynchronous operation issued by " + who + " has written its shared memory: nothing waits"
-                     : who + " accesses its shared memory: a cluster barrier is missing") +
-                "\n  at kernel " + cta.launch->kernel->name + ": " + cta.launch->kernel->place(e.pc));
+                     : who + " accesses its shared memory: a cluster barrier is missing"),
+                "\n  at kernel ", cta.launch->kernel->name, ": ", cta.launch->kernel->place(e.pc));
   };
   for (const Entry& e : cta.shadow->remote) check(e);
   for (const Entry& e : cta.shadow->remoteOps) check(e);
@@ -603,22 +625,21 @@ void checkExit(Cta& cta) {
     for (auto& op : w.bulk.ops)
       if (!op->exitOk() && cta.launch->race && cta.launch->race->ops[op->id]->read.empty()) {
         throw Error(
-            "the CTA exits before a bulk store has read its shared memory: cp.async.bulk.wait_group is missing\n  at " +
+            "the CTA exits before a bulk store has read its shared memory: cp.async.bulk.wait_group is missing\n  at ",
             where(w, *op->inst, -1));
       }
     if (!w.wgmma.ops.empty())
-      throw Error("the CTA exits with a wgmma that nobody has waited for\n  at " +
+      throw Error("the CTA exits with a wgmma that nobody has waited for\n  at ",
                   where(w, *w.wgmma.ops.front()->inst, -1));
   }
   for (auto& o : cta.wgmma)
     if (!o.issued.empty() && !o.issued.back()->id)
-      throw Error("kernel " + cta.launch->kernel->name +
+      throw Error("kernel ", cta.launch->kernel->name,
                   ": not all warps of a warpgroup have issued the same number of wgmma");
   for (auto& b : cta.mbars)
     if (b.live && b.tx != 0)
-      throw Error("kernel " + cta.launch->kernel->name + ": CTA " + std::to_string(cta.linear) +
-                  " exits while an mbarrier still expects " + std::to_string(b.tx) +
-                  " bytes (transaction count; negative: more came than were expected)");
+      throw Error("kernel ", cta.launch->kernel->name, ": CTA ", cta.linear, " exits while an mbarrier still expects ",
+                  b.tx, " bytes (transaction count; negative: more came than were expected)");
 }
 
 }  // namespace ptxsim

@@ -16,10 +16,32 @@ struct Provenance {
 void raceTag(Cta& cta, uint32_t offset, const Provenance& from);
 const Provenance* raceTagOf(Cta& cta, uint32_t offset);  // nullptr: unknown
 
-// Between the lanes of a warp: those of m hear of what the others did; they access their CTA's shared memory.
-void laneStart(Cta& cta);
-void laneSync(Warp& w, uint32_t m);
-void laneAccess(Warp& w, const Inst& in, uint32_t m, const uint64_t* address, uint32_t bytes, bool write);
+// The memory that an access belongs to, for reports.
+struct Memory {
+  const Cta* cta;
+  const Buffer* buffer;
+  std::string name() const { return cta ? "shared memory of CTA " + std::to_string(cta->linear) : buffer->name; }
+};
+
+// ---- between the lanes of a warp
+struct LaneUnit {  // who wrote some bytes last, who has read them since; a warp of the grid from 1, 0: nobody
+  uint32_t writeWarp = 0, writeTime = 0, writeLanes = 0, writePc = 0;
+  uint32_t readWarp = 0, readTime = 0, readLanes = 0, readPc = 0;
+};
+struct LanePage {               // of kPageBytes
+  unsigned shift = 4;           // units of 16 bytes, or as few as the smallest access to the page
+  std::vector<LaneUnit> units;  // empty: no access yet
+};
+constexpr uint32_t kPageBytes = 1024;
+uint32_t raceAgent(const Warp& w);  // its number in the grid
+void laneStart(Warp& w);
+void laneSync(Warp& w, uint32_t m);                        // the lanes of m hear of what the others did
+enum class LaneAccess : uint8_t { Read, Write, Rewrite };  // Rewrite: a write of what was there
+// One lane's access, which lies in one page.
+void laneAccess(Warp& w, const Inst& in, int lane, LanePage& page, const Memory& memory, uint64_t offset,
+                uint32_t bytes, LaneAccess kind);
+// The same by an asynchronous operation, when it is issued or when the lane has waited for it.
+void laneAsync(Warp& w, const Inst& in, int lane, Cta& cta, uint32_t offset, uint32_t bytes, Kind kind);
 
 struct RaceState;
 RaceState* raceCreate(Launch& l);
@@ -35,7 +57,7 @@ void raceClusterWait(Warp& w);
 void raceExit(Warp& w);  // its last thread exits
 
 // ---- mbarriers and asynchronous operations
-void raceMbarrierInit(Warp& w, Mbarrier& b);
+void raceMbarrierInit(Warp& w, int lane, Mbarrier& b);
 void raceMbarrierUse(Warp& w, const Inst& in, int lane, const Mbarrier& b);  // its init must come before
 // Another CTA's shared memory: it must have started, and stay until the access is over. `op`: what makes the access.
 void raceRemote(Warp& w, const Inst& in, int lane, Cta& target, const AsyncOp* op);

@@ -1,77 +1,60 @@
-// Races between the lanes of one warp on its CTA's shared memory. Lanes that run one instruction together are not
-// ordered by it: what one lane wrote another may touch only after bar.warp.sync, or a barrier or acquire that brings
-// news. Each lane remembers when it last had such news, each 4-byte word who touched it last and when.
+// Races between the lanes of one warp. Lanes that run one instruction together are not ordered by it: what one lane
+// wrote another may touch only after bar.warp.sync, or a barrier or acquire that brings news. Each lane remembers when
+// it last had such news, each unit of memory which lanes touched it last and when.
 #include "race.h"
 
 namespace ptxsim {
-namespace {
 
-struct Word {
-  uint32_t writeTime = 0, readTime = 0, readLanes = 0, writePc = 0, readPc = 0;
-  uint16_t writeWarp = 0, readWarp = 0;  // number in the CTA, from 1; 0: nobody, or accesses that are not looked at
-  uint8_t writeLane = 0;
-};
-constexpr uint32_t kPageWords = 256;
-
-}  // namespace
-
-struct LaneShadow {
-  std::vector<std::unique_ptr<Word[]>> pages;
-  Word& at(uint32_t word) {
-    auto& p = pages[word / kPageWords];
-    if (!p) p.reset(new Word[kPageWords]());
-    return p[word % kPageWords];
-  }
-};
-
-void laneStart(Cta& cta) {
-  cta.lanes = std::make_shared<LaneShadow>();
-  cta.lanes->pages.resize(cta.smemBytes / (4 * kPageWords) + 1);
-  for (auto& w : cta.warps) {
-    w.laneTime = 1;
-    std::fill_n(w.laneNews, kLanes, 0);
-  }
+void laneStart(Warp& w) {
+  w.laneTime = 1;
+  std::fill_n(w.laneNews, kLanes, 0);
 }
 
 void laneSync(Warp& w, uint32_t m) {
   if (!w.launch->race) return;
   ++w.laneTime;
-  for (uint32_t left = m; left; left &= left - 1) w.laneNews[__builtin_ctz(left)] = w.laneTime;
+  for (int i : lanesOf(m)) w.laneNews[i] = w.laneTime;
 }
 
-void laneAccess(Warp& w, const Inst& in, uint32_t m, const uint64_t* a, uint32_t bytes, bool write) {
-  LaneShadow& shadow = *w.cta->lanes;
-  const uint16_t self = (uint16_t)(w.index + 1);
+// Makes the units as small as an access of `bytes` needs them: each takes over what was known of the larger one.
+static void refine(LanePage& page, uint32_t bytes) {
+  const unsigned shift = std::min(page.shift, (unsigned)__builtin_ctz(bytes));
+  std::vector<LaneUnit> units(kPageBytes >> shift);
+  if (!page.units.empty())
+    for (size_t i = 0; i < units.size(); ++i) units[i] = page.units[i >> (page.shift - shift)];
+  page.units = std::move(units);
+  page.shift = shift;
+}
+
+void laneAccess(Warp& w, const Inst& in, int lane, LanePage& page, const Memory& memory, uint64_t offset,
+                uint32_t bytes, LaneAccess kind) {
+  const uint32_t self = raceAgent(w) + 1, news = w.laneNews[lane], bit = 1u << lane;
   const uint32_t pc = (uint32_t)(&in - w.kernel->code.data());
-  auto race = [&](int lane, const char* verb, uint32_t other, uint32_t otherPc, uint32_t word) {
-    w.fail(in, lane,
-           "race on shared memory of CTA " + std::to_string(w.cta->linear) + " at byte " + std::to_string(word * 4) +
-               " between lanes of a warp: this " + (write ? "write" : "read") + " and the " + verb + " by lane " +
-               std::to_string(other) + " at " + w.kernel->place(otherPc) +
-               ": nothing orders them (bar.warp.sync is missing)");
+  if (page.units.empty() || bytes & ((1u << page.shift) - 1)) refine(page, bytes);
+  auto race = [&](const char* verb, uint32_t others, uint32_t otherPc, uint32_t unit) {
+    w.fail(in, lane, "race on ", memory.name(), " at byte ",
+           offset / kPageBytes * kPageBytes + ((uint64_t)unit << page.shift), " between lanes of a warp: this ",
+           (kind == LaneAccess::Read ? "read" : "write"), " and the ", verb, " by lane ", __builtin_ctz(others), " at ",
+           w.kernel->place(otherPc), ": nothing orders them (bar.warp.sync is missing)");
   };
-  for (uint32_t left = m; left; left &= left - 1) {
-    const int i = __builtin_ctz(left);
-    const uint32_t news = w.laneNews[i], first = ((uint32_t)a[i] & 0xffffffu) / 4;
-    for (uint32_t k = first; k <= (((uint32_t)a[i] & 0xffffffu) + bytes - 1) / 4; ++k) {
-      Word& word = shadow.at(k);
-      if (bytes < 4) {  // several lanes may own parts of the word
-        word.writeWarp = word.readWarp = 0;
-        continue;
-      }
-      if (word.writeWarp == self && word.writeLane != i && word.writeTime >= news)
-        race(i, "write", word.writeLane, word.writePc, k);
-      if (write) {
-        if (word.readWarp == self && word.readTime >= news && word.readLanes & ~(1u << i))
-          race(i, "read", (uint32_t)__builtin_ctz(word.readLanes & ~(1u << i)), word.readPc, k);
-        word.writeTime = w.laneTime, word.writePc = pc;
-        word.writeWarp = self, word.writeLane = (uint8_t)i;
-        word.readWarp = 0;
-      } else if (word.readWarp == self && word.readTime == w.laneTime) {
-        word.readLanes |= 1u << i;
-      } else {
-        word.readWarp = self, word.readTime = w.laneTime, word.readLanes = 1u << i, word.readPc = pc;
-      }
+  const uint32_t first = (uint32_t)(offset % kPageBytes) >> page.shift;
+  for (uint32_t k = first; k < first + (bytes >> page.shift); ++k) {
+    LaneUnit& u = page.units[k];
+    const bool unordered = u.writeWarp == self && u.writeTime >= news;
+    if (kind == LaneAccess::Rewrite) {  // whoever wrote the same sees the same
+      if (unordered) u.writeLanes |= bit;
+      continue;
+    }
+    const uint32_t writers =
+        unordered ? kind == LaneAccess::Write || !(u.writeLanes & bit) ? u.writeLanes & ~bit : 0 : 0;
+    if (writers) race("write", writers, u.writePc, k);
+    if (kind == LaneAccess::Write) {
+      if (u.readWarp == self && u.readTime >= news && u.readLanes & ~bit) race("read", u.readLanes & ~bit, u.readPc, k);
+      u = {self, w.laneTime, bit, pc, 0, 0, 0, 0};
+    } else if (u.readWarp == self && u.readTime == w.laneTime) {
+      u.readLanes |= bit;
+    } else {
+      u.readWarp = self, u.readTime = w.laneTime, u.readLanes = bit, u.readPc = pc;
     }
   }
 }

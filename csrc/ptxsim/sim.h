@@ -62,59 +62,19 @@ struct Inst {
   uint8_t x[6] = {0, 0, 0, 0, 0, 0};
 };
 
-enum class Sreg : uint8_t {
-  TidX,
-  TidY,
-  TidZ,
-  NtidX,
-  NtidY,
-  NtidZ,
-  LaneId,
-  WarpId,
-  NwarpId,
-  CtaidX,
-  CtaidY,
-  CtaidZ,
-  NctaidX,
-  NctaidY,
-  NctaidZ,
-  SmId,
-  NsmId,
-  GridId,
-  ClusteridX,
-  ClusteridY,
-  ClusteridZ,
-  NclusteridX,
-  NclusteridY,
-  NclusteridZ,
-  ClusterCtaidX,
-  ClusterCtaidY,
-  ClusterCtaidZ,
-  ClusterNctaidX,
-  ClusterNctaidY,
-  ClusterNctaidZ,
-  ClusterCtarank,
-  ClusterNctarank,
-  IsExplicitCluster,
-  MaskEq,
-  MaskLe,
-  MaskLt,
-  MaskGe,
-  MaskGt,
-  DynamicSmem,
-  TotalSmem,
-  SmemReserved,
-  SharedAddress,
-  Clock,
-  Globaltimer,
-  Zero
+// A special register: what a lane finds in it when its warp starts; nullptr: it changes while the warp runs.
+struct Special {
+  const char* name;
+  uint64_t (*value)(const Warp&, unsigned lane, unsigned dimension);
 };
+const Special* findSpecial(const std::string& name, unsigned* dimension);  // nullptr: there is none
+extern const Special kSharedAddress;                                       // where the CTA's window begins
 
-struct SregInit {
-  Sreg kind;
+struct SpecialUse {
+  const Special* special;
   uint32_t off;
-  uint8_t bytes;
-  uint32_t value;  // SharedAddress: offset in the CTA's window
+  uint8_t bytes, dimension;
+  uint32_t add;
 };
 
 struct SourceLine {
@@ -132,8 +92,7 @@ struct Kernel {
   std::deque<Extra> extras;
   std::vector<std::shared_ptr<void>> owned;  // what instructions keep beyond an Extra
   std::vector<uint64_t> constants;           // lane vectors
-  std::vector<SregInit> sregs;
-  std::vector<std::pair<uint32_t, uint32_t>> sregIds;
+  std::vector<SpecialUse> specials;
   uint32_t regBytes = 0, numIds = 1;
   uint32_t staticShared = 0;  // bytes after the reserved first 1 KB
   uint32_t dynSharedAlign = 16;
@@ -153,6 +112,21 @@ struct Kernel {
   std::shared_ptr<struct Coverage> coverage;
   std::string place(size_t pc) const;  // source position and PTX line, for reports
 };
+
+// for (int lane : lanesOf(mask))
+struct LanesOf {
+  uint32_t left;
+  int operator*() const { return __builtin_ctz(left); }
+  LanesOf& operator++() { return left &= left - 1, *this; }
+  bool operator!=(LanesOf o) const { return left != o.left; }
+  LanesOf begin() const { return *this; }
+  LanesOf end() const { return {0}; }
+};
+inline LanesOf lanesOf(uint32_t mask) {
+  return {mask};
+}
+
+std::string where(const Warp& w, const Inst& in, int lane);
 
 // A set of lanes at one program counter.
 struct Frame {
@@ -218,6 +192,10 @@ struct Warp {
   uint32_t& pred(Ref r) { return *ptr<uint32_t>(r); }
   uint32_t validOf(Ref r) const { return valid[r.id]; }
   void setValid(Ref d, uint32_t m, uint32_t v) { valid[d.id] = (valid[d.id] & ~m) | (v & m); }
+  void setPred(Ref d, uint32_t m, uint32_t value, uint32_t v) {
+    pred(d) = (pred(d) & ~m) | (value & m);
+    setValid(d, m, v);
+  }
 
   bool run(unsigned quantum);  // false: nothing to run now
   void schedule();
@@ -229,7 +207,10 @@ struct Warp {
   void jump(uint32_t mask, uint32_t target, uint32_t activeMask);  // lanes of mask go to target
   void exitLanes(uint32_t mask);
   void block(Wait kind, std::string (*describe)(Warp&, const Inst&) = nullptr);  // retry this instruction later
-  [[noreturn]] void fail(const Inst& in, int lane, const std::string& what);
+  template <class... Parts>
+  [[noreturn]] void fail(const Inst& in, int lane, const Parts&... what) {
+    throw Error(what..., "\n  at ", where(*this, in, lane));
+  }
   void needValid(const Inst& in, Ref r, uint32_t mask, const char* role);
 };
 
@@ -253,8 +234,9 @@ struct Mbarrier {
   uint32_t expected = 0, nextExpected = 0;
   int64_t pending = 0, tx = 0;
   uint64_t phase = 0;
-  uint64_t txSeen = 0;                               // bytes that arrived in this phase, for reports
-  uint32_t initBy = 0, initTime = 0;                 // race detector: warp of the grid
+  uint64_t txSeen = 0;                // bytes that arrived in this phase, for reports
+  uint32_t initBy = 0, initTime = 0;  // race detector: warp of the grid
+  uint32_t initLane = 0, initLaneTime = 0;
   std::shared_ptr<RaceClock> clock, done;            // race detector: of the open phase, of the last completed one
   std::shared_ptr<RaceCompletion> open, completion;  // asynchronous operations of the open phase, of the last one
 };
@@ -279,7 +261,6 @@ struct Cta {
   };
   std::vector<WgmmaOrder> wgmma;
   std::shared_ptr<RaceShadow> shadow;  // race detector
-  std::shared_ptr<struct LaneShadow> lanes;
   std::unique_ptr<uint64_t[]> memory, regMemory;
 };
 
@@ -308,6 +289,7 @@ struct AsyncOp {
   bool generic = false;                         // works through the generic proxy
   std::vector<uint32_t> covers;                 // operations whose end its signal tells of
   virtual bool exitOk() const { return true; }  // nobody waited: the CTA may exit all the same
+  virtual void waited(uint32_t) {}              // these lanes have waited for it: what it did is as if they had now
 };
 
 struct Counters {
@@ -377,7 +359,6 @@ void profileEnd(Kernel& k);    // after it, failed or not
 std::string instructionCounts(const Kernel& k);
 std::string coverageOf(const std::string& kernel);
 
-std::string where(const Warp& w, const Inst& in, int lane);
 void checkExit(Cta& cta);  // what a CTA must not leave behind
 
 }  // namespace ptxsim
