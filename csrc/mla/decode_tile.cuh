@@ -87,13 +87,19 @@ __device__ __forceinline__ void initialise_barriers(uint32_t shared, uint32_t fu
   }
 }
 
-// Last thing, by all threads: no CTA of a cluster leaves while another may write or arrive there.
+// Last thing, by the producer: a CTA of a cluster stays until the other one's warps have arrived on its barriers for the
+// last time. (The other one's last copies into it are what its own warps wait for.)
 template <int kCtas>
-__device__ __forceinline__ void leave() {
+__device__ __forceinline__ void drain(uint32_t shared, Slot& slot) {
   if constexpr (kCtas > 1) {
-    __syncwarp();
-    ptx::barrier_cluster_arrive_relaxed();
-    ptx::barrier_cluster_wait();
+#pragma unroll
+    for (int stage = 0; stage < static_cast<int>(kDecodeStages); ++stage) {
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        ptx::mbarrier_wait_parity(shared + slot.empty(half), slot.parity ^ 1);
+      }
+      slot.advance();
+    }
   }
 }
 

@@ -54,12 +54,11 @@ __device__ __forceinline__ void run(const MlaDecodeParams& p) {
     Slot slot;
     if (warp < Cache::kProducers) {
       for_each_item(p, [&](int, const Item& item) { Cache::load(p, shared, slot, warp, item, gridDim.x); });
+      drain<Cache::kCtas>(shared, slot);
     }
-    leave<Cache::kCtas>();
   } else {
     ptx::setmaxnreg_inc<Cache::kConsumerRegisters>();
     consume<Cache>(p, shared, Consumer(warp));
-    leave<Cache::kCtas>();
   }
 }
 
