@@ -39,11 +39,19 @@ constexpr uint32_t kBlockBytes = kDecodeRows * kBlockColumns * 4;
 static_assert(kMaxRanks <= kBlocks && kBlocks * kBlockBytes <= kDecodeStages * kTile, "all parts fit the ring");
 static_assert(kBlocks == 8, "four to a warpgroup");
 
-// Where a block keeps 16-byte chunk `chunk` of a row. A warp writes two chunks of eight rows at a time, and reads rows:
-// both meet all banks.
-__device__ __forceinline__ uint32_t place_of(int row, int chunk) {
-  return row * (kBlockColumns * 4) + ((chunk ^ row % 8 << 1) << 4);
+// Where a block keeps 16-byte chunk `chunk` of a row. Eight neighbouring lanes write two chunks of rows r, r + 8, r + 1
+// and r + 9, or read eight chunks of a row: both meet eight different banks of 16 bytes.
+constexpr uint32_t place_of(int row, int chunk) {
+  return row * (kBlockColumns * 4) + ((chunk ^ (row & 1) << 1 ^ (row & 8) >> 1) << 4);
 }
+constexpr bool meets_all_banks(int row, int chunk) {
+  uint32_t banks = 0;
+  for (int lane = 0; lane < 8; ++lane) {
+    banks |= 1u << place_of(row + lane / 4 + lane % 2 * 8, chunk + lane % 4 / 2) / 16 % 8;
+  }
+  return banks == 0xFF;
+}
+static_assert(meets_all_banks(0, 0) && meets_all_banks(2, 6) && meets_all_banks(20, 8), "lanes of send()");
 
 // The cluster, and the tiles that this CTA has of the request: ranks take them in order, the first ones one more where
 // they do not divide. `busy` ranks have any.
