@@ -100,7 +100,10 @@ def test_numbers_of_requests(backend, device, requests, dtype):
     """CUDA kernels serve few requests by clusters, whose size follows from how many there are."""
     lengths = [(37 * b) % 130 for b in range(requests)]
     q = torch.randn(requests, 1, 2, 576).bfloat16() * 0.2
+    before = dk.launch_counts()
     check(device, q, cache_for(backend, lengths, 64, dtype), backend=backend)
+    if backend in ("cuda", "sim:cuda"):
+        assert dk.launch_counts() - before == {f"mla_decode_{'fp8' if dtype == FP8 else 'bf16'}_cluster": 1}
 
 
 @pytest.mark.parametrize("spread", [0.0, 8.0])
