@@ -11,7 +11,7 @@
 //            ready[w]      4 arrivals, of the warps of warpgroup w: its weights and their maximum are there
 //            named         all consumers: queries are there; sums of both are there, and nobody reads queries or ring
 //                          any more. One warpgroup: rows that do not exist are cleared
-// Registers  40 and 232 (bfloat16), 72 and 216 (FP8): output 128, scores 32, weights 16, rotary queries 16
+// Registers  of a consumer: output 128, scores 32, weights 16, rotary queries 16
 // Budget     per tile, cycles: tensor 1152 + 1024 = 2176; shared memory 2304 (queries 64 KB, keys 72, values 64,
 //            weights 16, filling 72, at 128 bytes a cycle)
 #pragma once
@@ -21,7 +21,8 @@
 
 namespace dsv3 {
 
-// Where keys come from: how many warps bring them, and whether consumers clear the rows that do not exist.
+// Where keys come from: how many warps bring them, how many registers these and consumers have, and whether consumers
+// clear the rows that do not exist.
 template <int kCtasOfCluster>
 struct Bf16Cache {
   static constexpr int kCtas = kCtasOfCluster;
@@ -144,8 +145,8 @@ __device__ __forceinline__ void attend(const MlaDecodeParams& p, uint32_t shared
   release<Cache::kCtas>(shared + slot.empty(me.warpgroup), me);
 }
 
-// All tiles of an item, into `state` and the output `o`; `slot` stands at the first tile, and then behind the
-// last.
+// All tiles of an item, into `state` and the output `o`. `slot` is the place of the first one; Place is Slot or
+// advances like it.
 template <class Cache, class Place>
 __device__ __forceinline__ void walk(const MlaDecodeParams& p, uint32_t shared, const Consumer& me, const Item& item,
                                      const uint32_t (&rope)[4][4], const Place& slot, uint32_t& phase, RowState& state,

@@ -3,7 +3,7 @@
 // Shared memory, in panels of 64 rows x 64 bfloat16, 128-byte swizzle (8192 bytes; wgmma's and the tensor maps' form):
 //            queries       8 panels         the latent part; the rotary part is in registers, as fragments of A
 //            tiles         2 x 9 panels     a ring: keys, whose first 8 panels are the values too
-//            weights       2 panels         P of even and odd tiles (mla_decode.cu only)
+//            weights       2 panels         P of even and odd tiles (decode_loop.cuh only)
 //            statistics    4 x 64 float     running maximum of even and odd tiles; sums of even and odd tiles
 // Barriers   full[s][h]    half h of stage s has landed: 1 arrival with the bytes (bfloat16), or 4 (FP8: its warps)
 //            empty[s][h]   8 arrivals: 4 warps that formed the scores, 4 that multiplied the weights with that half; in

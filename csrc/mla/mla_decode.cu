@@ -1,21 +1,16 @@
 // mla_decode: attention of a few queries per request on its paged latent cache, in the absorbed form (docs/mla.md).
 //
-// A CTA takes 64 rows (query x head) of a request and walks over the keys that the plan gives it, 64 at a time. The
-// output of 64 x 512 float32 is half of the register file: two warpgroups have 256 columns each. Tile t is formed
-// (scores, softmax, weights) by warpgroup t mod 2, which hands its weights to the other one through shared memory, and
-// multiplied with the values by both. While one forms its softmax, the other's products run, and its own of the last
-// tile. mla_decode_simple.cu does the same with less to understand, and has the same bits.
+// A CTA takes 64 rows (query x head) of a request and walks over the keys that the plan gives it, 64 at a time
+// (mla/decode_loop.cuh), item after item. mla_decode_simple.cu does the same with less to understand, and has the same
+// bits.
 //
 // Roles      warps 0..3    bfloat16 cache: warp 0 issues tensor copies; FP8 cache: all decode rows (mla/decode_fp8.cuh)
 //            warps 4..11   two consumer warpgroups
-// Barriers   full, empty   of the ring: mla/decode_tile.cuh
-//            ready[w]      4 arrivals, of the warps of warpgroup w: its weights and their maximum are there
-//            named         all consumers: queries are there; they are no longer read; output on its way is gone. One
-//                          warpgroup: rows that do not exist are cleared
-// Registers  40 and 232 (bfloat16), 72 and 216 (FP8): output 128, scores 32, weights 16, rotary queries 16
-// Budget     per tile, cycles: tensor 1152 + 1024 = 2176; shared memory 2304 (queries 64 KB, keys 72, values 64,
-//            weights 16, filling 72, at 128 bytes a cycle); memory 4947 on an H100 and 3444 on an H200, with an FP8
-//            cache 2816 and 1984. Nothing of it is measured: it follows from counting.
+// Barriers   full, empty, ready: mla/decode_tile.cuh, mla/decode_loop.cuh
+//            named         all consumers: theirs of the loop, and: output on its way is gone
+// Registers  the loop's, 40 and 232 (bfloat16), 72 and 216 (FP8)
+// Budget     per tile, cycles: the loop's, tensor 2176 and shared memory 2304; memory 4947 on an H100 and 3444 on an
+//            H200, with an FP8 cache 2816 and 1984. Nothing of it is measured: it follows from counting.
 #include "mla/decode_loop.cuh"
 
 namespace dsv3 {

@@ -39,30 +39,41 @@ constexpr uint32_t kBlockBytes = kDecodeRows * kBlockColumns * 4;
 static_assert(kMaxRanks <= kBlocks && kBlocks * kBlockBytes <= kDecodeStages * kTile, "all parts fit the ring");
 static_assert(kBlocks == 8, "four to a warpgroup");
 
-// Where a block keeps 16-byte chunk `chunk` of a row. A warp writes two chunks of eight rows at a time, and reads rows:
-// both meet all banks.
-__device__ __forceinline__ uint32_t place_of(int row, int chunk) {
-  return row * (kBlockColumns * 4) + ((chunk ^ row % 8 << 1) << 4);
+// Where a block keeps 16-byte chunk `chunk` of a row. Eight neighbouring lanes write two chunks of rows r, r + 8, r + 1
+// and r + 9, or read eight chunks of a row: both meet eight different banks of 16 bytes.
+constexpr uint32_t place_of(int row, int chunk) {
+  return row * (kBlockColumns * 4) + ((chunk ^ (row & 1) << 1 ^ (row & 8) >> 1) << 4);
 }
+constexpr bool meets_all_banks(int row, int chunk) {
+  uint32_t banks = 0;
+  for (int lane = 0; lane < 8; ++lane) {
+    banks |= 1u << place_of(row + lane / 4 + lane % 2 * 8, chunk + lane % 4 / 2) / 16 % 8;
+  }
+  return banks == 0xFF;
+}
+static_assert(meets_all_banks(0, 0) && meets_all_banks(2, 6) && meets_all_banks(20, 8), "lanes of send()");
 
 // The cluster, and the tiles that this CTA has of the request: ranks take them in order, the first ones one more where
 // they do not divide. `busy` ranks have any.
 struct Share {
   int rank, ranks, busy;
+  int block_bits;  // log2 of the blocks of columns that each rank owns
   Item item;
   __device__ __forceinline__ Share(const MlaDecodeParams& p, int request)
-      : rank(ptx::cluster_ctarank()), ranks(ptx::cluster_nctarank()) {
+      : rank(ptx::cluster_ctarank()), ranks(ptx::cluster_nctarank()), block_bits(__clz(ranks) - __clz(kBlocks)) {
     item.request = request;
     item.length = min(max(__ldg(p.lengths + request), 0), p.max_keys);
     item.split = true;
     constexpr int kKeys = kDecodeKeys;
-    const int tiles = (item.length + kKeys - 1) / kKeys, each = tiles / ranks, more = tiles % ranks;
+    const int tiles = (item.length + kKeys - 1) / kKeys, each = tiles >> (31 - __clz(ranks)),
+              more = tiles & (ranks - 1);
     const int first = rank * each + min(rank, more);
     item.first = min(first * kKeys, item.length);
     item.last = min((first + each + (rank < more ? 1 : 0)) * kKeys, item.length);
     busy = min(tiles, ranks);
   }
-  __device__ __forceinline__ int blocks() const { return kBlocks / ranks; }  // of columns, to each rank
+  // Where in a ring the parts that `from` sends begin.
+  __device__ __forceinline__ uint32_t parts_of(int from) const { return kTiles + (from << block_bits) * kBlockBytes; }
 };
 
 // A warpgroup's tiles all lie in one stage here, as a CTA has one item; where ptxas 13.5 knows that, it keeps the
@@ -96,17 +107,26 @@ __device__ __forceinline__ Weights exchange(uint32_t shared, const Consumer& me,
   }
   ptx::mbarrier_wait_parity_cluster(shared + kOthers, 0);
 
+  // All at once, ranks that there are not as some other and then as -inf: no load waits for another.
+  float all[kMaxRanks][2];
+#pragma unroll
+  for (int rank = 0; rank < kMaxRanks; ++rank) {
+    const int other = min(rank - (rank > share.rank), share.ranks - 2);
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      const float told = ld_shared(shared + kLses + other * kLseBytes + 4 * (me.row() + 8 * side));
+      all[rank][side] = rank == share.rank ? lse[side] : rank < share.ranks ? told : -INFINITY;
+    }
+  }
   Weights weights;
 #pragma unroll
   for (int side = 0; side < 2; ++side) {
-    const uint32_t row = shared + kLses + 4 * (me.row() + 8 * side);
-    const auto of = [&](int rank) {
-      return rank == share.rank ? lse[side] : ld_shared(row + (rank - (rank > share.rank)) * kLseBytes);
-    };
     float top = -INFINITY, total = 0.0f;
-    for (int rank = 0; rank < share.ranks; ++rank) top = fmaxf(top, of(rank));
+#pragma unroll
+    for (int rank = 0; rank < kMaxRanks; ++rank) top = fmaxf(top, all[rank][side]);
     const float shift = top == -INFINITY ? 0.0f : top;
-    for (int rank = 0; rank < share.ranks; ++rank) total += ptx::ex2_approx_ftz_f32(of(rank) - shift);
+#pragma unroll
+    for (int rank = 0; rank < kMaxRanks; ++rank) total += ptx::ex2_approx_ftz_f32(all[rank][side] - shift);
     weights.mine[side] = total == 0.0f ? 0.0f : ptx::ex2_approx_ftz_f32(lse[side] - shift) / total;
     weights.lse[side] = total == 0.0f ? -INFINITY : shift + log2f(total);
   }
@@ -125,8 +145,9 @@ __device__ __forceinline__ void send(uint32_t shared, const Consumer& me, const 
   const uint32_t barrier = shared + kParts;
 #pragma unroll
   for (int quarter = 0; quarter < 4; ++quarter) {
-    const int block = 4 * me.warpgroup + quarter, owner = block / share.blocks(), within = block % share.blocks();
-    const uint32_t panel = shared + kTiles + (share.rank * share.blocks() + within) * kBlockBytes;
+    const int block = 4 * me.warpgroup + quarter, owner = block >> share.block_bits;
+    const int within = block - (owner << share.block_bits);
+    const uint32_t panel = shared + share.parts_of(share.rank) + within * kBlockBytes;
     const uint32_t there = ptx::mapa(panel, owner), there_barrier = ptx::mapa(barrier, owner);
 #pragma unroll
     for (int j = 0; j < kBlockColumns / 8; ++j) {
@@ -146,22 +167,28 @@ __device__ __forceinline__ void send(uint32_t shared, const Consumer& me, const 
 __device__ __forceinline__ void store_sum(const MlaDecodeParams& p, uint32_t shared, const Consumer& me,
                                           const Share& share, const Rows& rows) {
   if (share.busy > 0) ptx::mbarrier_wait_parity_cluster(shared + kParts, 0);
-  constexpr int kChunks = kBlockColumns / 4;
-  const int chunks = share.blocks() * kChunks;
+  constexpr int kChunkBits = 4;
+  static_assert(kBlockColumns / 4 == 1 << kChunkBits, "16-byte chunks of a block's row");
+  const int bits = kChunkBits + share.block_bits;  // chunks of a row that this rank owns
 #pragma unroll 1
-  for (int i = me.thread; i < rows.count * chunks; i += kConsumers) {
-    const int row_of_block = i / chunks, chunk = i % chunks;
-    uint32_t part = shared + kTiles + chunk / kChunks * kBlockBytes + place_of(row_of_block, chunk % kChunks);
+  for (int i = me.thread; i < rows.count << bits; i += kConsumers) {
+    const int row_of_block = i >> bits, chunk = i & ((1 << bits) - 1);
+    const uint32_t place =
+        shared + (chunk >> kChunkBits) * kBlockBytes + place_of(row_of_block, chunk & ((1 << kChunkBits) - 1));
+    uint4 parts[kMaxRanks];  // all at once, as above
+#pragma unroll
+    for (int rank = 0; rank < kMaxRanks; ++rank) {
+      parts[rank] = rank < share.busy ? ld_shared_16(place + share.parts_of(rank)) : make_uint4(0, 0, 0, 0);
+    }
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    for (int rank = 0; rank < share.busy; ++rank) {
-      const uint4 bits = ld_shared_16(part);
-      sum.x += __uint_as_float(bits.x), sum.y += __uint_as_float(bits.y);
-      sum.z += __uint_as_float(bits.z), sum.w += __uint_as_float(bits.w);
-      part += share.blocks() * kBlockBytes;
+#pragma unroll
+    for (const uint4& part : parts) {
+      sum.x += __uint_as_float(part.x), sum.y += __uint_as_float(part.y);
+      sum.z += __uint_as_float(part.z), sum.w += __uint_as_float(part.w);
     }
     const int row = rows.first + row_of_block, query = row / p.heads, head = row - query * p.heads;
     store_four(p.out + share.item.request * p.out_request_stride + query * p.out_query_stride +
-                   head * p.out_head_stride + 4 * (share.rank * chunks + chunk),
+                   head * p.out_head_stride + 4 * ((share.rank << bits) + chunk),
                sum, p.out_vectors);
   }
 }
@@ -171,7 +198,7 @@ __device__ __forceinline__ void consume(const MlaDecodeParams& p, uint32_t share
   const Share share(p, blockIdx.z);
   const Rows rows(p, blockIdx.y);
   if (me.thread == 0 && share.busy > 0) {
-    ptx::mbarrier_arrive_expect_tx(shared + kParts, share.busy * rows.count * share.blocks() * kBlockColumns * 4);
+    ptx::mbarrier_arrive_expect_tx(shared + kParts, share.busy * rows.count * (kBlockColumns * 4 << share.block_bits));
   }
   uint32_t rope[4][4];
   load_queries(p, shared, me, rows, share.item.request, rope);
@@ -205,6 +232,7 @@ __device__ __forceinline__ void run(const MlaDecodeParams& p) {
   const int warp = warp_index();
   ptx::griddepcontrol_launch_dependents();
   if (threadIdx.x == 0) {
+    if (Cache::kClears && p.max_keys > 0) ptx::prefetch_tensormap(&p.cache_map);  // a cache that is copied
     ptx::mbarrier_init(shared + kOthers, ptx::cluster_nctarank());
     ptx::mbarrier_init(shared + kParts, 1);
   }

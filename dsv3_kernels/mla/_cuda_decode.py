@@ -56,9 +56,9 @@ def mla_decode_choice(
     parts: Tensor | None = None,
     *_: Any,
 ) -> dict[str, Any]:
-    """What a call launches, for `dk.explain`."""
-    requests, queries, heads, _width = q.shape
-    if requests == 0 or queries * heads == 0:
+    """What a call launches, for `dk.explain`; nothing where that is nothing, or the kernels do not take it."""
+    requests, queries, heads, width = q.shape
+    if requests == 0 or queries * heads == 0 or q.dtype is not torch.bfloat16 or width != LATENT + ROPE:
         return {}
     fp8, row_blocks = kv_cache.dtype is torch.uint8, -(-queries * heads // _planning.ROW_BLOCK)
     cluster = _cluster(q, kv_cache, block_table) if work is None else 0

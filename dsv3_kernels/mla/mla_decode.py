@@ -39,10 +39,10 @@ def mla_decode(
         block_table: `[B, P]` int32, pages of each request in order; entries past its length are not used.
         cache_seqlens: `[B]` int32, tokens in the cache, the new ones included.
         softmax_scale: factor on the scores. DeepSeek-V3: 192^-0.5 (0.1 ln 40 + 1)^2 = 0.1352338, not 576^-0.5.
-        plan: of `mla_decode_plan`, for the kernels; the eager backend needs none. Without one the CUDA kernels share out
-            each of a few requests over a cluster in one launch, where the table has room for few keys, and else make a
-            balanced plan: how a request is cut then depends on the number of requests and the table's width. One that
-            serves many layers, or of policy "fixed", is for the caller to make.
+        plan: of `mla_decode_plan`, for the kernels; the eager backend needs none. Without one a CUDA kernel shares out
+            each of a few requests over a cluster, in one launch, where the table has room for few keys; a call makes a
+            balanced plan of its own otherwise. How a request is cut then depends on the number of requests and on the
+            table's width.
         out: where to write: the output, or `(output, lse)`.
         latent: width of the latent, 512; other widths in the eager backend with float caches only.
 

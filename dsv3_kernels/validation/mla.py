@@ -93,13 +93,22 @@ def packed(latent: Tensor, k_rope: Tensor) -> Tensor:
     return torch.cat([t.cpu().contiguous().view(torch.uint8) for t in (q, scale, k_rope)], -1)
 
 
-@case("mla_decode")
-def mla_decode_fp8_cache(r: Inputs) -> Problem:
+def fp8_problem(r: Inputs, words: str, plan: str | None) -> Problem:
     latent, k_rope = r.randn(384, LATENT, dtype=BF16), r.randn(384, ROPE, dtype=BF16)
     cache = packed(latent, k_rope).view(6, 64, 656).to(r.device)
     keys = torch.cat([real(*quantize(latent, 1, 128)), k_rope.cpu().double()], -1)
     spread = 0.0 if r.backend == "eager" else UNIT[BF16]  # kernels may turn codes into bfloat16
-    return decode_problem(r, cache, keys, spread, "4 x 1 query, FP8 cache", 1, None)
+    return decode_problem(r, cache, keys, spread, f"4 x 1 query, FP8 cache{words}", 1, plan)
+
+
+@case("mla_decode")
+def mla_decode_fp8_cache(r: Inputs) -> Problem:
+    return fp8_problem(r, "", None)
+
+
+@case("mla_decode", "mla_decode_plan")
+def mla_decode_fp8_cache_with_plan(r: Inputs) -> Problem:
+    return fp8_problem(r, ", balanced plan", "balanced")
 
 
 def prefill_inputs(r: Inputs, tokens: int, keys: int, dtype: torch.dtype) -> list[Tensor]:

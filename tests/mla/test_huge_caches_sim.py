@@ -27,7 +27,7 @@ pytestmark = [needs_simulator, pytest.mark.slow]
 BF16 = torch.bfloat16
 PAGE = 64
 ROW_BYTES = {BF16: 1152, FP8: 656}
-LIMIT_KIB = 3 << 20
+LIMIT_KIB = 1 << 20
 
 
 @pytest.fixture(autouse=True)

@@ -94,6 +94,18 @@ def test_toy_widths(device, widths):
     check(device, q, filled([0, 20, 33], 16, torch.float32, sum(widths), widths[0]), latent=widths[0])
 
 
+@pytest.mark.parametrize("requests", [20, 40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP8])
+def test_numbers_of_requests(backend, device, requests, dtype):
+    """CUDA kernels serve few requests by clusters, whose size follows from how many there are."""
+    lengths = [(37 * b) % 130 for b in range(requests)]
+    q = torch.randn(requests, 1, 2, 576).bfloat16() * 0.2
+    before = dk.launch_counts()
+    check(device, q, cache_for(backend, lengths, 64, dtype), backend=backend)
+    if backend in ("cuda", "sim:cuda"):
+        assert dk.launch_counts() - before == {f"mla_decode_{'fp8' if dtype == FP8 else 'bf16'}_cluster": 1}
+
+
 @pytest.mark.parametrize("spread", [0.0, 8.0])
 def test_constant_and_peaked_weights(backend, device, spread):
     check(device, (torch.randn(1, 2, 4, 576) * spread).bfloat16(), filled([100], 64, torch.bfloat16), backend=backend)
