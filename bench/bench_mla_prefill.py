@@ -130,16 +130,19 @@ def merge_attention(tokens: int, heads: int, *, quick: bool = False) -> Case:
     )
 
 
-def rope(tokens: int, heads: int, *, quick: bool = False) -> Case:
+def rope(tokens: int, heads: int, *, quick: bool = False, cpu: bool = False) -> Case:
+    """From the up-projection's queries into those of decode."""
+
     def make(device: torch.device) -> tuple[Any, ...]:
         q = normal(device, tokens, heads, 192)[..., 128:]
         angles = torch.rand(tokens, 32, generator=torch.Generator().manual_seed(0)) * 6.28
         table = torch.cat([angles.cos(), angles.sin()], -1).to(device)
-        return q, torch.arange(tokens, dtype=torch.int32, device=device), table
+        out = torch.zeros(tokens, heads, 576, dtype=q.dtype, device=device)[..., 512:]
+        return q, torch.arange(tokens, dtype=torch.int32, device=device), table, out
 
     def check(inputs: tuple[Any, ...], output: Tensor) -> str | None:
         with dk.backend("eager"):
-            wanted = dk.rope(*inputs)
+            wanted = dk.rope(*inputs[:3])
         # The compiler of the GPU's eager may fuse a product with a sum.
         return None if ((output - wanted).abs() <= 2**-7 * wanted.abs() + 1e-6).all() else "rope: off"
 
@@ -147,9 +150,10 @@ def rope(tokens: int, heads: int, *, quick: bool = False) -> Case:
         op="rope",
         shape={"T": tokens, "H": heads},
         make=make,
-        run=dk.rope,
+        run=lambda q, positions, table, out: dk.rope(q, positions, table, out=out),
         check=check,
         bytes=tokens * heads * 256 + tokens * 256,
+        devices=("cuda", "cpu") if cpu else ("cuda",),
         quick=quick,
     )
 
@@ -271,6 +275,7 @@ def mla_prefill_backward(tokens: int, sequences: int, heads: int, *, quick: bool
 
 # Decoding steps, and the chunks of a prompt.
 CASES = [
+    rope(2, 4, cpu=True),
     rope(128, 128, quick=True),
     rope(8192, 128, quick=True),
     rope(8192, 1),

@@ -19,13 +19,13 @@ struct MlaAbsorbParams {
   uint32_t vectors;  // rows of out start at multiples of 16 bytes
 };
 
-// What the table of kernels says of a tile of `rows` tokens and `columns` of N: a stage is 64 of K of both operands,
-// and the output goes through shared memory.
+// What the table of kernels says of a tile of `rows` tokens and `columns` of N: a stage is 64 of K of both operands and
+// two barriers, the output goes through shared memory too, and there are as many stages as fit beside it.
 constexpr uint32_t absorb_threads(uint32_t rows) {
   return 128 + 2 * rows;
 }
 constexpr uint32_t absorb_stages(uint32_t rows, uint32_t columns) {
-  return (rows + columns) * 128 == 32768 ? 6 : (rows + columns) * 128 == 24576 ? 8 : 13;
+  return (232448 - rows * columns * 2) / ((rows + columns) * 128 + 16);
 }
 constexpr uint32_t absorb_shared_bytes(uint32_t rows, uint32_t columns) {
   return absorb_stages(rows, columns) * ((rows + columns) * 128 + 16) + rows * columns * 2;

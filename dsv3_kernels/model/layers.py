@@ -412,9 +412,7 @@ class Attention(nn.Module):
         return q.view(len(q), -1, config.qk_head_dim).split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
 
     def _prologue(self, entered: Tensor, step: Step) -> Tensor:
-        """In FP8, without gradients: both norms, the rotary key, the cache and the codes of q in one launch -> queries.
-
-        The bits of the four ops in `attend`."""
+        """Norms, the rotary key, the cache and the codes of q in one op, with the bits of those in `attend` -> queries."""
         q, kv = parts = self.qkv_a.split(entered)
         padded = q.shape[1] < self.qkv_a.stride(0, self.qkv_a.weight.dtype)
         assert step.cache is not None and step.slots is not None
@@ -429,7 +427,7 @@ class Attention(nn.Module):
             eps=LATENT_NORM_EPS,
             pow2_scale=self.q_a_layernorm.pow2_scale,
         )
-        return self.q_b_proj(Quantized(q, codes, scale))
+        return self.q_b_proj(Quantized(q, codes, scale))  # of q itself the dtype alone counts
 
     def _latent_space(self, q: Tensor, step: Step) -> Tensor:
         """W_UK goes into the query and W_UV behind the output: attention reads the cache as it lies."""

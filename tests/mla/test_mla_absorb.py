@@ -15,6 +15,7 @@ from dsv3_kernels.mla import _cuda
 
 OP = "mla_absorb"
 NAN = torch.nan
+CPU = torch.device("cpu")
 TILES = ("64x64", "64x128", "128x128")
 KERNELS = [f"mla_absorb_{tile}_{layout}" for tile in TILES for layout in "kn"]
 
@@ -42,24 +43,26 @@ def rows(tokens: int, heads: int, depth: int, dtype: torch.dtype = torch.bfloat1
     return x.copy_(torch.randn(x.shape))
 
 
-def target(tokens: int, heads: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
-    """All of it NaN: what lies around, and `[T, H, N]` inside, with a row before and after and 64 columns beside."""
-    around = torch.full((tokens + 2, heads, columns + 64), NAN, dtype=dtype)
-    return around, around[1:-1, :, :columns]
+def moved(x: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device, with its strides, NaN between its rows; on the CPU itself."""
+    if device.type == "cpu":
+        return x
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return torch.full((span,), NAN, dtype=x.dtype, device=device).as_strided(x.shape, x.stride()).copy_(x)
 
 
-def check(x: Tensor, weight: Tensor, device: torch.device | str = "cpu", extra: float = 0.0) -> Tensor:
+def check(x: Tensor, weight: Tensor, device: torch.device = CPU, extra: float = 0.0) -> Tensor:
     """The op into fresh memory and into a given place: float64's numbers, the same bits, and nothing else touched."""
     (tokens, heads, depth), columns = x.shape, weight.shape[1]
     wanted = torch.einsum("thk,hnk->thn", x.double(), weight.double())
     size = torch.einsum("thk,hnk->thn", x.double().abs(), weight.double().abs())
     sums = 0.0 if x.dtype == torch.float64 else depth * 2.0**-24 + extra
     bound = size * (sums + depth * 2.0**-53) + wanted.abs() * roundoff(x.dtype)
-    x, weight = x.to(device), weight.to(device)
+    x, weight = moved(x, device), moved(weight, device)
     got = dk.mla_absorb(x, weight)
     assert got.is_contiguous() and got.dtype == x.dtype
     close(got, wanted, bound)
-    around, out = (t.to(device) for t in target(tokens, heads, columns, x.dtype))
+    around = torch.full((tokens + 2, heads, columns + 64), NAN, dtype=x.dtype, device=device)
     out = around[1:-1, :, :columns]
     assert dk.mla_absorb(x, weight, out=out) is out
     assert same_bits(out.contiguous(), got)
@@ -114,7 +117,7 @@ def test_no_tokens(device):
 def test_nan_and_infinity_stay_in_their_place(backend, device):
     x, weight = rows(70, 3, 128), weights(3, 512, 128, "n")
     x[3, 1, 7], x[69, 2, 0], weight[0, 300, 5] = NAN, torch.inf, NAN
-    got = dk.mla_absorb(x.to(device), weight.to(device)).cpu()
+    got = dk.mla_absorb(moved(x, device), moved(weight, device)).cpu()
     bad = torch.zeros(got.shape, dtype=torch.bool)
     bad[3, 1], bad[69, 2], bad[:, 0, 300] = True, True, True
     assert torch.equal(~got.isfinite(), bad)
@@ -224,6 +227,23 @@ def test_kernels_reach_every_block(kernel):
             x, weight = rows(tokens, heads, 128), weights(heads, columns, 128, kernel[-1])
             run(x, weight, kernel)
             run(x, weight, kernel, torch.empty(tokens, heads, columns + 1, dtype=torch.bfloat16)[..., 1:])
+    assert seen.unreached() == []
+
+
+@needs_simulator
+@pytest.mark.parametrize("tokens", [16, 32, 64, 130])
+@pytest.mark.parametrize("layout", ["k", "n"])
+def test_triton_under_any_schedule(layout, tokens):
+    """Every row of the table; the same bits whenever copies and products land, and every block reached."""
+    x = rows(tokens, 2, 192)
+    with dk.backend("sim:triton"), coverage("triton_mla_absorb") as seen:
+        for columns in (128, 40):
+            weight = weights(2, columns, 192, layout)
+            plain = dk.mla_absorb(x, weight)
+            for options in SCHEDULES.values():
+                with schedule(**options):
+                    assert same_bits(dk.mla_absorb(x, weight), plain)
+            assert (dk.mla_absorb(x[..., :0], weight[..., :0]) == 0).all()
     assert seen.unreached() == []
 
 

@@ -132,7 +132,7 @@ def test_w8a8_linear_layers_exactly(fp8):
     generator = torch.Generator().manual_seed(0)
     layer = model.model.layers[1]
     linears = [m for m in layer.modules() if isinstance(m, dk.model.layers.Linear) and m.quantizable]
-    assert len(linears) == 5 + 2 + 2
+    assert len(linears) == 4 + 2 + 2
     for linear in linears:
         assert linear.quantize_activations
         x = torch.randn(9, linear.weight.shape[-1], generator=generator) * torch.rand(9, 1, generator=generator)
