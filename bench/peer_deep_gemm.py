@@ -151,8 +151,8 @@ def _1d2d(
     scales = _mn_major(a_scale)
     swizzle = next(span for span in (128, 64, 32) if 2 * block_n % span == 0)
     maps = [
-        _rows(a.reshape(-1, k), block_m),
-        _rows(b.reshape(-1, k), block_n),
+        _rows(a.view(-1, k), block_m),
+        _rows(b.view(-1, k), block_n),
         tensor_map(out, (n, m * groups), (out.stride(-2),), (swizzle // 2, block_m), swizzle=swizzle),
         _scales(scales, block_m, groups),
     ]

@@ -377,11 +377,19 @@ def test_the_runner_checks_rivals(rivals, tmp_path, monkeypatch):
     assert case.check(inputs, calls["deep_gemm"]()) is None
 
 
-def test_the_head_of_a_run_names_the_images(rivals, tmp_path, monkeypatch):
+def test_the_head_of_a_run_names_the_images(rivals, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run.machine, "ceilings", lambda device, budget=0.3: {"copy_gbs": 10.0})
-    runner = run.Run(tmp_path / "bench.jsonl", CPU, quick=True)
-    runner.cases([bench_gemm.fp8_gemm(1, 16, 128, cpu=True)], run.Console())
-    assert runner.results()[0]["peer_images"] == {"deep_gemm": ["abc"], "flash_mla": ["def"]}
+
+    def head(name):
+        runner = run.Run(tmp_path / name, CPU, quick=True)
+        runner.cases([bench_gemm.fp8_gemm(1, 16, 128, cpu=True)], run.Console())
+        return runner.results()[0]
+
+    assert head("a.jsonl")["peer_images"] == {"deep_gemm": ["abc"], "flash_mla": ["def"]}
+    write(rivals, threads=None)
+    words = f"bench: {rivals / 'gemm.json'}: threads is missing, wanted int"
+    assert head("b.jsonl")["peer_images"] == {"error": words}
+    assert f"peer images: {words}" in capsys.readouterr().out
 
 
 def test_checked_rivals_are_rivals():
