@@ -55,7 +55,7 @@ def contiguous(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: 
     if bool((offsets % ALIGNMENT).any()):
         raise ValueError(f"deep_gemm: groups start at multiples of {ALIGNMENT} rows, got offsets {offsets.tolist()}")
     place = torch.arange(len(a), device=a.device)
-    group_of_row = (torch.searchsorted(offsets, place, right=True) - 1).int()
+    group_of_row = (torch.searchsorted(offsets.long(), place, right=True) - 1).int()
     group_of_row[place >= offsets[-1]] = -1  # skipped
     if library := installed():
         call = library.m_grouped_fp8_gemm_nt_contiguous
