@@ -321,6 +321,14 @@ def test_an_image_for_another_number_of_sms(rivals):
         peer_deep_gemm.gemm(*inputs)
 
 
+@needs_simulator
+@pytest.mark.parametrize("block", [None, [32, 32, 64]])
+def test_an_image_of_deep_gemm_says_its_tile(rivals, block):
+    write(rivals, block=block)
+    with pytest.raises(ValueError, match=r"image gemm: block is \[M, N, 128\], got \["):
+        peer_deep_gemm.gemm(*bench_gemm.fp8_gemm(70, 96, 208).make(CPU))
+
+
 # An installed package goes before images
 
 
