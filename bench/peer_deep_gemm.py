@@ -55,7 +55,7 @@ def contiguous(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: 
     if bool((offsets % ALIGNMENT).any()):
         raise ValueError(f"deep_gemm: groups start at multiples of {ALIGNMENT} rows, got offsets {offsets.tolist()}")
     place = torch.arange(len(a), device=a.device)
-    group_of_row = (torch.searchsorted(offsets, place, right=True) - 1).int()
+    group_of_row = (torch.searchsorted(offsets.long(), place, right=True) - 1).int()
     group_of_row[place >= offsets[-1]] = -1  # skipped
     if library := installed():
         call = library.m_grouped_fp8_gemm_nt_contiguous
@@ -89,7 +89,7 @@ def accumulate(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tens
     (m, k), n = a.shape, b.shape[0]
     image = peers.find(PEER, "fp8_gemm_nt_accumulate", M=m, N=n, K=k, SMs=multiprocessors(a.device))
     buffers = [(a, READ), (b, READ)]
-    maps = [_rows(a, image.block[0]), _rows(b, image.block[1])]
+    maps = [_rows(t, size) for t, size in zip((a, b), _tile(image), strict=True)]
     return _1d1d(image, [b"\0" * 8] * 4, (m, n, k), maps, a_scale, b_scale, out, buffers)
 
 
@@ -103,20 +103,22 @@ def k_grouped(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: T
     depths, used = [end - start for start, end in pairwise(ends)], ends[-1] // BLOCK_K
     if any(depth % BLOCK_K for depth in depths) or not used:
         raise ValueError(f"deep_gemm: groups of K are multiples of {BLOCK_K} and not all empty, got {depths}")
+    library, sms = installed(), 0
+    if not library:
+        sms = multiprocessors(a.device)
+        image = peers.find(PEER, "k_grouped_fp8_gemm_nt_contiguous", M=m, N=n, G=groups, SMs=sms)
     flat = [torch.cat([t[:, s:e].reshape(-1) for s, e in pairwise(ends)]) for t in (a, b)]
     counts = torch.tensor(depths, dtype=torch.int32, device=a.device)
     a_scale, b_scale = a_scale[:, :used], b_scale[:, :used]
-    if library := installed():
+    if library:
         operands = [(t, s.mT.contiguous().mT) for t, s in zip(flat, (a_scale, b_scale), strict=True)]
         call = library.k_grouped_fp8_gemm_nt_contiguous
         return _with(out, lambda: call(*operands, out, depths, counts, c=out))
-    sms = multiprocessors(a.device)
-    image = peers.find(PEER, "k_grouped_fp8_gemm_nt_contiguous", M=m, N=n, G=groups, SMs=sms)
     buffer = torch.empty(sms * MAPS_PER_SM * 128, dtype=torch.uint8, device=a.device)
     first = next(depth for depth in depths if depth)
     maps = [
         tensor_map(t, (first, size), (first,), (BLOCK_K, tile), swizzle=BLOCK_K)
-        for t, size, tile in zip(flat, (m, n), image.block, strict=False)
+        for t, size, tile in zip(flat, (m, n), _tile(image), strict=True)
     ]
     buffers = [(flat[0], READ), (flat[1], READ), (counts, READ), (buffer, READ_WRITE)]
     pointers = [pointer(t) for t in (*flat, counts, buffer)]
@@ -147,12 +149,12 @@ def _1d2d(
     """Scales 1x128 of A and 128x128 of B; `groups` is that of A and D, whose rows then follow each other."""
     m, (n, k) = a.shape[-2], b.shape[-2:]
     image.check(N=n, K=k)
-    block_m, block_n, _ = image.block
+    block_m, block_n = _tile(image)
     scales = _mn_major(a_scale)
     swizzle = next(span for span in (128, 64, 32) if 2 * block_n % span == 0)
     maps = [
-        _rows(a.reshape(-1, k), block_m),
-        _rows(b.reshape(-1, k), block_n),
+        _rows(a.view(-1, k), block_m),
+        _rows(b.view(-1, k), block_n),
         tensor_map(out, (n, m * groups), (out.stride(-2),), (swizzle // 2, block_m), swizzle=swizzle),
         _scales(scales, block_m, groups),
     ]
@@ -175,12 +177,19 @@ def _1d1d(
     """Scales 1x128 on both sides, D added to."""
     m, n, _ = shape
     image.check(M=m, N=n)
-    block_m, block_n, _ = image.block
+    block_m, block_n = _tile(image)
     sfa, sfb = _mn_major(a_scale), _mn_major(b_scale)
     d = tensor_map(out, (n, out.numel() // n), (out.stride(-2),), (block_n, min(block_m, STORE_ROWS)), swizzle=0)
     maps = [*maps, _scales(sfa, block_m, 1), _scales(sfb, block_n, 1), d]
     parameters = [*pointers, *map(word, shape), *maps]
     return _call(image, parameters, [*buffers, (sfa, READ), (sfb, READ), (out, READ_WRITE)], out)
+
+
+def _tile(image: Image) -> tuple[int, int]:
+    """M and N of the kernel's tile."""
+    if len(image.block) != 3 or image.block[2] != BLOCK_K:
+        raise ValueError(f"deep_gemm: image {image.path.name}: block is [M, N, {BLOCK_K}], got {list(image.block)}")
+    return image.block[0], image.block[1]
 
 
 def _call(image: Image, parameters: list[bytes], buffers: list[Buffer], out: Tensor) -> Call:

@@ -107,7 +107,12 @@ class Run:
             return 0
         self.ceilings = machine.ceilings(self.device)
         head = {"kind": "run", "key": "", "commit": machine.commit(), "ceilings": self.ceilings}
-        self.write(head | {"facts": machine.facts(self.device), "peer_images": peers.versions()})
+        try:
+            images: dict[str, Any] = peers.versions()
+        except ValueError as error:  # as with any rival: a note
+            images = {"error": str(error)}
+            console.line(f"peer images: {error}")
+        self.write(head | {"facts": machine.facts(self.device), "peer_images": images})
         code = 0
         for case in todo:
             record = self.measure(case)

@@ -321,6 +321,14 @@ def test_an_image_for_another_number_of_sms(rivals):
         peer_deep_gemm.gemm(*inputs)
 
 
+@needs_simulator
+@pytest.mark.parametrize("block", [None, [32, 32, 64]])
+def test_an_image_of_deep_gemm_says_its_tile(rivals, block):
+    write(rivals, block=block)
+    with pytest.raises(ValueError, match=r"image gemm: block is \[M, N, 128\], got \["):
+        peer_deep_gemm.gemm(*bench_gemm.fp8_gemm(70, 96, 208).make(CPU))
+
+
 # An installed package goes before images
 
 
@@ -377,11 +385,19 @@ def test_the_runner_checks_rivals(rivals, tmp_path, monkeypatch):
     assert case.check(inputs, calls["deep_gemm"]()) is None
 
 
-def test_the_head_of_a_run_names_the_images(rivals, tmp_path, monkeypatch):
+def test_the_head_of_a_run_names_the_images(rivals, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run.machine, "ceilings", lambda device, budget=0.3: {"copy_gbs": 10.0})
-    runner = run.Run(tmp_path / "bench.jsonl", CPU, quick=True)
-    runner.cases([bench_gemm.fp8_gemm(1, 16, 128, cpu=True)], run.Console())
-    assert runner.results()[0]["peer_images"] == {"deep_gemm": ["abc"], "flash_mla": ["def"]}
+
+    def head(name):
+        runner = run.Run(tmp_path / name, CPU, quick=True)
+        runner.cases([bench_gemm.fp8_gemm(1, 16, 128, cpu=True)], run.Console())
+        return runner.results()[0]
+
+    assert head("a.jsonl")["peer_images"] == {"deep_gemm": ["abc"], "flash_mla": ["def"]}
+    write(rivals, threads=None)
+    words = f"bench: {rivals / 'gemm.json'}: threads is missing, wanted int"
+    assert head("b.jsonl")["peer_images"] == {"error": words}
+    assert f"peer images: {words}" in capsys.readouterr().out
 
 
 def test_checked_rivals_are_rivals():
