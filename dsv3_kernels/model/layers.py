@@ -412,7 +412,7 @@ class Attention(nn.Module):
         return q.view(len(q), -1, config.qk_head_dim).split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
 
     def _prologue(self, entered: Tensor, step: Step) -> Tensor:
-        """Norms, the rotary key, the cache and the codes of q in one op, with the bits of those in `attend` -> queries."""
+        """Norms, the rotary key, the cache and the codes of q in one op, with the bits of `attend`'s own -> queries."""
         q, kv = parts = self.qkv_a.split(entered)
         padded = q.shape[1] < self.qkv_a.stride(0, self.qkv_a.weight.dtype)
         assert step.cache is not None and step.slots is not None
