@@ -21,7 +21,16 @@ from . import _triton, env
 from ._library import NAMESPACE, OPS
 
 NAMES = ("eager", "triton", "cuda", "sim", "sim:cuda", "sim:triton")
-_local = threading.local()
+
+
+class _Asked(threading.local):
+    """What this thread's `with` blocks ask for; None where none does, and the environment decides."""
+
+    name: str | None = None
+    check_values: bool | None = None
+
+
+_local = _Asked()
 
 
 @contextlib.contextmanager
@@ -33,7 +42,7 @@ def backend(name: str | None) -> Iterator[None]:
         RuntimeError: from the op, when the forced backend cannot serve the call; it says what is missing.
     """
     _check_name("backend", name)
-    before = getattr(_local, "name", None)
+    before = _local.name
     _local.name = name
     try:
         yield
@@ -43,8 +52,7 @@ def backend(name: str | None) -> Iterator[None]:
 
 def forced() -> str | None:
     """The backend that this thread or the process asks for, `None` when the choice is free."""
-    name = getattr(_local, "name", None)
-    return name if name is not None else _process_wide()
+    return _local.name or _process_wide()
 
 
 @functools.cache
@@ -82,7 +90,7 @@ def check_values(enabled: bool = True) -> Iterator[None]:
     inside. Elsewhere kernels take such values as they come: they stay inside the tensors and compute nonsense.
     `DSV3_KERNELS_CHECK_VALUES=1` does it for the process. (CPU tensors in the eager backend are always checked.)
     """
-    before = getattr(_local, "check_values", None)
+    before = _local.check_values
     _local.check_values = enabled
     try:
         yield
@@ -90,13 +98,9 @@ def check_values(enabled: bool = True) -> Iterator[None]:
         _local.check_values = before
 
 
-def _values_are_checked() -> bool:
-    asked = getattr(_local, "check_values", None)
-    return asked if asked is not None else _values_are_checked_process_wide()
-
-
 @functools.cache
-def _values_are_checked_process_wide() -> bool:
+def _values_are_checked() -> bool:
+    """In the process, where a thread says nothing else."""
     return env.get("DSV3_KERNELS_CHECK_VALUES") not in (None, "0")
 
 
@@ -223,9 +227,10 @@ def launch_counts() -> Counter[str]:
 def implementation(op: str, args: tuple[Any, ...]) -> tuple[str, Callable[..., Any]]:
     """The backend that serves this call, and its function."""
     device = _device_of(args)
-    name = forced()
+    name = _local.name or _process_wide()
     eager = name == "eager" or (name is None and device.type == "cpu")
-    if (eager and device.type == "cpu") or _values_are_checked():
+    checked = _local.check_values
+    if (_values_are_checked() if checked is None else checked) or (eager and device.type == "cpu"):
         from . import _values
 
         _values.check(op, args)

@@ -110,8 +110,9 @@ def mla_decode(
             cache_seqlens, num_queries=queries, num_heads=heads, kv_dtype=kv_cache.dtype, policy="balanced"
         )
     items = work.shape[0]
-    # As many items as requests: each has one. Otherwise items of a request in several leave partial results here.
-    workspace = q.new_empty(items * rows * (LATENT + 1), dtype=torch.float32) if items > requests else None
+    # As many items as requests: each has one. Otherwise items of a request in several leave partial results here, in
+    # float32 as lse (naming a dtype costs half a microsecond).
+    workspace = lse.new_empty(items * rows * (LATENT + 1)) if items > requests else None
     _host.mla_decode(
         q,
         kv_cache,
