@@ -139,17 +139,17 @@ struct ThreeX2 {
 
 template <int Op>
 Handler pickOne(Type t) {
-  return t == Type::F16     ? (Handler)op1x<uint16_t, uint16_t, One<Half, Op>>
-         : t == Type::BF16  ? (Handler)op1x<uint16_t, uint16_t, One<Bfloat, Op>>
-         : t == Type::F16x2 ? (Handler)op1x<uint32_t, uint32_t, OneX2<Half, Op>>
-                            : (Handler)op1x<uint32_t, uint32_t, OneX2<Bfloat, Op>>;
+  return t == Type::F16     ? lanewise<One<Half, Op>, uint16_t, uint16_t>
+         : t == Type::BF16  ? lanewise<One<Bfloat, Op>, uint16_t, uint16_t>
+         : t == Type::F16x2 ? lanewise<OneX2<Half, Op>, uint32_t, uint32_t>
+                            : lanewise<OneX2<Bfloat, Op>, uint32_t, uint32_t>;
 }
 template <int Op>
 Handler pickTwo(Type t) {
-  return t == Type::F16     ? (Handler)op2x<uint16_t, uint16_t, uint16_t, Two<Half, Op>>
-         : t == Type::BF16  ? (Handler)op2x<uint16_t, uint16_t, uint16_t, Two<Bfloat, Op>>
-         : t == Type::F16x2 ? (Handler)op2x<uint32_t, uint32_t, uint32_t, TwoX2<Half, Op>>
-                            : (Handler)op2x<uint32_t, uint32_t, uint32_t, TwoX2<Bfloat, Op>>;
+  return t == Type::F16     ? lanewise<Two<Half, Op>, uint16_t, uint16_t, uint16_t>
+         : t == Type::BF16  ? lanewise<Two<Bfloat, Op>, uint16_t, uint16_t, uint16_t>
+         : t == Type::F16x2 ? lanewise<TwoX2<Half, Op>, uint32_t, uint32_t, uint32_t>
+                            : lanewise<TwoX2<Bfloat, Op>, uint32_t, uint32_t, uint32_t>;
 }
 
 }  // namespace
@@ -172,10 +172,10 @@ bool decodeHalfArithmetic(Dec& d, const std::string& op) {
   t = d.needType();
   if (op == "fma") {
     setOperands(d, t, t, t, t);
-    d.out.fn = t == Type::F16     ? (Handler)op3x<uint16_t, uint16_t, uint16_t, uint16_t, Three<Half>>
-               : t == Type::BF16  ? (Handler)op3x<uint16_t, uint16_t, uint16_t, uint16_t, Three<Bfloat>>
-               : t == Type::F16x2 ? (Handler)op3x<uint32_t, uint32_t, uint32_t, uint32_t, ThreeX2<Half>>
-                                  : (Handler)op3x<uint32_t, uint32_t, uint32_t, uint32_t, ThreeX2<Bfloat>>;
+    d.out.fn = t == Type::F16     ? lanewise<Three<Half>, uint16_t, uint16_t, uint16_t, uint16_t>
+               : t == Type::BF16  ? lanewise<Three<Bfloat>, uint16_t, uint16_t, uint16_t, uint16_t>
+               : t == Type::F16x2 ? lanewise<ThreeX2<Half>, uint32_t, uint32_t, uint32_t, uint32_t>
+                                  : lanewise<ThreeX2<Bfloat>, uint32_t, uint32_t, uint32_t, uint32_t>;
     return true;
   }
   if (op == "neg" || op == "abs" || op == "ex2" || op == "tanh") {

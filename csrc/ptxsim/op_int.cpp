@@ -38,92 +38,28 @@ template <class T>
 using W = typename Wide<T>::type;
 
 // Wrap-around arithmetic is done unsigned; the casts keep 16-bit promotion out of signed overflow.
-template <class T>
-struct Add {
-  T operator()(T a, T b) const { return (T)((U<T>)a + (U<T>)b); }
-};
-template <class T>
-struct Sub {
-  T operator()(T a, T b) const { return (T)((U<T>)a - (U<T>)b); }
-};
-template <class T>
-struct MulLo {
-  T operator()(T a, T b) const { return (T)((uint64_t)a * (uint64_t)b); }
-};
-template <class T>
-struct MulHi {
-  T operator()(T a, T b) const { return (T)(((W<T>)a * (W<T>)b) >> (8 * sizeof(T))); }
-};
-template <class T>
-struct MulWide {
-  W<T> operator()(T a, T b) const { return (W<T>)a * (W<T>)b; }
-};
-template <class T>
-struct MadLo {
-  T operator()(T a, T b, T c) const { return (T)((uint64_t)a * (uint64_t)b + (uint64_t)c); }
-};
-template <class T>
-struct MadHi {
-  T operator()(T a, T b, T c) const { return Add<T>()(MulHi<T>()(a, b), c); }
-};
-template <class T>
-struct MadWide {
-  W<T> operator()(T a, T b, W<T> c) const { return (W<T>)((U<W<T>>)((W<T>)a * (W<T>)b) + (U<W<T>>)c); }
-};
+TYPED(Add, (T a, T b), (T)((U<T>)a + (U<T>)b));
+TYPED(Sub, (T a, T b), (T)((U<T>)a - (U<T>)b));
+TYPED(MulLo, (T a, T b), (T)((uint64_t)a * (uint64_t)b));
+TYPED(MulHi, (T a, T b), (T)(((W<T>)a * (W<T>)b) >> (8 * sizeof(T))));
+TYPED(MulWide, (T a, T b), ((W<T>)a * (W<T>)b));
+TYPED(MadLo, (T a, T b, T c), (T)((uint64_t)a * (uint64_t)b + (uint64_t)c));
+TYPED(MadHi, (T a, T b, T c), Add<T>()(MulHi<T>()(a, b), c));
+TYPED(MadWide, (T a, T b, W<T> c), (W<T>)((U<W<T>>)((W<T>)a * (W<T>)b) + (U<W<T>>)c));
 // Division by zero gives an unspecified value; all ones is what the hardware's sequence gives.
-template <class T>
-struct Div {
-  T operator()(T a, T b) const {
-    return b == 0 ? (T)-1 : (std::is_signed<T>::value && b == (T)-1) ? (T)(0 - (U<T>)a) : (T)(a / b);
-  }
-};
-template <class T>
-struct Rem {
-  T operator()(T a, T b) const { return b == 0 ? a : (std::is_signed<T>::value && b == (T)-1) ? (T)0 : (T)(a % b); }
-};
-template <class T>
-struct Min {
-  T operator()(T a, T b) const { return std::min(a, b); }
-};
-template <class T>
-struct Max {
-  T operator()(T a, T b) const { return std::max(a, b); }
-};
-template <class T>
-struct MinRelu {
-  T operator()(T a, T b) const { return std::max<T>(0, std::min(a, b)); }
-};
-template <class T>
-struct MaxRelu {
-  T operator()(T a, T b) const { return std::max<T>(0, std::max(a, b)); }
-};
-template <class T>
-struct Abs {
-  T operator()(T a) const { return a < 0 ? (T)(0 - (U<T>)a) : a; }
-};
-template <class T>
-struct Neg {
-  T operator()(T a) const { return (T)(0 - (U<T>)a); }
-};
-template <class T>
-struct Sad {
-  T operator()(T a, T b, T c) const { return (T)((U<T>)c + (U<T>)(a < b ? (U<T>)b - (U<T>)a : (U<T>)a - (U<T>)b)); }
-};
-struct AddSat {
-  int32_t operator()(int32_t a, int32_t b) const {
-    return (int32_t)std::clamp<int64_t>((int64_t)a + b, INT32_MIN, INT32_MAX);
-  }
-};
-struct SubSat {
-  int32_t operator()(int32_t a, int32_t b) const {
-    return (int32_t)std::clamp<int64_t>((int64_t)a - b, INT32_MIN, INT32_MAX);
-  }
-};
-struct MadHiSat {
-  int32_t operator()(int32_t a, int32_t b, int32_t c) const {
-    return (int32_t)std::clamp<int64_t>(((int64_t)a * b >> 32) + c, INT32_MIN, INT32_MAX);
-  }
-};
+TYPED(Div, (T a, T b), b == 0 ? (T)-1 : (std::is_signed<T>::value && b == (T)-1) ? (T)(0 - (U<T>)a) : (T)(a / b));
+TYPED(Rem, (T a, T b), b == 0 ? a : (std::is_signed<T>::value && b == (T)-1) ? (T)0 : (T)(a % b));
+TYPED(Min, (T a, T b), std::min(a, b));
+TYPED(Max, (T a, T b), std::max(a, b));
+TYPED(MinRelu, (T a, T b), std::max<T>(0, std::min(a, b)));
+TYPED(MaxRelu, (T a, T b), std::max<T>(0, std::max(a, b)));
+TYPED(Abs, (T a), a < 0 ? (T)(0 - (U<T>)a) : a);
+TYPED(Neg, (T a), (T)(0 - (U<T>)a));
+TYPED(Sad, (T a, T b, T c), (T)((U<T>)c + (U<T>)(a < b ? (U<T>)b - (U<T>)a : (U<T>)a - (U<T>)b)));
+LANE(AddSat, (int32_t a, int32_t b), (int32_t)std::clamp<int64_t>((int64_t)a + b, INT32_MIN, INT32_MAX));
+LANE(SubSat, (int32_t a, int32_t b), (int32_t)std::clamp<int64_t>((int64_t)a - b, INT32_MIN, INT32_MAX));
+LANE(MadHiSat, (int32_t a, int32_t b, int32_t c),
+     (int32_t)std::clamp<int64_t>(((int64_t)a * b >> 32) + c, INT32_MIN, INT32_MAX));
 template <class T, template <class> class F>
 struct Pair16 {  // two 16-bit halves
   uint32_t operator()(uint32_t a, uint32_t b) const {
@@ -131,16 +67,9 @@ struct Pair16 {  // two 16-bit halves
     return (uint32_t)(uint16_t)f((T)a, (T)b) | (uint32_t)(uint16_t)f((T)(a >> 16), (T)(b >> 16)) << 16;
   }
 };
-template <class T>
-struct Popc {
-  uint32_t operator()(T a) const { return (uint32_t)__builtin_popcountll(a); }
-};
-struct Clz32 {
-  uint32_t operator()(uint32_t a) const { return a ? (uint32_t)__builtin_clz(a) : 32; }
-};
-struct Clz64 {
-  uint32_t operator()(uint64_t a) const { return a ? (uint32_t)__builtin_clzll(a) : 64; }
-};
+TYPED(Popc, (T a), (uint32_t)__builtin_popcountll(a));
+LANE(Clz32, (uint32_t a), a ? (uint32_t)__builtin_clz(a) : 32);
+LANE(Clz64, (uint64_t a), a ? (uint32_t)__builtin_clzll(a) : 64);
 template <class T>
 struct Bfind {
   uint32_t operator()(const Inst& in, T a) const {
@@ -280,15 +209,15 @@ void madWithCarry(Warp& w, const Inst& in, uint32_t m) {  // x[2]: hi
                       : nullptr)
 template <class T, template <class> class F>
 void un(Warp& w, const Inst& in, uint32_t m) {
-  op1<T, T, F<T>>(w, in, m);
+  lanewise<F<T>, T, T>(w, in, m);
 }
 template <class T, template <class> class F>
 void bin(Warp& w, const Inst& in, uint32_t m) {
-  op2<T, T, T, F<T>>(w, in, m);
+  lanewise<F<T>, T, T, T>(w, in, m);
 }
 template <class T, template <class> class F>
 void ter(Warp& w, const Inst& in, uint32_t m) {
-  op3<T, T, T, T, F<T>>(w, in, m);
+  lanewise<F<T>, T, T, T, T>(w, in, m);
 }
 
 Type asUnsigned(Type t) {
@@ -334,11 +263,11 @@ bool decodeIntegerArithmetic(Dec& d, const std::string& op) {
     setOperands(d, t, t, t);
     if (sat) {
       if (t == Type::S32)
-        d.out.fn = op == "add" ? (Handler)op2<int32_t, int32_t, int32_t, AddSat>
-                               : (Handler)op2<int32_t, int32_t, int32_t, SubSat>;
+        d.out.fn =
+            op == "add" ? lanewise<AddSat, int32_t, int32_t, int32_t> : lanewise<SubSat, int32_t, int32_t, int32_t>;
     } else if (t == Type::U16x2 || t == Type::S16x2) {
-      d.out.fn = op == "add" ? (Handler)op2<uint32_t, uint32_t, uint32_t, Pair16<uint16_t, Add>>
-                             : (Handler)op2<uint32_t, uint32_t, uint32_t, Pair16<uint16_t, Sub>>;
+      d.out.fn = op == "add" ? lanewise<Pair16<uint16_t, Add>, uint32_t, uint32_t, uint32_t>
+                             : lanewise<Pair16<uint16_t, Sub>, uint32_t, uint32_t, uint32_t>;
     } else {
       d.out.fn = op == "add" ? BY_TYPE(t, bin, Add) : BY_TYPE(t, bin, Sub);
     }
@@ -351,14 +280,14 @@ bool decodeIntegerArithmetic(Dec& d, const std::string& op) {
     if (relu) {
       if (t == Type::S32) d.out.fn = lo ? (Handler)bin<int32_t, MinRelu> : (Handler)bin<int32_t, MaxRelu>;
       if (t == Type::S16x2)
-        d.out.fn = lo ? (Handler)op2<uint32_t, uint32_t, uint32_t, Pair16<int16_t, MinRelu>>
-                      : (Handler)op2<uint32_t, uint32_t, uint32_t, Pair16<int16_t, MaxRelu>>;
+        d.out.fn = lo ? lanewise<Pair16<int16_t, MinRelu>, uint32_t, uint32_t, uint32_t>
+                      : lanewise<Pair16<int16_t, MaxRelu>, uint32_t, uint32_t, uint32_t>;
     } else if (t == Type::U16x2) {
-      d.out.fn = lo ? (Handler)op2<uint32_t, uint32_t, uint32_t, Pair16<uint16_t, Min>>
-                    : (Handler)op2<uint32_t, uint32_t, uint32_t, Pair16<uint16_t, Max>>;
+      d.out.fn = lo ? lanewise<Pair16<uint16_t, Min>, uint32_t, uint32_t, uint32_t>
+                    : lanewise<Pair16<uint16_t, Max>, uint32_t, uint32_t, uint32_t>;
     } else if (t == Type::S16x2) {
-      d.out.fn = lo ? (Handler)op2<uint32_t, uint32_t, uint32_t, Pair16<int16_t, Min>>
-                    : (Handler)op2<uint32_t, uint32_t, uint32_t, Pair16<int16_t, Max>>;
+      d.out.fn = lo ? lanewise<Pair16<int16_t, Min>, uint32_t, uint32_t, uint32_t>
+                    : lanewise<Pair16<int16_t, Max>, uint32_t, uint32_t, uint32_t>;
     } else {
       d.out.fn = lo ? BY_TYPE(t, bin, Min) : BY_TYPE(t, bin, Max);
     }
@@ -369,10 +298,10 @@ bool decodeIntegerArithmetic(Dec& d, const std::string& op) {
     t = asUnsigned(d.needType());
     if (kind == 2) {
       setOperands(d, widened(t), t, t);
-      d.out.fn = t == Type::U16   ? (Handler)op2<uint32_t, uint16_t, uint16_t, MulWide<uint16_t>>
-                 : t == Type::S16 ? (Handler)op2<int32_t, int16_t, int16_t, MulWide<int16_t>>
-                 : t == Type::U32 ? (Handler)op2<uint64_t, uint32_t, uint32_t, MulWide<uint32_t>>
-                 : t == Type::S32 ? (Handler)op2<int64_t, int32_t, int32_t, MulWide<int32_t>>
+      d.out.fn = t == Type::U16   ? lanewise<MulWide<uint16_t>, uint32_t, uint16_t, uint16_t>
+                 : t == Type::S16 ? lanewise<MulWide<int16_t>, int32_t, int16_t, int16_t>
+                 : t == Type::U32 ? lanewise<MulWide<uint32_t>, uint64_t, uint32_t, uint32_t>
+                 : t == Type::S32 ? lanewise<MulWide<int32_t>, int64_t, int32_t, int32_t>
                                   : nullptr;
     } else if (kind >= 0) {
       setOperands(d, t, t, t);
@@ -386,10 +315,10 @@ bool decodeIntegerArithmetic(Dec& d, const std::string& op) {
     t = asUnsigned(d.needType());
     if (kind == 2) {
       setOperands(d, widened(t), t, t, widened(t));
-      d.out.fn = t == Type::U16   ? (Handler)op3<uint32_t, uint16_t, uint16_t, uint32_t, MadWide<uint16_t>>
-                 : t == Type::S16 ? (Handler)op3<int32_t, int16_t, int16_t, int32_t, MadWide<int16_t>>
-                 : t == Type::U32 ? (Handler)op3<uint64_t, uint32_t, uint32_t, uint64_t, MadWide<uint32_t>>
-                 : t == Type::S32 ? (Handler)op3<int64_t, int32_t, int32_t, int64_t, MadWide<int32_t>>
+      d.out.fn = t == Type::U16   ? lanewise<MadWide<uint16_t>, uint32_t, uint16_t, uint16_t, uint32_t>
+                 : t == Type::S16 ? lanewise<MadWide<int16_t>, int32_t, int16_t, int16_t, int32_t>
+                 : t == Type::U32 ? lanewise<MadWide<uint32_t>, uint64_t, uint32_t, uint32_t, uint64_t>
+                 : t == Type::S32 ? lanewise<MadWide<int32_t>, int64_t, int32_t, int32_t, int64_t>
                                   : nullptr;
       return true;
     }
@@ -402,7 +331,7 @@ bool decodeIntegerArithmetic(Dec& d, const std::string& op) {
                  : t == Type::U64 ? (Handler)madWithCarry<uint64_t>
                                   : (Handler)madWithCarry<int64_t>;
     } else if (sat) {
-      if (kind == 1 && t == Type::S32) d.out.fn = op3<int32_t, int32_t, int32_t, int32_t, MadHiSat>;
+      if (kind == 1 && t == Type::S32) d.out.fn = lanewise<MadHiSat, int32_t, int32_t, int32_t, int32_t>;
     } else {
       d.out.fn = kind == 0 ? BY_TYPE(t, ter, MadLo) : kind == 1 ? BY_TYPE(t, ter, MadHi) : nullptr;
     }
@@ -451,37 +380,37 @@ void addIntegerOps(OpTable& t) {
   t["popc"] = [](Dec& d) {
     Type ty = d.needType();
     setOperands(d, Type::U32, ty);
-    d.out.fn = typeBytes(ty) == 4 ? (Handler)op1<uint32_t, uint32_t, Popc<uint32_t>>
-                                  : (Handler)op1<uint32_t, uint64_t, Popc<uint64_t>>;
+    d.out.fn = typeBytes(ty) == 4 ? lanewise<Popc<uint32_t>, uint32_t, uint32_t>
+                                  : lanewise<Popc<uint64_t>, uint32_t, uint64_t>;
   };
   t["clz"] = [](Dec& d) {
     Type ty = d.needType();
     setOperands(d, Type::U32, ty);
-    d.out.fn = typeBytes(ty) == 4 ? (Handler)op1<uint32_t, uint32_t, Clz32> : (Handler)op1<uint32_t, uint64_t, Clz64>;
+    d.out.fn = typeBytes(ty) == 4 ? lanewise<Clz32, uint32_t, uint32_t> : lanewise<Clz64, uint32_t, uint64_t>;
   };
   t["bfind"] = [](Dec& d) {
     d.out.x[0] = d.take("shiftamt");
     Type ty = d.needType();
     setOperands(d, Type::U32, ty);
-    d.out.fn = ty == Type::U32   ? (Handler)op1x<uint32_t, uint32_t, Bfind<uint32_t>>
-               : ty == Type::S32 ? (Handler)op1x<uint32_t, int32_t, Bfind<int32_t>>
-               : ty == Type::U64 ? (Handler)op1x<uint32_t, uint64_t, Bfind<uint64_t>>
-               : ty == Type::S64 ? (Handler)op1x<uint32_t, int64_t, Bfind<int64_t>>
+    d.out.fn = ty == Type::U32   ? lanewise<Bfind<uint32_t>, uint32_t, uint32_t>
+               : ty == Type::S32 ? lanewise<Bfind<int32_t>, uint32_t, int32_t>
+               : ty == Type::U64 ? lanewise<Bfind<uint64_t>, uint32_t, uint64_t>
+               : ty == Type::S64 ? lanewise<Bfind<int64_t>, uint32_t, int64_t>
                                  : nullptr;
   };
   t["brev"] = [](Dec& d) {
     Type ty = d.needType();
     setOperands(d, ty, ty);
-    d.out.fn = typeBytes(ty) == 4 ? (Handler)op1<uint32_t, uint32_t, Brev<uint32_t>>
-                                  : (Handler)op1<uint64_t, uint64_t, Brev<uint64_t>>;
+    d.out.fn = typeBytes(ty) == 4 ? lanewise<Brev<uint32_t>, uint32_t, uint32_t>
+                                  : lanewise<Brev<uint64_t>, uint64_t, uint64_t>;
   };
   t["bfe"] = [](Dec& d) {
     Type ty = d.needType();
     setOperands(d, ty, ty, Type::U32, Type::U32);
-    d.out.fn = ty == Type::U32   ? (Handler)op3<uint32_t, uint32_t, uint32_t, uint32_t, Bfe<uint32_t>>
-               : ty == Type::S32 ? (Handler)op3<int32_t, int32_t, uint32_t, uint32_t, Bfe<int32_t>>
-               : ty == Type::U64 ? (Handler)op3<uint64_t, uint64_t, uint32_t, uint32_t, Bfe<uint64_t>>
-               : ty == Type::S64 ? (Handler)op3<int64_t, int64_t, uint32_t, uint32_t, Bfe<int64_t>>
+    d.out.fn = ty == Type::U32   ? lanewise<Bfe<uint32_t>, uint32_t, uint32_t, uint32_t, uint32_t>
+               : ty == Type::S32 ? lanewise<Bfe<int32_t>, int32_t, int32_t, uint32_t, uint32_t>
+               : ty == Type::U64 ? lanewise<Bfe<uint64_t>, uint64_t, uint64_t, uint32_t, uint32_t>
+               : ty == Type::S64 ? lanewise<Bfe<int64_t>, int64_t, int64_t, uint32_t, uint32_t>
                                  : nullptr;
   };
   t["bfi"] = [](Dec& d) {
@@ -498,39 +427,39 @@ void addIntegerOps(OpTable& t) {
     d.out.x[0] = d.takeOneOf({"clamp", "wrap"}) == 1;
     Type ty = d.needType();
     setOperands(d, ty, ty, Type::U32);
-    d.out.fn = ty == Type::S32 ? (Handler)op2x<int32_t, int32_t, uint32_t, Szext<int32_t>>
-                               : (Handler)op2x<uint32_t, uint32_t, uint32_t, Szext<uint32_t>>;
+    d.out.fn = ty == Type::S32 ? lanewise<Szext<int32_t>, int32_t, int32_t, uint32_t>
+                               : lanewise<Szext<uint32_t>, uint32_t, uint32_t, uint32_t>;
   };
   t["bmsk"] = [](Dec& d) {
     d.out.x[0] = d.takeOneOf({"clamp", "wrap"}) == 1;
     d.needType();
     setOperands(d, Type::U32, Type::U32, Type::U32);
-    d.out.fn = op2x<uint32_t, uint32_t, uint32_t, Bmsk>;
+    d.out.fn = lanewise<Bmsk, uint32_t, uint32_t, uint32_t>;
   };
   t["fns"] = [](Dec& d) {
     d.needType();
     setOperands(d, Type::U32, Type::U32, Type::U32, Type::S32);
-    d.out.fn = op3<uint32_t, uint32_t, uint32_t, int32_t, Fns>;
+    d.out.fn = lanewise<Fns, uint32_t, uint32_t, uint32_t, int32_t>;
   };
   t["dp4a"] = [](Dec& d) {
     Type a = d.needType(), b = d.needType();
     setOperands(d, Type::U32, Type::U32, Type::U32, Type::U32);
     bool sa = a == Type::S32, sb = b == Type::S32;
-    d.out.fn = sa ? (sb ? (Handler)op3<int32_t, int32_t, int32_t, int32_t, Dp4a<int8_t, int8_t>>
-                        : (Handler)op3<int32_t, int32_t, int32_t, int32_t, Dp4a<int8_t, uint8_t>>)
-                  : (sb ? (Handler)op3<int32_t, int32_t, int32_t, int32_t, Dp4a<uint8_t, int8_t>>
-                        : (Handler)op3<int32_t, int32_t, int32_t, int32_t, Dp4a<uint8_t, uint8_t>>);
+    d.out.fn = sa ? (sb ? lanewise<Dp4a<int8_t, int8_t>, int32_t, int32_t, int32_t, int32_t>
+                        : lanewise<Dp4a<int8_t, uint8_t>, int32_t, int32_t, int32_t, int32_t>)
+                  : (sb ? lanewise<Dp4a<uint8_t, int8_t>, int32_t, int32_t, int32_t, int32_t>
+                        : lanewise<Dp4a<uint8_t, uint8_t>, int32_t, int32_t, int32_t, int32_t>);
   };
   t["dp2a"] = [](Dec& d) {
     bool hi = d.takeOneOf({"lo", "hi"}) == 1;
     Type a = d.needType(), b = d.needType();
     setOperands(d, Type::U32, Type::U32, Type::U32, Type::U32);
     if (a == Type::S32 && b == Type::S32)
-      d.out.fn = hi ? (Handler)op3<int32_t, int32_t, int32_t, int32_t, Dp2a<int16_t, int8_t, 1>>
-                    : (Handler)op3<int32_t, int32_t, int32_t, int32_t, Dp2a<int16_t, int8_t, 0>>;
+      d.out.fn = hi ? lanewise<Dp2a<int16_t, int8_t, 1>, int32_t, int32_t, int32_t, int32_t>
+                    : lanewise<Dp2a<int16_t, int8_t, 0>, int32_t, int32_t, int32_t, int32_t>;
     if (a == Type::U32 && b == Type::U32)
-      d.out.fn = hi ? (Handler)op3<int32_t, int32_t, int32_t, int32_t, Dp2a<uint16_t, uint8_t, 1>>
-                    : (Handler)op3<int32_t, int32_t, int32_t, int32_t, Dp2a<uint16_t, uint8_t, 0>>;
+      d.out.fn = hi ? lanewise<Dp2a<uint16_t, uint8_t, 1>, int32_t, int32_t, int32_t, int32_t>
+                    : lanewise<Dp2a<uint16_t, uint8_t, 0>, int32_t, int32_t, int32_t, int32_t>;
   };
 }
 

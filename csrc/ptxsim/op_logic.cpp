@@ -8,36 +8,13 @@
 namespace ptxsim {
 namespace {
 
-template <class T>
-struct And {
-  T operator()(T a, T b) const { return a & b; }
-};
-template <class T>
-struct Or {
-  T operator()(T a, T b) const { return a | b; }
-};
-template <class T>
-struct Xor {
-  T operator()(T a, T b) const { return a ^ b; }
-};
-template <class T>
-struct Not {
-  T operator()(T a) const { return (T)~a; }
-};
-template <class T>
-struct Cnot {
-  T operator()(T a) const { return a == 0; }
-};
-template <class T>
-struct Shl {
-  T operator()(T a, uint32_t n) const { return n >= 8 * sizeof(T) ? 0 : (T)(a << n); }
-};
-template <class T>
-struct Shr {
-  T operator()(T a, uint32_t n) const {
-    return (T)(a >> std::min<uint32_t>(n, 8 * sizeof(T) - 1)) >> (n >= 8 * sizeof(T) ? 1 : 0);
-  }
-};
+TYPED(And, (T a, T b), (T)(a & b));
+TYPED(Or, (T a, T b), a | b);
+TYPED(Xor, (T a, T b), a ^ b);
+TYPED(Not, (T a), (T)~a);
+TYPED(Cnot, (T a), a == 0);
+TYPED(Shl, (T a, uint32_t n), n >= 8 * sizeof(T) ? 0 : (T)(a << n));
+TYPED(Shr, (T a, uint32_t n), (T)(a >> std::min<uint32_t>(n, 8 * sizeof(T) - 1)) >> (n >= 8 * sizeof(T) ? 1 : 0));
 
 struct ShfL {
   uint32_t operator()(const Inst& in, uint32_t lo, uint32_t hi, uint32_t n) const {
@@ -135,13 +112,13 @@ void logicOp(Dec& d) {
   setOperands(d, t, t, t);
   switch (typeBytes(t)) {
     case 2:
-      d.out.fn = op2<uint16_t, uint16_t, uint16_t, F<uint16_t>>;
+      d.out.fn = lanewise<F<uint16_t>, uint16_t, uint16_t, uint16_t>;
       break;
     case 4:
-      d.out.fn = op2<uint32_t, uint32_t, uint32_t, F<uint32_t>>;
+      d.out.fn = lanewise<F<uint32_t>, uint32_t, uint32_t, uint32_t>;
       break;
     case 8:
-      d.out.fn = op2<uint64_t, uint64_t, uint64_t, F<uint64_t>>;
+      d.out.fn = lanewise<F<uint64_t>, uint64_t, uint64_t, uint64_t>;
       break;
     default:
       break;
@@ -154,19 +131,19 @@ void shift(Dec& d, bool left) {
   bool s = isSigned(t);
   switch (typeBytes(t)) {
     case 2:
-      d.out.fn = left ? (Handler)op2<uint16_t, uint16_t, uint32_t, Shl<uint16_t>>
-                 : s  ? (Handler)op2<int16_t, int16_t, uint32_t, Shr<int16_t>>
-                      : (Handler)op2<uint16_t, uint16_t, uint32_t, Shr<uint16_t>>;
+      d.out.fn = left ? lanewise<Shl<uint16_t>, uint16_t, uint16_t, uint32_t>
+                 : s  ? lanewise<Shr<int16_t>, int16_t, int16_t, uint32_t>
+                      : lanewise<Shr<uint16_t>, uint16_t, uint16_t, uint32_t>;
       break;
     case 4:
-      d.out.fn = left ? (Handler)op2<uint32_t, uint32_t, uint32_t, Shl<uint32_t>>
-                 : s  ? (Handler)op2<int32_t, int32_t, uint32_t, Shr<int32_t>>
-                      : (Handler)op2<uint32_t, uint32_t, uint32_t, Shr<uint32_t>>;
+      d.out.fn = left ? lanewise<Shl<uint32_t>, uint32_t, uint32_t, uint32_t>
+                 : s  ? lanewise<Shr<int32_t>, int32_t, int32_t, uint32_t>
+                      : lanewise<Shr<uint32_t>, uint32_t, uint32_t, uint32_t>;
       break;
     case 8:
-      d.out.fn = left ? (Handler)op2<uint64_t, uint64_t, uint32_t, Shl<uint64_t>>
-                 : s  ? (Handler)op2<int64_t, int64_t, uint32_t, Shr<int64_t>>
-                      : (Handler)op2<uint64_t, uint64_t, uint32_t, Shr<uint64_t>>;
+      d.out.fn = left ? lanewise<Shl<uint64_t>, uint64_t, uint64_t, uint32_t>
+                 : s  ? lanewise<Shr<int64_t>, int64_t, int64_t, uint32_t>
+                      : lanewise<Shr<uint64_t>, uint64_t, uint64_t, uint32_t>;
       break;
     default:
       break;
@@ -580,18 +557,10 @@ void decodeMov(Dec& d) {
   }
 }
 
-struct Ident64 {
-  uint64_t operator()(uint64_t a) const { return a; }
-};
-struct ToShared {
-  uint64_t operator()(uint64_t a) const { return a + kSharedWindow; }
-};
-struct ToLocal {
-  uint64_t operator()(uint64_t a) const { return a + kLocalWindow; }
-};
-struct FromShared {
-  uint64_t operator()(uint64_t a) const { return (uint32_t)a; }
-};
+LANE(Ident64, (uint64_t a), a);
+LANE(ToShared, (uint64_t a), a + kSharedWindow);
+LANE(ToLocal, (uint64_t a), a + kLocalWindow);
+LANE(FromShared, (uint64_t a), (uint32_t)a);
 
 void fromParam(Warp& w, const Inst& in, uint32_t m) {
   uint64_t r[kLanes];
@@ -614,11 +583,11 @@ void decodeCvta(Dec& d) {
   d.out.a = d.src(1, Type::U64);
   const bool shared = space == 1 || space == 5 || space == 6, param = space == 4 || space == 7;
   if (shared)
-    d.out.fn = to ? (Handler)op1<uint64_t, uint64_t, FromShared> : (Handler)op1<uint64_t, uint64_t, ToShared>;
+    d.out.fn = to ? lanewise<FromShared, uint64_t, uint64_t> : lanewise<ToShared, uint64_t, uint64_t>;
   else if (space == 2)
-    d.out.fn = to ? (Handler)op1<uint64_t, uint64_t, FromShared> : (Handler)op1<uint64_t, uint64_t, ToLocal>;
+    d.out.fn = to ? lanewise<FromShared, uint64_t, uint64_t> : lanewise<ToLocal, uint64_t, uint64_t>;
   else
-    d.out.fn = param && !to ? (Handler)fromParam : (Handler)op1<uint64_t, uint64_t, Ident64>;
+    d.out.fn = param && !to ? (Handler)fromParam : lanewise<Ident64, uint64_t, uint64_t>;
 }
 
 void isspacep(Warp& w, const Inst& in, uint32_t m) {
@@ -665,16 +634,16 @@ void addLogicOps(OpTable& t) {
       return;
     }
     setOperands(d, ty, ty);
-    d.out.fn = typeBytes(ty) == 2   ? (Handler)op1<uint16_t, uint16_t, Not<uint16_t>>
-               : typeBytes(ty) == 4 ? (Handler)op1<uint32_t, uint32_t, Not<uint32_t>>
-                                    : (Handler)op1<uint64_t, uint64_t, Not<uint64_t>>;
+    d.out.fn = typeBytes(ty) == 2   ? lanewise<Not<uint16_t>, uint16_t, uint16_t>
+               : typeBytes(ty) == 4 ? lanewise<Not<uint32_t>, uint32_t, uint32_t>
+                                    : lanewise<Not<uint64_t>, uint64_t, uint64_t>;
   };
   t["cnot"] = [](Dec& d) {
     Type ty = d.needType();
     setOperands(d, ty, ty);
-    d.out.fn = typeBytes(ty) == 2   ? (Handler)op1<uint16_t, uint16_t, Cnot<uint16_t>>
-               : typeBytes(ty) == 4 ? (Handler)op1<uint32_t, uint32_t, Cnot<uint32_t>>
-                                    : (Handler)op1<uint64_t, uint64_t, Cnot<uint64_t>>;
+    d.out.fn = typeBytes(ty) == 2   ? lanewise<Cnot<uint16_t>, uint16_t, uint16_t>
+               : typeBytes(ty) == 4 ? lanewise<Cnot<uint32_t>, uint32_t, uint32_t>
+                                    : lanewise<Cnot<uint64_t>, uint64_t, uint64_t>;
   };
   t["lop3"] = [](Dec& d) {
     int boolOp = d.takeOneOf({"or", "and"});
@@ -694,7 +663,7 @@ void addLogicOps(OpTable& t) {
       d.out.x[1] = neg;
       d.out.fn = lop3Bool;
     } else {
-      d.out.fn = op3x<uint32_t, uint32_t, uint32_t, uint32_t, Lop3>;
+      d.out.fn = lanewise<Lop3, uint32_t, uint32_t, uint32_t, uint32_t>;
     }
   };
   t["shl"] = [](Dec& d) { shift(d, true); };
@@ -704,15 +673,15 @@ void addLogicOps(OpTable& t) {
     d.out.x[0] = d.takeOneOf({"clamp", "wrap"}) == 1;
     Type ty = d.needType();
     setOperands(d, ty, ty, ty, Type::U32);
-    d.out.fn = left ? (Handler)op3x<uint32_t, uint32_t, uint32_t, uint32_t, ShfL>
-                    : (Handler)op3x<uint32_t, uint32_t, uint32_t, uint32_t, ShfR>;
+    d.out.fn = left ? lanewise<ShfL, uint32_t, uint32_t, uint32_t, uint32_t>
+                    : lanewise<ShfR, uint32_t, uint32_t, uint32_t, uint32_t>;
   };
   t["prmt"] = [](Dec& d) {
     d.needType();
     d.out.x[0] = (uint8_t)(1 + d.takeOneOf({"f4e", "b4e", "rc8", "ecl", "ecr", "rc16"}));
     setOperands(d, Type::B32, Type::B32, Type::B32, Type::B32);
     if (d.unknown(2)) d.out.b = d.constant(0, 4);
-    d.out.fn = op3x<uint32_t, uint32_t, uint32_t, uint32_t, Prmt>;
+    d.out.fn = lanewise<Prmt, uint32_t, uint32_t, uint32_t, uint32_t>;
   };
   t["setp"] = decodeSetp;
   t["set"] = [](Dec& d) {
@@ -759,11 +728,11 @@ void addLogicOps(OpTable& t) {
     setOperands(d, ty, ty, ty, ct);
     bool f = ct == Type::F32;
     if (typeBytes(ty) == 4)
-      d.out.fn = f ? (Handler)op3<uint32_t, uint32_t, uint32_t, float, Slct<uint32_t, float>>
-                   : (Handler)op3<uint32_t, uint32_t, uint32_t, int32_t, Slct<uint32_t, int32_t>>;
+      d.out.fn = f ? lanewise<Slct<uint32_t, float>, uint32_t, uint32_t, uint32_t, float>
+                   : lanewise<Slct<uint32_t, int32_t>, uint32_t, uint32_t, uint32_t, int32_t>;
     if (typeBytes(ty) == 8)
-      d.out.fn = f ? (Handler)op3<uint64_t, uint64_t, uint64_t, float, Slct<uint64_t, float>>
-                   : (Handler)op3<uint64_t, uint64_t, uint64_t, int32_t, Slct<uint64_t, int32_t>>;
+      d.out.fn = f ? lanewise<Slct<uint64_t, float>, uint64_t, uint64_t, uint64_t, float>
+                   : lanewise<Slct<uint64_t, int32_t>, uint64_t, uint64_t, uint64_t, int32_t>;
   };
   t["mov"] = decodeMov;
   t["cvta"] = decodeCvta;

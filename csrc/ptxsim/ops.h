@@ -1,5 +1,7 @@
 // Templates for instructions that work lane by lane.
 #pragma once
+#include <tuple>
+
 #include "decode.h"
 
 namespace ptxsim {
@@ -14,67 +16,35 @@ inline void storeLanes(Warp& w, Ref d, const T* r, uint32_t m) {
   }
 }
 
-// The results depend on every source, so a lane is valid where all sources are.
-template <class D, class A, class F>
-void op1(Warp& w, const Inst& in, uint32_t m) {
-  const A* a = w.ptr<const A>(in.a);
+// A function of what one lane has: LANE(Name, (parameters), value) is the type of it.
+#define LANE(name, parameters, ...)                          \
+  struct name {                                              \
+    auto operator() parameters const { return __VA_ARGS__; } \
+  }
+#define TYPED(name, ...) \
+  template <class T>     \
+  LANE(name, __VA_ARGS__)
+
+template <class F, class D, class... A, size_t... K>
+inline void lanewiseFrom(Warp& w, const Inst& in, uint32_t m, std::index_sequence<K...>) {
+  const Ref sources[] = {in.a, in.b, in.c};
+  const std::tuple<const A*...> from{w.ptr<const A>(sources[K])...};
   alignas(64) D r[kLanes];
   F f;
-  for (unsigned i = 0; i < kLanes; ++i) r[i] = (D)f(a[i]);
+  for (unsigned i = 0; i < kLanes; ++i) {
+    if constexpr (std::is_invocable<F, const Inst&, A...>::value)
+      r[i] = (D)f(in, std::get<K>(from)[i]...);
+    else
+      r[i] = (D)f(std::get<K>(from)[i]...);
+  }
   storeLanes(w, in.d, r, m);
-  w.setValid(in.d, m, w.validOf(in.a));
+  w.setValid(in.d, m, (w.validOf(sources[K]) & ...));
 }
-template <class D, class A, class B, class F>
-void op2(Warp& w, const Inst& in, uint32_t m) {
-  const A* a = w.ptr<const A>(in.a);
-  const B* b = w.ptr<const B>(in.b);
-  alignas(64) D r[kLanes];
-  F f;
-  for (unsigned i = 0; i < kLanes; ++i) r[i] = (D)f(a[i], b[i]);
-  storeLanes(w, in.d, r, m);
-  w.setValid(in.d, m, w.validOf(in.a) & w.validOf(in.b));
-}
-template <class D, class A, class B, class C, class F>
-void op3(Warp& w, const Inst& in, uint32_t m) {
-  const A* a = w.ptr<const A>(in.a);
-  const B* b = w.ptr<const B>(in.b);
-  const C* c = w.ptr<const C>(in.c);
-  alignas(64) D r[kLanes];
-  F f;
-  for (unsigned i = 0; i < kLanes; ++i) r[i] = (D)f(a[i], b[i], c[i]);
-  storeLanes(w, in.d, r, m);
-  w.setValid(in.d, m, w.validOf(in.a) & w.validOf(in.b) & w.validOf(in.c));
-}
-// The same with access to the instruction's small constants.
-template <class D, class A, class F>
-void op1x(Warp& w, const Inst& in, uint32_t m) {
-  const A* a = w.ptr<const A>(in.a);
-  alignas(64) D r[kLanes];
-  F f;
-  for (unsigned i = 0; i < kLanes; ++i) r[i] = (D)f(in, a[i]);
-  storeLanes(w, in.d, r, m);
-  w.setValid(in.d, m, w.validOf(in.a));
-}
-template <class D, class A, class B, class F>
-void op2x(Warp& w, const Inst& in, uint32_t m) {
-  const A* a = w.ptr<const A>(in.a);
-  const B* b = w.ptr<const B>(in.b);
-  alignas(64) D r[kLanes];
-  F f;
-  for (unsigned i = 0; i < kLanes; ++i) r[i] = (D)f(in, a[i], b[i]);
-  storeLanes(w, in.d, r, m);
-  w.setValid(in.d, m, w.validOf(in.a) & w.validOf(in.b));
-}
-template <class D, class A, class B, class C, class F>
-void op3x(Warp& w, const Inst& in, uint32_t m) {
-  const A* a = w.ptr<const A>(in.a);
-  const B* b = w.ptr<const B>(in.b);
-  const C* c = w.ptr<const C>(in.c);
-  alignas(64) D r[kLanes];
-  F f;
-  for (unsigned i = 0; i < kLanes; ++i) r[i] = (D)f(in, a[i], b[i], c[i]);
-  storeLanes(w, in.d, r, m);
-  w.setValid(in.d, m, w.validOf(in.a) & w.validOf(in.b) & w.validOf(in.c));
+// d = f(a), f(a, b) or f(a, b, c) in every lane; f may ask for the instruction first. The result depends on every
+// source, so that a lane is valid where all of them are.
+template <class F, class D, class... A>
+void lanewise(Warp& w, const Inst& in, uint32_t m) {
+  lanewiseFrom<F, D, A...>(w, in, m, std::index_sequence_for<A...>());
 }
 
 inline void loadLanes(Warp& w, Ref r, unsigned bytes, uint64_t* out) {
@@ -119,23 +89,13 @@ inline T bitsAs(U u) {
 }
 
 // d = f(a), d = f(a, b) ... with widths from the type; F<T> is the functor.
-inline void setOperands(Dec& d, Type dt, Type at) {
-  d.wantArgs(2, 2);
-  d.out.d = d.dst(0, std::max(2u, typeBytes(dt)));
-  d.out.a = d.src(1, at);
-}
-inline void setOperands(Dec& d, Type dt, Type at, Type bt) {
-  d.wantArgs(3, 3);
-  d.out.d = d.dst(0, std::max(2u, typeBytes(dt)));
-  d.out.a = d.src(1, at);
-  d.out.b = d.src(2, bt);
-}
-inline void setOperands(Dec& d, Type dt, Type at, Type bt, Type ct) {
-  d.wantArgs(4, 4);
-  d.out.d = d.dst(0, std::max(2u, typeBytes(dt)));
-  d.out.a = d.src(1, at);
-  d.out.b = d.src(2, bt);
-  d.out.c = d.src(3, ct);
+template <class... Types>
+inline void setOperands(Dec& d, Type result, Types... sources) {
+  d.wantArgs(1 + sizeof...(sources), 1 + sizeof...(sources));
+  d.out.d = d.dst(0, std::max(2u, typeBytes(result)));
+  Ref* const to[] = {&d.out.a, &d.out.b, &d.out.c};
+  size_t i = 0;
+  ((*to[i] = d.src(i + 1, sources), ++i), ...);
 }
 
 }  // namespace ptxsim
