@@ -119,7 +119,7 @@ namespace {
 
 void initBarrier(Warp& w, const Inst& in, uint32_t m) {
   for (int i : lanesOf(m)) {
-    uint32_t a = withRank(w, sharedOf(w, in, i, in.space, lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm)), false);
+    uint32_t a = withRank(w, sharedOf(w, in, i, in.space, laneAddress(w, in, i)), false);
     uint32_t count = lane32(w, in.b, (unsigned)i);
     w.needValid(in, in.b, 1u << i, "mbarrier count");
     Place p = locateShared(w, in, i, a, 8, Kind::Write, 8, true);
@@ -145,7 +145,7 @@ void initBarrier(Warp& w, const Inst& in, uint32_t m) {
 }
 void invalBarrier(Warp& w, const Inst& in, uint32_t m) {
   for (int i : lanesOf(m)) {
-    uint32_t a = withRank(w, sharedOf(w, in, i, in.space, lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm)), false);
+    uint32_t a = withRank(w, sharedOf(w, in, i, in.space, laneAddress(w, in, i)), false);
     Cta* cta;
     Mbarrier& b = mbarrierAt(w, in, i, a, &cta);
     b = Mbarrier();
@@ -160,8 +160,8 @@ void arriveBarrier(Warp& w, const Inst& in, uint32_t m) {
   uint64_t state[kLanes] = {0};
   const unsigned flags = in.x[2];
   for (int i : lanesOf(m)) {
-    uint32_t a = withRank(w, sharedOf(w, in, i, in.space, lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm)),
-                          in.x[1] || in.space == Space::Generic);
+    uint32_t a =
+        withRank(w, sharedOf(w, in, i, in.space, laneAddress(w, in, i)), in.x[1] || in.space == Space::Generic);
     if (in.space == Space::Generic && (a >> 24) != w.cta->rank)
       w.fail(in, i, "a generic mbarrier address must be in the own CTA");
     Cta* owner;
@@ -196,7 +196,7 @@ void arriveBarrier(Warp& w, const Inst& in, uint32_t m) {
 
 std::string describeWait(Warp& w, const Inst& in) {
   int i = firstLane(w.frag().mask);
-  uint32_t a = withRank(w, (uint32_t)lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm), false);
+  uint32_t a = withRank(w, (uint32_t)laneAddress(w, in, i), false);
   uint16_t k = w.cta->mbarIndex[(a & 0xffffff) >> 3];
   if (!k) return "waits for an mbarrier";
   const Mbarrier& b = w.cta->mbars[k];
@@ -212,7 +212,7 @@ void waitBarrier(Warp& w, const Inst& in, uint32_t m) {
   Fragment& f = w.frag();
   w.needValid(in, in.b, m, "mbarrier phase");
   for (int i : lanesOf(m)) {
-    uint32_t a = sharedOf(w, in, i, in.space, lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm));
+    uint32_t a = sharedOf(w, in, i, in.space, laneAddress(w, in, i));
     if ((a >> 24) != w.cta->rank && (a >> 24) != 0)
       w.fail(in, i, "a thread can wait only for an mbarrier of its own CTA");
     Mbarrier& b = mbarrierAt(w, in, i, withRank(w, a, false));
@@ -369,7 +369,7 @@ void cpAsync(Warp& w, const Inst& in, uint32_t m) {
   op->lanes = m;
   w.needValid(in, in.a, m, "address");
   for (int i : lanesOf(m)) {
-    uint32_t to = sharedOf(w, in, i, in.space, lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm));
+    uint32_t to = sharedOf(w, in, i, in.space, laneAddress(w, in, i));
     Place p = locateShared(w, in, i, to, in.bytes, Kind::Write, in.bytes, true);
     uint32_t have = in.bytes;
     if (in.ext->v[1] == 1) have = lane32(w, in.ext->refs[1], (unsigned)i);
@@ -413,8 +413,7 @@ void cpArrive(Warp& w, const Inst& in, uint32_t m) {
   auto op = std::make_shared<CpArrive>();
   op->lanes = m;
   for (int i : lanesOf(m)) {
-    op->address[i] =
-        withRank(w, sharedOf(w, in, i, in.space, lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm)), false);
+    op->address[i] = withRank(w, sharedOf(w, in, i, in.space, laneAddress(w, in, i)), false);
     Mbarrier& b = mbarrierAt(w, in, i, op->address[i]);
     raceMbarrierUse(w, in, i, b);
     if (!in.x[0]) ++b.pending;
@@ -455,15 +454,14 @@ void stAsync(Warp& w, const Inst& in, uint32_t m) {
     auto op = std::make_shared<StAsync>();
     op->generic = true;
     op->lane = i;
-    op->address = (uint32_t)lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm);
-    op->barrier = (uint32_t)(in.ext->v[1] == 4 ? lane32(w, refs[0], (unsigned)i) : lane64(w, refs[0], (unsigned)i)) +
-                  (uint32_t)in.ext->v[0];
+    op->address = (uint32_t)laneAddress(w, in, i);
+    op->barrier = (uint32_t)laneBits(w, refs[0], (unsigned)in.ext->v[1], i) + (uint32_t)in.ext->v[0];
     op->bytes = in.bytes * (uint32_t)(refs.size() - 1);
     op->atom = (int)in.x[0] - 1;
     op->type = (Type)in.x[3];
     for (size_t k = 1; k < refs.size(); ++k) {
       w.needValid(in, refs[k], 1u << i, "value of an asynchronous store");
-      uint64_t v = in.bytes == 4 ? lane32(w, refs[k], (unsigned)i) : lane64(w, refs[k], (unsigned)i);
+      const uint64_t v = laneBits(w, refs[k], in.bytes, i);
       memcpy(op->data + (k - 1) * in.bytes, &v, in.bytes);
     }
     Cta& target = *locateShared(w, in, i, op->address, op->bytes, Kind::Write, op->bytes, false).cta;
@@ -503,9 +501,6 @@ void decodeAsyncStore(Dec& d, bool reduce) {
 
 }  // namespace
 
-uint64_t lanesAddress(Warp& w, Ref r, unsigned bytes, unsigned lane, int64_t offset) {
-  return (bytes == 4 ? lane32(w, r, lane) : lane64(w, r, lane)) + (uint64_t)offset;
-}
 void decodeStAsync(Dec& d) {
   decodeAsyncStore(d, false);
 }

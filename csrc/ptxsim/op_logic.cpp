@@ -95,6 +95,22 @@ void predLogic(Warp& w, const Inst& in, uint32_t m) {
   w.setPred(in.d, m, r, w.validOf(in.a) & (Op < 3 ? w.validOf(in.b) : kAll));
 }
 
+#define BY_BYTES(t, a, b, c) (typeBytes(t) == 2 ? a : typeBytes(t) == 4 ? b : typeBytes(t) == 8 ? c : nullptr)
+#define BY_WIDTH(t, H, F) BY_BYTES(t, (H<uint16_t, F>), (H<uint32_t, F>), (H<uint64_t, F>))
+#define BY_SIGNED_WIDTH(t, H, F) BY_BYTES(t, (H<int16_t, F>), (H<int32_t, F>), (H<int64_t, F>))
+template <class T, template <class> class F>
+void unary(Warp& w, const Inst& in, uint32_t m) {
+  lanewise<F<T>, T, T>(w, in, m);
+}
+template <class T, template <class> class F>
+void binary(Warp& w, const Inst& in, uint32_t m) {
+  lanewise<F<T>, T, T, T>(w, in, m);
+}
+template <class T, template <class> class F>
+void shifted(Warp& w, const Inst& in, uint32_t m) {
+  lanewise<F<T>, T, T, uint32_t>(w, in, m);
+}
+
 template <template <class> class F, int PredOp>
 void logicOp(Dec& d) {
   Type t = d.needType();
@@ -110,81 +126,37 @@ void logicOp(Dec& d) {
     return;
   }
   setOperands(d, t, t, t);
-  switch (typeBytes(t)) {
-    case 2:
-      d.out.fn = lanewise<F<uint16_t>, uint16_t, uint16_t, uint16_t>;
-      break;
-    case 4:
-      d.out.fn = lanewise<F<uint32_t>, uint32_t, uint32_t, uint32_t>;
-      break;
-    case 8:
-      d.out.fn = lanewise<F<uint64_t>, uint64_t, uint64_t, uint64_t>;
-      break;
-    default:
-      break;
-  }
+  d.out.fn = BY_WIDTH(t, binary, F);
 }
 
 void shift(Dec& d, bool left) {
   Type t = d.needType();
   setOperands(d, t, t, Type::U32);
-  bool s = isSigned(t);
-  switch (typeBytes(t)) {
-    case 2:
-      d.out.fn = left ? lanewise<Shl<uint16_t>, uint16_t, uint16_t, uint32_t>
-                 : s  ? lanewise<Shr<int16_t>, int16_t, int16_t, uint32_t>
-                      : lanewise<Shr<uint16_t>, uint16_t, uint16_t, uint32_t>;
-      break;
-    case 4:
-      d.out.fn = left ? lanewise<Shl<uint32_t>, uint32_t, uint32_t, uint32_t>
-                 : s  ? lanewise<Shr<int32_t>, int32_t, int32_t, uint32_t>
-                      : lanewise<Shr<uint32_t>, uint32_t, uint32_t, uint32_t>;
-      break;
-    case 8:
-      d.out.fn = left ? lanewise<Shl<uint64_t>, uint64_t, uint64_t, uint32_t>
-                 : s  ? lanewise<Shr<int64_t>, int64_t, int64_t, uint32_t>
-                      : lanewise<Shr<uint64_t>, uint64_t, uint64_t, uint32_t>;
-      break;
-    default:
-      break;
-  }
+  d.out.fn = left          ? BY_WIDTH(t, shifted, Shl)
+             : isSigned(t) ? BY_SIGNED_WIDTH(t, shifted, Shr)
+                           : BY_WIDTH(t, shifted, Shr);
 }
 
 // ---- comparison
 
+// A comparison C of two values. The forms with u hold when one is NaN; Ne does not, as float comparison has it.
 enum Cmp { Eq, Ne, Lt, Le, Gt, Ge, Equ, Neu, Ltu, Leu, Gtu, Geu, Num, Nan };
 template <int C, class T>
 inline bool compare(T a, T b) {
-  switch (C) {
-    case Eq:
-      return a == b;
-    case Ne:
-      return a < b || a > b;
-    case Lt:
-      return a < b;
-    case Le:
-      return a <= b;
-    case Gt:
-      return a > b;
-    case Ge:
-      return a >= b;
-    case Equ:
-      return !(a < b || a > b);
-    case Neu:
-      return a != b;
-    case Ltu:
-      return !(a >= b);
-    case Leu:
-      return !(a > b);
-    case Gtu:
-      return !(a <= b);
-    case Geu:
-      return !(a < b);
-    case Num:
-      return a == a && b == b;
-    default:
-      return a != a || b != b;
-  }
+  if constexpr (C == Eq) return a == b;
+  if constexpr (C == Ne) return a < b || a > b;
+  if constexpr (C == Lt) return a < b;
+  if constexpr (C == Le) return a <= b;
+  if constexpr (C == Gt) return a > b;
+  if constexpr (C == Ge) return a >= b;
+  if constexpr (C == Equ) return !(a < b || a > b);
+  if constexpr (C == Neu) return a != b;
+  if constexpr (C == Ltu) return !(a >= b);
+  if constexpr (C == Leu) return !(a > b);
+  if constexpr (C == Gtu) return !(a <= b);
+  if constexpr (C == Geu) return !(a < b);
+  if constexpr (C == Num) return a == a && b == b;
+  if constexpr (C == Nan) return a != a || b != b;
 }
 struct AsF16 {
   uint16_t h;
@@ -199,23 +171,24 @@ struct AsF32Ftz {
   operator float() const { return flush(f32(u)); }
 };
 
-template <int C, class T, class V>
+// Half: 0 or 1, of a register that holds two values.
+template <int C, class T, class V, int Half>
 uint32_t compareLanes(Warp& w, const Inst& in) {
-  const T* a = w.ptr<const T>(in.a);
-  const T* b = w.ptr<const T>(in.b);
+  constexpr unsigned step = Half < 0 ? 1 : 2, first = Half < 0 ? 0 : Half;
+  const T *a = w.ptr<const T>(in.a) + first, *b = w.ptr<const T>(in.b) + first;
   uint32_t r = 0;
-  for (unsigned i = 0; i < kLanes; ++i) r |= (uint32_t)compare<C, V>((V)a[i], (V)b[i]) << i;
+  for (unsigned i = 0; i < kLanes; ++i) r |= (uint32_t)compare<C, V>((V)a[step * i], (V)b[step * i]) << i;
   return r;
 }
 using CompareFn = uint32_t (*)(Warp&, const Inst&);
-template <class T, class V>
-CompareFn pickCompare(int c) {
-  static const CompareFn table[] = {compareLanes<Eq, T, V>,  compareLanes<Ne, T, V>,  compareLanes<Lt, T, V>,
-                                    compareLanes<Le, T, V>,  compareLanes<Gt, T, V>,  compareLanes<Ge, T, V>,
-                                    compareLanes<Equ, T, V>, compareLanes<Neu, T, V>, compareLanes<Ltu, T, V>,
-                                    compareLanes<Leu, T, V>, compareLanes<Gtu, T, V>, compareLanes<Geu, T, V>,
-                                    compareLanes<Num, T, V>, compareLanes<Nan, T, V>};
+template <class T, class V, int Half, int... C>
+CompareFn pickCompare(int c, std::integer_sequence<int, C...>) {
+  static const CompareFn table[] = {compareLanes<C, T, V, Half>...};
   return table[c];
+}
+template <class T, class V, int Half = -1>
+CompareFn pickCompare(int c) {
+  return pickCompare<T, V, Half>(c, std::make_integer_sequence<int, Nan + 1>());
 }
 CompareFn pickCompare(Type t, int c, bool ftz) {
   switch (t) {
@@ -246,7 +219,7 @@ CompareFn pickCompare(Type t, int c, bool ftz) {
       return nullptr;
   }
 }
-int takeCompare(Dec& d, Type* typeOut) {
+int takeCompare(Dec& d) {
   static const std::pair<const char*, int> kNames[] = {
       {"eq", Eq},   {"ne", Ne},   {"lt", Lt},   {"le", Le},   {"gt", Gt},   {"ge", Ge},
       {"lo", Lt},   {"ls", Le},   {"hi", Gt},   {"hs", Ge},   {"equ", Equ}, {"neu", Neu},
@@ -255,7 +228,6 @@ int takeCompare(Dec& d, Type* typeOut) {
   for (auto& n : kNames)
     if (c < 0 && d.take(n.first)) c = n.second;
   if (c < 0) d.fail("a comparison is missing");
-  (void)typeOut;
   return c;
 }
 
@@ -274,71 +246,18 @@ void setp(Warp& w, const Inst& in, uint32_t m) {
     w.setPred(in.ext->refs[0], m, q, v);
   }
 }
-template <class V>
 void setpHalf2(Warp& w, const Inst& in, uint32_t m) {  // p|q = the two halves
-  uint32_t r[2] = {0, 0};
-  for (unsigned i = 0; i < kLanes; ++i)
-    for (unsigned h = 0; h < 2; ++h) {
-      float a = V{(uint16_t)(lane32(w, in.a, i) >> (16 * h))}, b = V{(uint16_t)(lane32(w, in.b, i) >> (16 * h))};
-      bool t;
-      switch (in.x[3]) {
-        case Eq:
-          t = compare<Eq>(a, b);
-          break;
-        case Ne:
-          t = compare<Ne>(a, b);
-          break;
-        case Lt:
-          t = compare<Lt>(a, b);
-          break;
-        case Le:
-          t = compare<Le>(a, b);
-          break;
-        case Gt:
-          t = compare<Gt>(a, b);
-          break;
-        case Ge:
-          t = compare<Ge>(a, b);
-          break;
-        case Equ:
-          t = compare<Equ>(a, b);
-          break;
-        case Neu:
-          t = compare<Neu>(a, b);
-          break;
-        case Ltu:
-          t = compare<Ltu>(a, b);
-          break;
-        case Leu:
-          t = compare<Leu>(a, b);
-          break;
-        case Gtu:
-          t = compare<Gtu>(a, b);
-          break;
-        case Geu:
-          t = compare<Geu>(a, b);
-          break;
-        case Num:
-          t = compare<Num>(a, b);
-          break;
-        default:
-          t = compare<Nan>(a, b);
-          break;
-      }
-      r[h] |= (uint32_t)t << i;
-    }
-  uint32_t v = w.validOf(in.a) & w.validOf(in.b);
-  for (int h = 0; h < 2; ++h) {
-    Ref to = h ? in.ext->refs[0] : in.d;
-    w.setPred(to, m, r[h], v);
-  }
+  const uint32_t v = w.validOf(in.a) & w.validOf(in.b);
+  const uint32_t low = ((CompareFn)in.ext->v[0])(w, in), high = ((CompareFn)in.ext->v[1])(w, in);
+  w.setPred(in.d, m, low, v);
+  w.setPred(in.ext->refs[0], m, high, v);
 }
 int takeBoolOp(Dec& d) {
   return d.take("and") ? 1 : d.take("or") ? 2 : d.take("xor") ? 3 : 0;
 }
 
 void decodeSetp(Dec& d) {
-  int c = takeCompare(d, nullptr);
+  int c = takeCompare(d);
   int boolOp = takeBoolOp(d);
   bool ftz = d.take("ftz");
   Type t = d.needType();
@@ -361,8 +280,10 @@ void decodeSetp(Dec& d) {
   d.out.x[1] = neg;
   if (t == Type::F16x2 || t == Type::BF16x2) {
     if (boolOp || !d.out.x[2]) d.fail("only the p|q form without a boolean operator is supported for packed halves");
-    d.out.x[3] = (uint8_t)c;
-    d.out.fn = t == Type::F16x2 ? (Handler)setpHalf2<AsF16> : (Handler)setpHalf2<AsBf16>;
+    const bool f16 = t == Type::F16x2;
+    d.extra()->v[0] = (int64_t)(f16 ? pickCompare<AsF16, float, 0>(c) : pickCompare<AsBf16, float, 0>(c));
+    d.extra()->v[1] = (int64_t)(f16 ? pickCompare<AsF16, float, 1>(c) : pickCompare<AsBf16, float, 1>(c));
+    d.out.fn = setpHalf2;
     return;
   }
   CompareFn f = pickCompare(t, c, ftz);
@@ -426,60 +347,31 @@ void movClock(Warp& w, const Inst& in,
 void pack(Warp& w, const Inst& in, uint32_t m) {
   const auto& refs = in.ext->refs;
   uint32_t v = kAll;
-  for (unsigned i = 0; i < kLanes; ++i) {
-    if (!((m >> i) & 1)) continue;
+  for (int i : lanesOf(m)) {
     unsigned __int128 r = 0;
-    unsigned at = 0;
     for (size_t k = 0; k < refs.size(); ++k) {
-      unsigned b = in.ext->widths[k];
-      uint64_t e = in.bytes == 1 ? w.ptr<uint16_t>(refs[k])[i] & 0xff
-                   : b == 2      ? w.ptr<uint16_t>(refs[k])[i]
-                   : b == 4      ? lane32(w, refs[k], i)
-                                 : lane64(w, refs[k], i);
-      r |= (unsigned __int128)e << (8 * at);
-      at += in.bytes;
+      const uint64_t e = laneBits(w, refs[k], in.ext->widths[k], i);
+      r |= (unsigned __int128)(in.bytes == 1 ? e & 0xff : e) << (8 * in.bytes * k);
     }
-    unsigned total = in.x[0];
-    if (total == 16)
-      memcpy(w.ptr<B128>(in.d)->v + 2 * i, &r, 16);
-    else if (total == 8)
-      w.ptr<uint64_t>(in.d)[i] = (uint64_t)r;
-    else if (total == 4)
-      w.ptr<uint32_t>(in.d)[i] = (uint32_t)r;
+    if (in.x[0] == 16)
+      memcpy(w.ptr<B128>(in.d) + i, &r, 16);
     else
-      w.ptr<uint16_t>(in.d)[i] = (uint16_t)r;
+      setLaneBits(w, in.d, in.x[0], i, (uint64_t)r);
   }
   for (auto& ref : refs) v &= w.validOf(ref);
   w.setValid(in.d, m, v);
 }
 void unpack(Warp& w, const Inst& in, uint32_t m) {
   const auto& refs = in.ext->refs;
-  for (unsigned i = 0; i < kLanes; ++i) {
-    if (!((m >> i) & 1)) continue;
+  for (int i : lanesOf(m)) {
     unsigned __int128 r = 0;
     if (in.x[0] == 16)
-      memcpy(&r, w.ptr<B128>(in.a)->v + 2 * i, 16);
-    else if (in.x[0] == 8)
-      r = lane64(w, in.a, i);
-    else if (in.x[0] == 4)
-      r = lane32(w, in.a, i);
+      memcpy(&r, w.ptr<B128>(in.a) + i, 16);
     else
-      r = w.ptr<uint16_t>(in.a)[i];
+      r = laneBits(w, in.a, in.x[0], i);
     for (size_t k = 0; k < refs.size(); ++k) {
-      uint64_t e = (uint64_t)(r >> (8 * in.bytes * k));
-      switch (in.ext->widths[k]) {
-        case 2:
-          w.ptr<uint16_t>(refs[k])[i] = in.bytes == 1 ? (uint16_t)(e & 0xff) : (uint16_t)e;
-          break;
-        case 4:
-          w.ptr<uint32_t>(refs[k])[i] = (uint32_t)e;
-          break;
-        case 8:
-          w.ptr<uint64_t>(refs[k])[i] = e;
-          break;
-        default:
-          break;  // sink
-      }
+      const uint64_t e = (uint64_t)(r >> (8 * in.bytes * k));
+      if (in.ext->widths[k]) setLaneBits(w, refs[k], in.ext->widths[k], i, in.bytes == 1 ? e & 0xff : e);  // no sink
     }
   }
   for (auto& ref : refs) w.setValid(ref, m, w.validOf(in.a));
@@ -634,16 +526,12 @@ void addLogicOps(OpTable& t) {
       return;
     }
     setOperands(d, ty, ty);
-    d.out.fn = typeBytes(ty) == 2   ? lanewise<Not<uint16_t>, uint16_t, uint16_t>
-               : typeBytes(ty) == 4 ? lanewise<Not<uint32_t>, uint32_t, uint32_t>
-                                    : lanewise<Not<uint64_t>, uint64_t, uint64_t>;
+    d.out.fn = BY_WIDTH(ty, unary, Not);
   };
   t["cnot"] = [](Dec& d) {
     Type ty = d.needType();
     setOperands(d, ty, ty);
-    d.out.fn = typeBytes(ty) == 2   ? lanewise<Cnot<uint16_t>, uint16_t, uint16_t>
-               : typeBytes(ty) == 4 ? lanewise<Cnot<uint32_t>, uint32_t, uint32_t>
-                                    : lanewise<Cnot<uint64_t>, uint64_t, uint64_t>;
+    d.out.fn = BY_WIDTH(ty, unary, Cnot);
   };
   t["lop3"] = [](Dec& d) {
     int boolOp = d.takeOneOf({"or", "and"});
@@ -685,7 +573,7 @@ void addLogicOps(OpTable& t) {
   };
   t["setp"] = decodeSetp;
   t["set"] = [](Dec& d) {
-    int c = takeCompare(d, nullptr), boolOp = takeBoolOp(d);
+    int c = takeCompare(d), boolOp = takeBoolOp(d);
     bool ftz = d.take("ftz");
     Type dt = d.needType(), st = d.needType();
     d.wantArgs(boolOp ? 4 : 3, boolOp ? 4 : 3);

@@ -328,13 +328,13 @@ const char* kFields[] = {"global_address", "rank",     "box_dim",           "glo
                          "element_stride", "elemtype", "interleave_layout", "swizzle_mode", "fill_mode"};
 void replaceField(Warp& w, const Inst& in, uint32_t m) {
   for (int i : lanesOf(m)) {
-    uint64_t a = lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm);
+    uint64_t a = laneAddress(w, in, i);
     Place p = locate(w, in, i, in.space, a, 128, Kind::Write, 64);
     racePlace(w, in, p, 128, Kind::Write);
     TensorMap t;
     memcpy(&t, p.p, sizeof t);
     w.needValid(in, in.b, 1u << i, "tensor map field");
-    uint64_t v = in.x[1] == 8 ? lane64(w, in.b, (unsigned)i) : lane32(w, in.b, (unsigned)i);
+    const uint64_t v = laneBits(w, in.b, in.x[1], i);
     const unsigned ord = (unsigned)in.ext->v[0];
     auto check = [&](bool ok) {
       if (!ok) w.fail(in, i, "tensormap.replace of ", kFields[in.x[0]], ": ", v, " is not allowed");
@@ -393,10 +393,9 @@ void replaceField(Warp& w, const Inst& in, uint32_t m) {
 void copyMap(Warp& w, const Inst& in,
              uint32_t m) {  // tensormap.cp_fenceproxy: the warp copies 128 bytes and publishes them
   int i = firstLane(m);
-  Place to =
-      locate(w, in, i, Space::Global, lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm), 128, Kind::Write, 128);
+  Place to = locate(w, in, i, Space::Global, laneAddress(w, in, i), 128, Kind::Write, 128);
   Ref src = in.ext->refs[0];
-  uint64_t s = (in.ext->v[1] == 4 ? lane32(w, src, (unsigned)i) : lane64(w, src, (unsigned)i)) + (uint64_t)in.ext->v[0];
+  uint64_t s = laneBits(w, src, (unsigned)in.ext->v[1], i) + (uint64_t)in.ext->v[0];
   Place from = locate(w, in, i, Space::Shared, s, 128, Kind::Read, 128);
   racePlace(w, in, from, 128, Kind::Read);
   racePlace(w, in, to, 128, Kind::Write);

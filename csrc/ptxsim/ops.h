@@ -47,29 +47,28 @@ void lanewise(Warp& w, const Inst& in, uint32_t m) {
   lanewiseFrom<F, D, A...>(w, in, m, std::index_sequence_for<A...>());
 }
 
+// One lane of a register of 2, 4 or 8 bytes.
+inline uint64_t laneBits(Warp& w, Ref r, unsigned bytes, int lane) {
+  return bytes == 2   ? w.ptr<const uint16_t>(r)[lane]
+         : bytes == 4 ? w.ptr<const uint32_t>(r)[lane]
+                      : w.ptr<const uint64_t>(r)[lane];
+}
+inline void setLaneBits(Warp& w, Ref r, unsigned bytes, int lane, uint64_t v) {
+  if (bytes == 2)
+    w.ptr<uint16_t>(r)[lane] = (uint16_t)v;
+  else if (bytes == 4)
+    w.ptr<uint32_t>(r)[lane] = (uint32_t)v;
+  else
+    w.ptr<uint64_t>(r)[lane] = v;
+}
+inline uint64_t laneAddress(Warp& w, const Inst& in, int lane) {  // in.a + in.imm; in.x[5] bytes of the register
+  return laneBits(w, in.a, in.x[5], lane) + (uint64_t)in.imm;
+}
 inline void loadLanes(Warp& w, Ref r, unsigned bytes, uint64_t* out) {
-  switch (bytes) {
-    case 2:
-      for (unsigned i = 0; i < kLanes; ++i) out[i] = w.ptr<const uint16_t>(r)[i];
-      break;
-    case 4:
-      for (unsigned i = 0; i < kLanes; ++i) out[i] = w.ptr<const uint32_t>(r)[i];
-      break;
-    default:
-      for (unsigned i = 0; i < kLanes; ++i) out[i] = w.ptr<const uint64_t>(r)[i];
-      break;
-  }
+  for (unsigned i = 0; i < kLanes; ++i) out[i] = laneBits(w, r, bytes, (int)i);
 }
 inline void putLanes(Warp& w, Ref d, unsigned bytes, const uint64_t* v, uint32_t m) {
-  for (unsigned i = 0; i < kLanes; ++i) {
-    if (!((m >> i) & 1)) continue;
-    if (bytes == 2)
-      w.ptr<uint16_t>(d)[i] = (uint16_t)v[i];
-    else if (bytes == 4)
-      w.ptr<uint32_t>(d)[i] = (uint32_t)v[i];
-    else
-      w.ptr<uint64_t>(d)[i] = v[i];
-  }
+  for (int i : lanesOf(m)) setLaneBits(w, d, bytes, i, v[i]);
 }
 inline uint32_t lane32(Warp& w, Ref r, unsigned lane) {
   return w.ptr<const uint32_t>(r)[lane];
