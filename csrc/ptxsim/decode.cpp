@@ -454,6 +454,20 @@ std::unique_ptr<Kernel> decodeKernel(Module& m, Func& f) {
               in.imm = kb.start[it->second];
     }
   }
+  std::vector<bool> fenced(k.numIds, false);  // registers of wgmmas
+  auto each = [](const Inst& in, auto visit) {
+    visit(in.d);
+    if (in.ext)
+      for (auto& r : in.ext->refs) visit(r);
+  };
+  for (auto& in : k.code)
+    if (in.isWgmma && in.ext) {
+      for (auto& r : in.ext->refs) fenced[r.id] = true;
+      for (auto& r : in.ext->refs2) fenced[r.id] = true;
+    }
+  fenced[0] = false;
+  for (auto& in : k.code)
+    if (!in.isWgmma && !in.storesD) each(in, [&](Ref r) { in.needsFence |= fenced[r.id]; });
   k.entry = kb.start[&f];
   k.localBytes = (k.localBytes + 15) / 16 * 16;
   return kernel;

@@ -308,6 +308,11 @@ void mmaAsync(Warp& w, const Inst& in, uint32_t m) {
   auto part = std::make_shared<Part>();
   part->s = &s;
 
+  for (auto* list : {&in.ext->refs, &in.ext->refs2})
+    for (const Ref& r : *list)
+      if (w.unfenced[r.id] && w.launch->opt.detect)
+        w.fail(in, -1, list == &in.ext->refs ? "an accumulator" : "an A register",
+               " of a wgmma has been written since the last wgmma.fence");
   for (const Ref& r : in.ext->refs) {
     uint8_t& f = w.inflight[r.id];
     if (f == 0) f = 1, ++w.numInflight;
@@ -350,7 +355,9 @@ void waitGroup(Warp& w, const Inst& in, uint32_t m) {
         if (e.refs2[r].id && !w.inflight[e.refs2[r].id]) w.inflight[e.refs2[r].id] = 2, ++w.numInflight;
   }
 }
-void fence(Warp&, const Inst&, uint32_t) {}
+void fence(Warp& w, const Inst&, uint32_t) {
+  std::fill(w.unfenced.begin(), w.unfenced.end(), 0);
+}
 
 void decodeWgmma(Dec& d) {
   d.out.convergeAll = true;
