@@ -198,21 +198,21 @@ void cvtPack(Warp& w, const Inst& in, uint32_t m) {
   w.setValid(in.d, m, w.validOf(in.a) & w.validOf(in.b) & w.validOf(in.c));
 }
 
-LANE(Bf16ToF32, (uint16_t h), fromBf16(h));
-LANE(F16ToF32, (uint16_t h), fromF16(h));
-LANE(I32ToF32, (int32_t a), (float)a);
-LANE(U32ToF32, (uint32_t a), (float)a);
-LANE(F32ToBf16, (float a), toBf16(a));
-LANE(F32ToF64, (float a), a);
-TYPED(Same, (T a), a);
+LANE(float, Bf16ToF32, (uint16_t h), fromBf16(h));
+LANE(float, F16ToF32, (uint16_t h), fromF16(h));
+LANE(float, I32ToF32, (int32_t a), (float)a);
+LANE(float, U32ToF32, (uint32_t a), (float)a);
+LANE(uint16_t, F32ToBf16, (float a), toBf16(a));
+LANE(double, F32ToF64, (float a), a);
+TYPED(T, Same, (T a), a);
 
 Handler fastPath(Type dt, Type st, unsigned dreg, unsigned sreg, Round r, unsigned flags, bool integral) {
   if (flags || integral) return nullptr;
-  if (dt == Type::F32 && st == Type::F16) return lanewise<F16ToF32, float, uint16_t>;
-  if (dt == Type::F32 && (st == Type::S32) && r == Round::Nearest) return lanewise<I32ToF32, float, int32_t>;
-  if (dt == Type::F32 && (st == Type::U32) && r == Round::Nearest) return lanewise<U32ToF32, float, uint32_t>;
-  if (dt == Type::BF16 && st == Type::F32 && r == Round::Nearest) return lanewise<F32ToBf16, uint16_t, float>;
-  if (dt == Type::F64 && st == Type::F32) return lanewise<F32ToF64, double, float>;
+  if (dt == Type::F32 && st == Type::F16) return lanes<F16ToF32>();
+  if (dt == Type::F32 && (st == Type::S32) && r == Round::Nearest) return lanes<I32ToF32>();
+  if (dt == Type::F32 && (st == Type::U32) && r == Round::Nearest) return lanes<U32ToF32>();
+  if (dt == Type::BF16 && st == Type::F32 && r == Round::Nearest) return lanes<F32ToBf16>();
+  if (dt == Type::F64 && st == Type::F32) return lanes<F32ToF64>();
   if (dt == Type::U64 && st == Type::U32 && sreg == 4) return lanewise<Same<uint64_t>, uint64_t, uint32_t>;
   if ((dt == Type::S64 || dt == Type::U64) && st == Type::S32 && sreg == 4)
     return lanewise<Same<int64_t>, int64_t, int32_t>;
@@ -253,7 +253,7 @@ void decodeCvt(Dec& d) {
   d.out.x[3] = (uint8_t)flags;
   if (dt == Type::TF32) {
     setOperands(d, Type::B32, Type::F32);
-    d.out.fn = lanewise<Tf32, uint32_t, float>;
+    d.out.fn = lanes<Tf32>();
     return;
   }
   const bool fp8Dst = dt == Type::E4M3x2 || dt == Type::E5M2x2, fp8Src = st == Type::E4M3x2 || st == Type::E5M2x2;
@@ -265,10 +265,10 @@ void decodeCvt(Dec& d) {
     d.out.d = d.dst(0, half ? 4 : 2);
     d.out.a = d.src(1, Type::F32);
     d.out.b = d.src(2, Type::F32);
-    d.out.fn = dt == Type::F16x2    ? lanewise<Pack2<PackF16, uint32_t>, uint32_t, float, float>
-               : dt == Type::BF16x2 ? lanewise<Pack2<PackBf16, uint32_t>, uint32_t, float, float>
-               : dt == Type::E4M3x2 ? lanewise<Pack2<PackE4m3, uint16_t>, uint16_t, float, float>
-                                    : lanewise<Pack2<PackE5m2, uint16_t>, uint16_t, float, float>;
+    d.out.fn = dt == Type::F16x2    ? lanes<Pack2<PackF16, uint32_t>>()
+               : dt == Type::BF16x2 ? lanes<Pack2<PackBf16, uint32_t>>()
+               : dt == Type::E4M3x2 ? lanes<Pack2<PackE4m3, uint16_t>>()
+                                    : lanes<Pack2<PackE5m2, uint16_t>>();
     return;
   }
   d.wantArgs(2, 2);
@@ -276,16 +276,14 @@ void decodeCvt(Dec& d) {
     if (st != Type::F16x2) d.fail("sm_90 converts only f32 pairs and f16x2 to fp8");
     d.out.d = d.dst(0, 2);
     d.out.a = d.src(1, Type::B32);
-    d.out.fn = dt == Type::E4M3x2 ? lanewise<PackFromF16x2<PackE4m3>, uint16_t, uint32_t>
-                                  : lanewise<PackFromF16x2<PackE5m2>, uint16_t, uint32_t>;
+    d.out.fn = dt == Type::E4M3x2 ? lanes<PackFromF16x2<PackE4m3>>() : lanes<PackFromF16x2<PackE5m2>>();
     return;
   }
   if (fp8Src) {
     if (dt != Type::F16x2) d.fail("sm_90 converts fp8 only to f16x2");
     d.out.d = d.dst(0, 4);
     d.out.a = d.src(1, Type::B16);
-    d.out.fn = st == Type::E4M3x2 ? lanewise<UnpackFp8<PackE4m3>, uint32_t, uint16_t>
-                                  : lanewise<UnpackFp8<PackE5m2>, uint32_t, uint16_t>;
+    d.out.fn = st == Type::E4M3x2 ? lanes<UnpackFp8<PackE4m3>>() : lanes<UnpackFp8<PackE5m2>>();
     return;
   }
   if (typeBytes(dt) > 8 || typeBytes(st) > 8 || dt == Type::F16x2 || dt == Type::BF16x2 || st == Type::F16x2 ||
@@ -304,7 +302,7 @@ void decodeCvt(Dec& d) {
   d.out.x[4] = (uint8_t)dreg;
   d.out.x[5] = (uint8_t)sreg;
   d.out.fn = fastPath(dt, st, dreg, sreg, modes[rnd], flags, integral);
-  if (dt == Type::F32 && st == Type::BF16 && flags == 0) d.out.fn = lanewise<Bf16ToF32, float, uint16_t>;
+  if (dt == Type::F32 && st == Type::BF16 && flags == 0) d.out.fn = lanes<Bf16ToF32>();
   if (!d.out.fn) d.out.fn = convert;
 }
 

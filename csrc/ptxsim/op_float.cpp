@@ -25,7 +25,7 @@ inline float out32(float f) {
 }
 #define FLOAT32(name, ...)  \
   template <bool Z, bool S> \
-  LANE(name, __VA_ARGS__)
+  LANE(float, name, __VA_ARGS__)
 FLOAT32(AddF, (float a, float b), out32<Z, S>(in32<Z>(a) + in32<Z>(b)));
 FLOAT32(SubF, (float a, float b), out32<Z, S>(in32<Z>(a) - in32<Z>(b)));
 FLOAT32(MulF, (float a, float b), out32<Z, S>(in32<Z>(a) * in32<Z>(b)));
@@ -77,18 +77,18 @@ struct MinMaxXor {
   }
 };
 
-LANE(AddD, (double a, double b), a + b);
-LANE(SubD, (double a, double b), a - b);
-LANE(MulD, (double a, double b), (a * b));
-LANE(FmaD, (double a, double b, double c), __builtin_fma(a, b, c));
-LANE(DivD, (double a, double b), a / b);
-LANE(SqrtD, (double a), std::sqrt(a));
-LANE(RcpD, (double a), 1.0 / a);
-LANE(RsqrtD, (double a), 1.0 / std::sqrt(a));
-LANE(AbsD, (double a), std::fabs(a));
-LANE(NegD, (double a), -a);
-LANE(MinD, (double a, double b), a != a ? b : b != b ? a : a == b ? (std::signbit(a) ? a : b) : a < b ? a : b);
-LANE(MaxD, (double a, double b), a != a ? b : b != b ? a : a == b ? (std::signbit(a) ? b : a) : a > b ? a : b);
+LANE(double, AddD, (double a, double b), a + b);
+LANE(double, SubD, (double a, double b), a - b);
+LANE(double, MulD, (double a, double b), (a * b));
+LANE(double, FmaD, (double a, double b, double c), __builtin_fma(a, b, c));
+LANE(double, DivD, (double a, double b), a / b);
+LANE(double, SqrtD, (double a), std::sqrt(a));
+LANE(double, RcpD, (double a), 1.0 / a);
+LANE(double, RsqrtD, (double a), 1.0 / std::sqrt(a));
+LANE(double, AbsD, (double a), std::fabs(a));
+LANE(double, NegD, (double a), -a);
+LANE(double, MinD, (double a, double b), a != a ? b : b != b ? a : a == b ? (std::signbit(a) ? a : b) : a < b ? a : b);
+LANE(double, MaxD, (double a, double b), a != a ? b : b != b ? a : a == b ? (std::signbit(a) ? b : a) : a > b ? a : b);
 // The upper half of 1/x, as a seed for Newton steps.
 struct RcpSeed {
   double operator()(double a) const {
@@ -96,7 +96,7 @@ struct RcpSeed {
     return bitsAs<double>(b);
   }
 };
-LANE(RsqrtSeed, (double a), bitsAs<double>(bits(1.0 / std::sqrt(a)) & 0xffffffff00000000ull));
+LANE(double, RsqrtSeed, (double a), bitsAs<double>(bits(1.0 / std::sqrt(a)) & 0xffffffff00000000ull));
 
 // Directed rounding: the inner handler runs under the host's rounding mode. Its loads and stores cannot move across the
 // calls.
@@ -108,33 +108,6 @@ void directed(Warp& w, const Inst& in, uint32_t m) {
   std::fesetround(hostMode(in.x[4]));
   H(w, in, m);
   std::fesetround(FE_TONEAREST);
-}
-
-template <template <bool, bool> class F>
-Handler unary32(bool ftz, bool sat, int rnd) {
-  if (rnd > 0)
-    return ftz ? directed<lanewise<F<true, false>, float, float>> : directed<lanewise<F<false, false>, float, float>>;
-  return ftz ? (sat ? lanewise<F<true, true>, float, float> : lanewise<F<true, false>, float, float>)
-             : (sat ? lanewise<F<false, true>, float, float> : lanewise<F<false, false>, float, float>);
-}
-template <template <bool, bool> class F>
-Handler binary32(bool ftz, bool sat, int rnd) {
-  if (rnd > 0) {
-    return ftz ? (sat ? directed<lanewise<F<true, true>, float, float, float>>
-                      : directed<lanewise<F<true, false>, float, float, float>>)
-               : (sat ? directed<lanewise<F<false, true>, float, float, float>>
-                      : directed<lanewise<F<false, false>, float, float, float>>);
-  }
-  return ftz ? (sat ? lanewise<F<true, true>, float, float, float> : lanewise<F<true, false>, float, float, float>)
-             : (sat ? lanewise<F<false, true>, float, float, float> : lanewise<F<false, false>, float, float, float>);
-}
-template <class F>
-Handler unary64(int rnd) {
-  return rnd > 0 ? directed<lanewise<F, double, double>> : lanewise<F, double, double>;
-}
-template <class F>
-Handler binary64(int rnd) {
-  return rnd > 0 ? directed<lanewise<F, double, double, double>> : lanewise<F, double, double, double>;
 }
 
 struct Mods {
@@ -150,54 +123,43 @@ Mods takeMods(Dec& d) {
   return m;
 }
 
+template <template <bool, bool> class F>
+Handler by32(const Mods& m) {
+  static const Handler nearest[2][2] = {{lanes<F<0, 0>>(), lanes<F<0, 1>>()}, {lanes<F<1, 0>>(), lanes<F<1, 1>>()}};
+  static const Handler rounded[2][2] = {{directed<lanes<F<0, 0>>()>, directed<lanes<F<0, 1>>()>},
+                                        {directed<lanes<F<1, 0>>()>, directed<lanes<F<1, 1>>()>}};
+  return (m.rnd > 0 ? rounded : nearest)[m.ftz][m.sat];
+}
+template <class F>
+Handler by64(const Mods& m) {
+  return m.rnd > 0 ? directed<lanes<F>()> : lanes<F>();
+}
+template <template <bool, bool, bool> class F>
+Handler byOrder(bool min, bool ftz, bool nan) {
+  static const Handler table[2][2][2] = {
+      {{lanes<F<0, 0, 0>>(), lanes<F<0, 0, 1>>()}, {lanes<F<0, 1, 0>>(), lanes<F<0, 1, 1>>()}},
+      {{lanes<F<1, 0, 0>>(), lanes<F<1, 0, 1>>()}, {lanes<F<1, 1, 0>>(), lanes<F<1, 1, 1>>()}}};
+  return table[min][ftz][nan];
+}
+
 void arithmetic(Dec& d, const std::string& op) {
   if (decodeIntegerArithmetic(d, op) || decodeHalfArithmetic(d, op)) return;
   Mods m = takeMods(d);
   if (op == "fma" || op == "mad") {
     Type t = d.needType();
     setOperands(d, t, t, t, t);
-    if (t == Type::F64) {
-      d.out.fn = m.rnd > 0 ? directed<lanewise<FmaD, double, double, double, double>>
-                           : lanewise<FmaD, double, double, double, double>;
-    } else if (t == Type::F32) {
-      if (m.rnd > 0)
-        d.out.fn = m.ftz ? (m.sat ? directed<lanewise<FmaF<true, true>, float, float, float, float>>
-                                  : directed<lanewise<FmaF<true, false>, float, float, float, float>>)
-                         : (m.sat ? directed<lanewise<FmaF<false, true>, float, float, float, float>>
-                                  : directed<lanewise<FmaF<false, false>, float, float, float, float>>);
-      else
-        d.out.fn = m.ftz ? (m.sat ? lanewise<FmaF<true, true>, float, float, float, float>
-                                  : lanewise<FmaF<true, false>, float, float, float, float>)
-                         : (m.sat ? lanewise<FmaF<false, true>, float, float, float, float>
-                                  : lanewise<FmaF<false, false>, float, float, float, float>);
-    }
+    if (t == Type::F64) d.out.fn = by64<FmaD>(m);
+    if (t == Type::F32) d.out.fn = by32<FmaF>(m);
     return;
   }
   if (op == "min" || op == "max") {
     bool nan = d.take("NaN"), xorsign = d.take("xorsign") && d.take("abs"), min = op == "min";
     Type t = d.needType();
     setOperands(d, t, t, t);
-    if (t == Type::F64) {
-      d.out.fn = min ? lanewise<MinD, double, double, double> : lanewise<MaxD, double, double, double>;
-      return;
-    }
-    static const Handler kPlain[2][2][2] = {{{lanewise<MinMaxF<false, false, false>, float, float, float>,
-                                              lanewise<MinMaxF<false, false, true>, float, float, float>},
-                                             {lanewise<MinMaxF<false, true, false>, float, float, float>,
-                                              lanewise<MinMaxF<false, true, true>, float, float, float>}},
-                                            {{lanewise<MinMaxF<true, false, false>, float, float, float>,
-                                              lanewise<MinMaxF<true, false, true>, float, float, float>},
-                                             {lanewise<MinMaxF<true, true, false>, float, float, float>,
-                                              lanewise<MinMaxF<true, true, true>, float, float, float>}}};
-    static const Handler kXor[2][2][2] = {{{lanewise<MinMaxXor<false, false, false>, float, float, float>,
-                                            lanewise<MinMaxXor<false, false, true>, float, float, float>},
-                                           {lanewise<MinMaxXor<false, true, false>, float, float, float>,
-                                            lanewise<MinMaxXor<false, true, true>, float, float, float>}},
-                                          {{lanewise<MinMaxXor<true, false, false>, float, float, float>,
-                                            lanewise<MinMaxXor<true, false, true>, float, float, float>},
-                                           {lanewise<MinMaxXor<true, true, false>, float, float, float>,
-                                            lanewise<MinMaxXor<true, true, true>, float, float, float>}}};
-    d.out.fn = (xorsign ? kXor : kPlain)[min][m.ftz][nan];
+    if (t == Type::F64)
+      d.out.fn = min ? lanes<MinD>() : lanes<MaxD>();
+    else
+      d.out.fn = xorsign ? byOrder<MinMaxXor>(min, m.ftz, nan) : byOrder<MinMaxF>(min, m.ftz, nan);
     return;
   }
   bool approx = d.take("approx"), full = d.take("full");
@@ -205,24 +167,24 @@ void arithmetic(Dec& d, const std::string& op) {
   if (op == "abs" || op == "neg") {
     setOperands(d, t, t);
     if (t == Type::F64)
-      d.out.fn = op == "abs" ? unary64<AbsD>(0) : unary64<NegD>(0);
+      d.out.fn = op == "abs" ? lanes<AbsD>() : lanes<NegD>();
     else
-      d.out.fn = op == "abs" ? unary32<AbsF>(m.ftz, false, 0) : unary32<NegF>(m.ftz, false, 0);
+      d.out.fn = op == "abs" ? by32<AbsF>(m) : by32<NegF>(m);
     return;
   }
   setOperands(d, t, t, t);
   if (t == Type::F64) {
     if (op == "div" && (approx || full)) d.fail("no approximate float64 division exists");
-    d.out.fn = op == "add"   ? binary64<AddD>(m.rnd)
-               : op == "sub" ? binary64<SubD>(m.rnd)
-               : op == "mul" ? binary64<MulD>(m.rnd)
-               : op == "div" ? binary64<DivD>(m.rnd)
+    d.out.fn = op == "add"   ? by64<AddD>(m)
+               : op == "sub" ? by64<SubD>(m)
+               : op == "mul" ? by64<MulD>(m)
+               : op == "div" ? by64<DivD>(m)
                              : nullptr;
   } else if (t == Type::F32) {
-    d.out.fn = op == "add"   ? binary32<AddF>(m.ftz, m.sat, m.rnd)
-               : op == "sub" ? binary32<SubF>(m.ftz, m.sat, m.rnd)
-               : op == "mul" ? binary32<MulF>(m.ftz, m.sat, m.rnd)
-               : op == "div" ? binary32<DivF>(m.ftz, false, m.rnd)
+    d.out.fn = op == "add"   ? by32<AddF>(m)
+               : op == "sub" ? by32<SubF>(m)
+               : op == "mul" ? by32<MulF>(m)
+               : op == "div" ? by32<DivF>(m)
                              : nullptr;
   }
 }
@@ -234,10 +196,10 @@ void unaryFunction(Dec& d) {
   d.take("approx");
   Type t = d.needType();
   setOperands(d, t, t);
-  if (t == Type::F32) d.out.fn = unary32<F>(m.ftz, false, m.rnd);
+  if (t == Type::F32) d.out.fn = by32<F>(m);
   if (t == Type::F64 && !std::is_same<D64, void>::value) {
     using Fn = std::conditional_t<std::is_same<D64, void>::value, RcpD, D64>;
-    d.out.fn = unary64<Fn>(m.rnd);
+    d.out.fn = by64<Fn>(m);
   }
 }
 
@@ -257,8 +219,8 @@ void testp(Warp& w, const Inst& in, uint32_t m) {
   }
   w.setPred(in.d, m, r, w.validOf(in.a));
 }
-LANE(Copysign32, (uint32_t a, uint32_t b), (a & 0x80000000u) | (b & 0x7fffffffu));
-LANE(Copysign64, (uint64_t a, uint64_t b), (a & 0x8000000000000000ull) | (b & 0x7fffffffffffffffull));
+LANE(uint32_t, Copysign32, (uint32_t a, uint32_t b), (a & 0x80000000u) | (b & 0x7fffffffu));
+LANE(uint64_t, Copysign64, (uint64_t a, uint64_t b), (a & 0x8000000000000000ull) | (b & 0x7fffffffffffffffull));
 
 }  // namespace
 
@@ -281,7 +243,7 @@ void addFloatOps(OpTable& t) {
       d.take("ftz");
       d.needType();
       setOperands(d, Type::F64, Type::F64);
-      d.out.fn = lanewise<RcpSeed, double, double>;
+      d.out.fn = lanes<RcpSeed>();
       return;
     }
     unaryFunction<RcpF, RcpD>(d);
@@ -292,7 +254,7 @@ void addFloatOps(OpTable& t) {
       d.take("ftz");
       d.needType();
       setOperands(d, Type::F64, Type::F64);
-      d.out.fn = lanewise<RsqrtSeed, double, double>;
+      d.out.fn = lanes<RsqrtSeed>();
       return;
     }
     unaryFunction<RsqrtF, RsqrtD>(d);
@@ -314,8 +276,7 @@ void addFloatOps(OpTable& t) {
   t["copysign"] = [](Dec& d) {  // sign of a, magnitude of b
     Type ty = d.needType();
     setOperands(d, ty, ty, ty);
-    d.out.fn = ty == Type::F64 ? lanewise<Copysign64, uint64_t, uint64_t, uint64_t>
-                               : lanewise<Copysign32, uint32_t, uint32_t, uint32_t>;
+    d.out.fn = ty == Type::F64 ? lanes<Copysign64>() : lanes<Copysign32>();
   };
 }
 

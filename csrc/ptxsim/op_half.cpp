@@ -139,17 +139,17 @@ struct ThreeX2 {
 
 template <int Op>
 Handler pickOne(Type t) {
-  return t == Type::F16     ? lanewise<One<Half, Op>, uint16_t, uint16_t>
-         : t == Type::BF16  ? lanewise<One<Bfloat, Op>, uint16_t, uint16_t>
-         : t == Type::F16x2 ? lanewise<OneX2<Half, Op>, uint32_t, uint32_t>
-                            : lanewise<OneX2<Bfloat, Op>, uint32_t, uint32_t>;
+  return t == Type::F16     ? lanes<One<Half, Op>>()
+         : t == Type::BF16  ? lanes<One<Bfloat, Op>>()
+         : t == Type::F16x2 ? lanes<OneX2<Half, Op>>()
+                            : lanes<OneX2<Bfloat, Op>>();
 }
 template <int Op>
 Handler pickTwo(Type t) {
-  return t == Type::F16     ? lanewise<Two<Half, Op>, uint16_t, uint16_t, uint16_t>
-         : t == Type::BF16  ? lanewise<Two<Bfloat, Op>, uint16_t, uint16_t, uint16_t>
-         : t == Type::F16x2 ? lanewise<TwoX2<Half, Op>, uint32_t, uint32_t, uint32_t>
-                            : lanewise<TwoX2<Bfloat, Op>, uint32_t, uint32_t, uint32_t>;
+  return t == Type::F16     ? lanes<Two<Half, Op>>()
+         : t == Type::BF16  ? lanes<Two<Bfloat, Op>>()
+         : t == Type::F16x2 ? lanes<TwoX2<Half, Op>>()
+                            : lanes<TwoX2<Bfloat, Op>>();
 }
 
 }  // namespace
@@ -172,10 +172,10 @@ bool decodeHalfArithmetic(Dec& d, const std::string& op) {
   t = d.needType();
   if (op == "fma") {
     setOperands(d, t, t, t, t);
-    d.out.fn = t == Type::F16     ? lanewise<Three<Half>, uint16_t, uint16_t, uint16_t, uint16_t>
-               : t == Type::BF16  ? lanewise<Three<Bfloat>, uint16_t, uint16_t, uint16_t, uint16_t>
-               : t == Type::F16x2 ? lanewise<ThreeX2<Half>, uint32_t, uint32_t, uint32_t, uint32_t>
-                                  : lanewise<ThreeX2<Bfloat>, uint32_t, uint32_t, uint32_t, uint32_t>;
+    d.out.fn = t == Type::F16     ? lanes<Three<Half>>()
+               : t == Type::BF16  ? lanes<Three<Bfloat>>()
+               : t == Type::F16x2 ? lanes<ThreeX2<Half>>()
+                                  : lanes<ThreeX2<Bfloat>>();
     return true;
   }
   if (op == "neg" || op == "abs" || op == "ex2" || op == "tanh") {

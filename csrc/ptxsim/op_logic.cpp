@@ -8,13 +8,13 @@
 namespace ptxsim {
 namespace {
 
-TYPED(And, (T a, T b), (T)(a & b));
-TYPED(Or, (T a, T b), a | b);
-TYPED(Xor, (T a, T b), a ^ b);
-TYPED(Not, (T a), (T)~a);
-TYPED(Cnot, (T a), a == 0);
-TYPED(Shl, (T a, uint32_t n), n >= 8 * sizeof(T) ? 0 : (T)(a << n));
-TYPED(Shr, (T a, uint32_t n), (T)(a >> std::min<uint32_t>(n, 8 * sizeof(T) - 1)) >> (n >= 8 * sizeof(T) ? 1 : 0));
+TYPED(T, And, (T a, T b), (a & b));
+TYPED(T, Or, (T a, T b), a | b);
+TYPED(T, Xor, (T a, T b), a ^ b);
+TYPED(T, Not, (T a), (T)~a);
+TYPED(T, Cnot, (T a), (T)(a == 0));
+TYPED(T, Shl, (T a, uint32_t n), (T)(n >= 8 * sizeof(T) ? 0 : a << n));
+TYPED(T, Shr, (T a, uint32_t n), (T)(a >> std::min<uint32_t>(n, 8 * sizeof(T) - 1) >> (n >= 8 * sizeof(T))));
 
 struct ShfL {
   uint32_t operator()(const Inst& in, uint32_t lo, uint32_t hi, uint32_t n) const {
@@ -95,22 +95,6 @@ void predLogic(Warp& w, const Inst& in, uint32_t m) {
   w.setPred(in.d, m, r, w.validOf(in.a) & (Op < 3 ? w.validOf(in.b) : kAll));
 }
 
-#define BY_BYTES(t, a, b, c) (typeBytes(t) == 2 ? a : typeBytes(t) == 4 ? b : typeBytes(t) == 8 ? c : nullptr)
-#define BY_WIDTH(t, H, F) BY_BYTES(t, (H<uint16_t, F>), (H<uint32_t, F>), (H<uint64_t, F>))
-#define BY_SIGNED_WIDTH(t, H, F) BY_BYTES(t, (H<int16_t, F>), (H<int32_t, F>), (H<int64_t, F>))
-template <class T, template <class> class F>
-void unary(Warp& w, const Inst& in, uint32_t m) {
-  lanewise<F<T>, T, T>(w, in, m);
-}
-template <class T, template <class> class F>
-void binary(Warp& w, const Inst& in, uint32_t m) {
-  lanewise<F<T>, T, T, T>(w, in, m);
-}
-template <class T, template <class> class F>
-void shifted(Warp& w, const Inst& in, uint32_t m) {
-  lanewise<F<T>, T, T, uint32_t>(w, in, m);
-}
-
 template <template <class> class F, int PredOp>
 void logicOp(Dec& d) {
   Type t = d.needType();
@@ -126,15 +110,13 @@ void logicOp(Dec& d) {
     return;
   }
   setOperands(d, t, t, t);
-  d.out.fn = BY_WIDTH(t, binary, F);
+  d.out.fn = BY_WIDTH(t, F);
 }
 
 void shift(Dec& d, bool left) {
   Type t = d.needType();
   setOperands(d, t, t, Type::U32);
-  d.out.fn = left          ? BY_WIDTH(t, shifted, Shl)
-             : isSigned(t) ? BY_SIGNED_WIDTH(t, shifted, Shr)
-                           : BY_WIDTH(t, shifted, Shr);
+  d.out.fn = left ? BY_WIDTH(t, Shl) : isSigned(t) ? BY_TYPE(t, Shr) : BY_WIDTH(t, Shr);
 }
 
 // ---- comparison
@@ -449,10 +431,10 @@ void decodeMov(Dec& d) {
   }
 }
 
-LANE(Ident64, (uint64_t a), a);
-LANE(ToShared, (uint64_t a), a + kSharedWindow);
-LANE(ToLocal, (uint64_t a), a + kLocalWindow);
-LANE(FromShared, (uint64_t a), (uint32_t)a);
+LANE(uint64_t, Ident64, (uint64_t a), a);
+LANE(uint64_t, ToShared, (uint64_t a), a + kSharedWindow);
+LANE(uint64_t, ToLocal, (uint64_t a), a + kLocalWindow);
+LANE(uint64_t, FromShared, (uint64_t a), (uint32_t)a);
 
 void fromParam(Warp& w, const Inst& in, uint32_t m) {
   uint64_t r[kLanes];
@@ -475,11 +457,11 @@ void decodeCvta(Dec& d) {
   d.out.a = d.src(1, Type::U64);
   const bool shared = space == 1 || space == 5 || space == 6, param = space == 4 || space == 7;
   if (shared)
-    d.out.fn = to ? lanewise<FromShared, uint64_t, uint64_t> : lanewise<ToShared, uint64_t, uint64_t>;
+    d.out.fn = to ? lanes<FromShared>() : lanes<ToShared>();
   else if (space == 2)
-    d.out.fn = to ? lanewise<FromShared, uint64_t, uint64_t> : lanewise<ToLocal, uint64_t, uint64_t>;
+    d.out.fn = to ? lanes<FromShared>() : lanes<ToLocal>();
   else
-    d.out.fn = param && !to ? (Handler)fromParam : lanewise<Ident64, uint64_t, uint64_t>;
+    d.out.fn = param && !to ? (Handler)fromParam : lanes<Ident64>();
 }
 
 void isspacep(Warp& w, const Inst& in, uint32_t m) {
@@ -526,12 +508,12 @@ void addLogicOps(OpTable& t) {
       return;
     }
     setOperands(d, ty, ty);
-    d.out.fn = BY_WIDTH(ty, unary, Not);
+    d.out.fn = BY_WIDTH(ty, Not);
   };
   t["cnot"] = [](Dec& d) {
     Type ty = d.needType();
     setOperands(d, ty, ty);
-    d.out.fn = BY_WIDTH(ty, unary, Cnot);
+    d.out.fn = BY_WIDTH(ty, Cnot);
   };
   t["lop3"] = [](Dec& d) {
     int boolOp = d.takeOneOf({"or", "and"});
@@ -551,7 +533,7 @@ void addLogicOps(OpTable& t) {
       d.out.x[1] = neg;
       d.out.fn = lop3Bool;
     } else {
-      d.out.fn = lanewise<Lop3, uint32_t, uint32_t, uint32_t, uint32_t>;
+      d.out.fn = lanes<Lop3>();
     }
   };
   t["shl"] = [](Dec& d) { shift(d, true); };
@@ -561,15 +543,14 @@ void addLogicOps(OpTable& t) {
     d.out.x[0] = d.takeOneOf({"clamp", "wrap"}) == 1;
     Type ty = d.needType();
     setOperands(d, ty, ty, ty, Type::U32);
-    d.out.fn = left ? lanewise<ShfL, uint32_t, uint32_t, uint32_t, uint32_t>
-                    : lanewise<ShfR, uint32_t, uint32_t, uint32_t, uint32_t>;
+    d.out.fn = left ? lanes<ShfL>() : lanes<ShfR>();
   };
   t["prmt"] = [](Dec& d) {
     d.needType();
     d.out.x[0] = (uint8_t)(1 + d.takeOneOf({"f4e", "b4e", "rc8", "ecl", "ecr", "rc16"}));
     setOperands(d, Type::B32, Type::B32, Type::B32, Type::B32);
     if (d.unknown(2)) d.out.b = d.constant(0, 4);
-    d.out.fn = lanewise<Prmt, uint32_t, uint32_t, uint32_t, uint32_t>;
+    d.out.fn = lanes<Prmt>();
   };
   t["setp"] = decodeSetp;
   t["set"] = [](Dec& d) {
@@ -615,12 +596,8 @@ void addLogicOps(OpTable& t) {
     Type ty = d.needType(), ct = d.needType();
     setOperands(d, ty, ty, ty, ct);
     bool f = ct == Type::F32;
-    if (typeBytes(ty) == 4)
-      d.out.fn = f ? lanewise<Slct<uint32_t, float>, uint32_t, uint32_t, uint32_t, float>
-                   : lanewise<Slct<uint32_t, int32_t>, uint32_t, uint32_t, uint32_t, int32_t>;
-    if (typeBytes(ty) == 8)
-      d.out.fn = f ? lanewise<Slct<uint64_t, float>, uint64_t, uint64_t, uint64_t, float>
-                   : lanewise<Slct<uint64_t, int32_t>, uint64_t, uint64_t, uint64_t, int32_t>;
+    if (typeBytes(ty) == 4) d.out.fn = f ? lanes<Slct<uint32_t, float>>() : lanes<Slct<uint32_t, int32_t>>();
+    if (typeBytes(ty) == 8) d.out.fn = f ? lanes<Slct<uint64_t, float>>() : lanes<Slct<uint64_t, int32_t>>();
   };
   t["mov"] = decodeMov;
   t["cvta"] = decodeCvta;

@@ -16,14 +16,14 @@ inline void storeLanes(Warp& w, Ref d, const T* r, uint32_t m) {
   }
 }
 
-// A function of what one lane has: LANE(Name, (parameters), value) is the type of it.
-#define LANE(name, parameters, ...)                          \
+// A function of what one lane has: LANE(type, Name, (parameters), value) makes a type of it.
+#define LANE(type, name, parameters, ...)                    \
   struct name {                                              \
-    auto operator() parameters const { return __VA_ARGS__; } \
+    type operator() parameters const { return __VA_ARGS__; } \
   }
-#define TYPED(name, ...) \
-  template <class T>     \
-  LANE(name, __VA_ARGS__)
+#define TYPED(type, name, ...) \
+  template <class T>           \
+  LANE(type, name, __VA_ARGS__)
 
 template <class F, class D, class... A, size_t... K>
 inline void lanewiseFrom(Warp& w, const Inst& in, uint32_t m, std::index_sequence<K...>) {
@@ -46,6 +46,34 @@ template <class F, class D, class... A>
 void lanewise(Warp& w, const Inst& in, uint32_t m) {
   lanewiseFrom<F, D, A...>(w, in, m, std::index_sequence_for<A...>());
 }
+// The same with the types of f's own parameters and result.
+template <class F, class D, class... A>
+constexpr Handler lanesOfTypes(D (F::*)(A...) const) {
+  static_assert(sizeof(D) > 1, "a register has at least two bytes");
+  return lanewise<F, D, A...>;
+}
+template <class F, class D, class... A>
+constexpr Handler lanesOfTypes(D (F::*)(const Inst&, A...) const) {
+  return lanewise<F, D, A...>;
+}
+template <class F>
+constexpr Handler lanes() {
+  return lanesOfTypes(&F::operator());
+}
+// F<T> by the type or the width of the instruction.
+#define BY_TYPE(t, F)                        \
+  ((t) == Type::U16   ? lanes<F<uint16_t>>() \
+   : (t) == Type::S16 ? lanes<F<int16_t>>()  \
+   : (t) == Type::U32 ? lanes<F<uint32_t>>() \
+   : (t) == Type::S32 ? lanes<F<int32_t>>()  \
+   : (t) == Type::U64 ? lanes<F<uint64_t>>() \
+   : (t) == Type::S64 ? lanes<F<int64_t>>()  \
+                      : nullptr)
+#define BY_WIDTH(t, F)                        \
+  (typeBytes(t) == 2   ? lanes<F<uint16_t>>() \
+   : typeBytes(t) == 4 ? lanes<F<uint32_t>>() \
+   : typeBytes(t) == 8 ? lanes<F<uint64_t>>() \
+                       : nullptr)
 
 // One lane of a register of 2, 4 or 8 bytes.
 inline uint64_t laneBits(Warp& w, Ref r, unsigned bytes, int lane) {
