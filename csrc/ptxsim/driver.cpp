@@ -238,6 +238,9 @@ int launch(const LaunchConfig& cfg, KernelHandle& handle, void** params, void** 
     return report(InvalidValue, n(k.staticShared + l.dynShared) + " bytes of shared memory; a CTA may have 232448");
   l.threads = (unsigned)threads;
   l.warpsPerCta = (l.threads + kLanes - 1) / kLanes;
+  if (f.maxnreg * l.warpsPerCta * kLanes > 65536)
+    return report(LaunchOutOfResources,
+                  n(f.maxnreg) + " registers for each of " + n(threads) + " threads; an SM has 65536");
   l.regsPerThread = f.maxnreg ? f.maxnreg : std::min(256u, 65536u / (l.warpsPerCta * kLanes) / 8 * 8);
   const unsigned perSm = std::min(std::min(32u, 2048u / (l.warpsPerCta * kLanes)),
                                   233472u / (k.staticShared + l.dynShared + kSharedReserved));

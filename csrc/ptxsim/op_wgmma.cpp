@@ -116,10 +116,20 @@ struct Wgmma : AsyncOp {
     Cta& cta = *warp->cta;
     const unsigned es = typeBytes(t), outer = mnMajor ? s->k : count;
     const unsigned inner = std::max(1u, (mnMajor ? count : s->k) * es / 16);
+    auto offset = [&](unsigned r, unsigned c) {
+      return d.chunk(mnMajor, (mnMajor ? first * es : 0) + c * 16, mnMajor ? r : first + r);
+    };
     auto at = [&](unsigned r, unsigned c) -> const Provenance* {
-      const uint32_t off = d.chunk(mnMajor, (mnMajor ? first * es : 0) + c * 16, mnMajor ? r : first + r);
+      const uint32_t off = offset(r, c);
       return off + 16 <= cta.smemBytes ? raceTagOf(cta, off) : nullptr;
     };
+    std::vector<bool> taken(1 << 14);  // by 16 bytes of the window that a descriptor reaches
+    for (unsigned r = 0; r < outer; ++r)
+      for (unsigned c = 0; c < inner; ++c) {
+        const uint32_t chunk = offset(r, c) / 16;
+        if (taken[chunk]) return cat("the 16 bytes at shared offset ", 16 * chunk, " are read twice");
+        taken[chunk] = true;
+      }
     // A chunk is 16 bytes on from its left neighbour, and a row as far from the one above as the first two rows are.
     const Provenance *row0 = at(0, 0), *row1 = outer > 1 ? at(1, 0) : nullptr;
     *known = row0 && row1 && row0->op == row1->op;
