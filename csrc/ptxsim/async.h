@@ -17,7 +17,7 @@ void track(Warp& w, const Inst& in, uint32_t mask, std::shared_ptr<AsyncOp> op, 
 void launchOp(Warp& w, const Inst& in, uint32_t mask, std::shared_ptr<AsyncOp> op, OpTrack* track);
 void commitGroups(OpTrack& t, uint32_t m);
 // Waits until at most `n` groups of the lanes of m are open (all: uncommitted ones too); false: blocked.
-bool waitGroups(Warp& w, const Inst& in, OpTrack& t, uint32_t m, uint32_t n, bool reads, bool all);
+bool waitGroups(Warp& w, OpTrack& t, uint32_t m, uint32_t n, bool reads, bool all);
 uint64_t atomicResult(int op, Type t, uint64_t old, uint64_t b, uint64_t c);
 int takeAtomOp(Dec& d);
 

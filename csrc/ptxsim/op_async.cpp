@@ -15,7 +15,7 @@ static uint32_t withRank(Warp& w, uint32_t a, bool cluster) {
 
 AddressOperand addressOperand(Dec& d, const Operand& o) {
   AddressOperand a;
-  a.ref = d.address(o, Space::Generic, &a.offset);
+  a.ref = d.address(o, &a.offset);
   a.bytes = d.out.x[5];
   return a;
 }
@@ -80,8 +80,7 @@ void commitGroups(OpTrack& t, uint32_t m) {
 static std::string describeGroup(Warp&, const Inst&) {
   return "waits for asynchronous operations that cannot finish";
 }
-bool waitGroups(Warp& w, const Inst& in, OpTrack& t, uint32_t m, uint32_t n, bool reads, bool all) {
-  (void)in;
+bool waitGroups(Warp& w, OpTrack& t, uint32_t m, uint32_t n, bool reads, bool all) {
   auto wanted = [&](const AsyncOp& op) {
     for (int i : lanesOf(op.mask & m)) {
       if (all || op.group[i] + n < t.committed[i]) return true;
@@ -180,7 +179,7 @@ void arriveBarrier(Warp& w, const Inst& in, uint32_t m) {
         b.nextExpected -= count;
       }
       arrive(w, in, i, b, count);
-      raceRelease(w, in, b, !(flags & Relaxed), (a >> 24) != w.cta->rank);
+      raceRelease(w, b, !(flags & Relaxed));
     }
     if (!(flags & NoComplete))
       settle(*w.launch, b);
@@ -286,19 +285,19 @@ void decodeMbarrier(Dec& d) {
   switch (op) {
     case 0:
       d.wantArgs(2, 2);
-      d.out.a = d.address(d.arg(0), d.out.space, &d.out.imm);
+      d.out.a = d.address(d.arg(0), &d.out.imm);
       d.out.b = d.src(1, Type::U32);
       d.out.fn = initBarrier;
       return;
     case 1:
       d.wantArgs(1, 1);
-      d.out.a = d.address(d.arg(0), d.out.space, &d.out.imm);
+      d.out.a = d.address(d.arg(0), &d.out.imm);
       d.out.fn = invalBarrier;
       return;
     case 2:
     case 3:
       d.wantArgs(2, 2);
-      d.out.a = d.address(d.arg(0), d.out.space, &d.out.imm);
+      d.out.a = d.address(d.arg(0), &d.out.imm);
       d.out.b = d.src(1, Type::U32);
       d.out.x[2] = (uint8_t)(flags | (op == 2 ? Expect : Complete));
       d.out.fn = arriveBarrier;
@@ -313,7 +312,7 @@ void decodeMbarrier(Dec& d) {
         d.out.d = d.dst(0, 8);
         d.out.x[3] = 1;
       }
-      d.out.a = d.address(d.arg(at), d.out.space, &d.out.imm);
+      d.out.a = d.address(d.arg(at), &d.out.imm);
       if (d.argc() > at + 1) {
         d.out.b = d.src(at + 1, Type::U32);
         flags |= HasCount;
@@ -328,7 +327,7 @@ void decodeMbarrier(Dec& d) {
     case 7:
       d.wantArgs(3, 4);
       d.out.d = d.predDst(d.arg(0));
-      d.out.a = d.address(d.arg(1), d.out.space, &d.out.imm);
+      d.out.a = d.address(d.arg(1), &d.out.imm);
       d.out.b = d.src(2, parity ? Type::U32 : Type::B64);
       d.out.x[0] = op == 7;
       d.out.x[2] = flags & Relaxed ? 1 : 0;
@@ -394,7 +393,7 @@ void cpCommit(Warp& w, const Inst&, uint32_t m) {
   commitGroups(w.cp, m);
 }
 void cpWait(Warp& w, const Inst& in, uint32_t m) {
-  waitGroups(w, in, w.cp, m, (uint32_t)in.imm, false, in.x[0]);
+  waitGroups(w, w.cp, m, (uint32_t)in.imm, false, in.x[0]);
 }
 
 struct CpArrive : AsyncOp {
@@ -483,7 +482,7 @@ void decodeAsyncStore(Dec& d, bool reduce) {
   Type t = d.needType();
   d.wantArgs(3, 3);
   AddressOperand bar = addressOperand(d, d.arg(2));
-  d.out.a = d.address(d.arg(0), Space::Shared, &d.out.imm);
+  d.out.a = d.address(d.arg(0), &d.out.imm);
   Extra* e = d.extra();
   e->refs.push_back(bar.ref);
   e->v[0] = bar.offset;
@@ -534,7 +533,7 @@ void addAsyncOps(OpTable& t) {
       d.out.x[0] = d.take("noinc");
       d.out.space = d.take("shared") || d.take("shared::cta") ? Space::Shared : Space::Generic;
       d.take("b64");
-      d.out.a = d.address(d.arg(0), d.out.space, &d.out.imm);
+      d.out.a = d.address(d.arg(0), &d.out.imm);
       d.out.fn = cpArrive;
       return;
     }
@@ -557,7 +556,7 @@ void addAsyncOps(OpTable& t) {
       e->refs[1] = isPred ? d.pred(o, &neg) : d.src(o, Type::U32);
       e->v[1] = isPred ? 2 : 1;
     }
-    d.out.a = d.address(d.arg(0), Space::Shared, &d.out.imm);
+    d.out.a = d.address(d.arg(0), &d.out.imm);
     d.out.bytes = (uint8_t)size;
     d.out.storesD = true;
     d.out.fn = cpAsync;

@@ -198,6 +198,4 @@ bool decodeHalfArithmetic(Dec& d, const std::string& op) {
   return false;
 }
 
-void addHalfOps(OpTable&) {}
-
 }  // namespace ptxsim

@@ -320,7 +320,7 @@ void bulkCommit(Warp& w, const Inst&, uint32_t m) {
   commitGroups(w.bulk, m);
 }
 void bulkWait(Warp& w, const Inst& in, uint32_t m) {
-  waitGroups(w, in, w.bulk, m, (uint32_t)in.imm, in.x[0], false);
+  waitGroups(w, w.bulk, m, (uint32_t)in.imm, in.x[0], false);
 }
 
 // ---- tensormap.replace: x[0] field, x[1] bytes of the value; a address, b value, v[0] ordinal
@@ -413,7 +413,7 @@ void decodeTensormap(Dec& d) {
     e->refs = {from.ref};
     e->v[0] = from.offset;
     e->v[1] = from.bytes;
-    d.out.a = d.address(d.arg(0), Space::Global, &d.out.imm);
+    d.out.a = d.address(d.arg(0), &d.out.imm);
     d.out.convergeAll = true;
     d.out.fn = copyMap;
     return;
@@ -435,7 +435,7 @@ void decodeTensormap(Dec& d) {
     e->v[0] = d.intArg(1);
     if (e->v[0] < 0 || e->v[0] > (field == 4 ? 3 : 4)) d.fail("the ordinal is out of range");
   }
-  d.out.a = d.address(d.arg(0), d.out.space, &d.out.imm);
+  d.out.a = d.address(d.arg(0), &d.out.imm);
   d.out.b = d.src(ordinal ? 2 : 1, t);
   d.out.x[0] = (uint8_t)field;
   d.out.x[1] = (uint8_t)typeBytes(t);
@@ -470,13 +470,11 @@ bool decodeBulk(Dec& d) {
     d.take("tile");
   }
   if (b.prefetch) d.take("L2");
-  int where = -1;  // destination, then source
   static const char* kSpaces[] = {"shared::cluster", "shared::cta", "global"};
-  std::vector<int> spaces;
+  std::vector<int> spaces;  // destination, then source
   for (size_t k = 1; k < d.p.op.size(); ++k)
     for (int s = 0; s < 3; ++s)
       if (d.p.op[k] == kSpaces[s]) spaces.push_back(s), d.used[k] = true;
-  (void)where;
   const bool complete = d.take("mbarrier::complete_tx::bytes"), group = d.take("bulk_group");
   bool multicast = d.take("multicast::cluster"), hint = d.take("L2::cache_hint");
   if (b.prefetch) {

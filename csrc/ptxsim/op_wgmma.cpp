@@ -352,7 +352,7 @@ void commit(Warp& w, const Inst&, uint32_t m) {
   commitGroups(w.wgmma, m);
 }
 void waitGroup(Warp& w, const Inst& in, uint32_t m) {
-  if (!waitGroups(w, in, w.wgmma, m, (uint32_t)in.imm, false, false)) return;
+  if (!waitGroups(w, w.wgmma, m, (uint32_t)in.imm, false, false)) return;
   // What is still in flight keeps its registers; the rest is free.
   std::fill(w.inflight.begin(), w.inflight.end(), 0);
   w.numInflight = 0;

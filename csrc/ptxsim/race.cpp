@@ -432,7 +432,7 @@ void raceFence(Warp& w, const Inst& in, uint32_t m) {
   }
 }
 
-void raceArrive(Warp& w, NamedBarrier& b, bool) {
+void raceArrive(Warp& w, NamedBarrier& b) {
   if (!w.launch->race) return;
   if (!b.clock) b.clock = std::make_shared<RaceClock>();
   release(w, *b.clock, true);
@@ -537,7 +537,7 @@ static void checkRemote(Cta& cta) {
   for (const Entry& e : cta.shadow->remoteOps) check(e);
 }
 
-void raceRelease(Warp& w, const Inst&, Mbarrier& b, bool strongRelease, bool) {
+void raceRelease(Warp& w, Mbarrier& b, bool strongRelease) {
   if (!w.launch->race) return;
   if (!b.clock) b.clock = std::make_shared<RaceClock>();
   release(w, *b.clock, strongRelease);

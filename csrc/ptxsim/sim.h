@@ -135,7 +135,7 @@ struct Frame {
   const Extra* call;
   bool operator==(const Frame& o) const { return returnPc == o.returnPc && call == o.call; }
 };
-enum class Wait : uint8_t { None, Converge, Barrier, Poll, Sleep };
+enum class Wait : uint8_t { None, Converge, Barrier, Poll };
 struct Fragment {
   uint32_t pc = 0, mask = 0;
   Wait wait = Wait::None;
