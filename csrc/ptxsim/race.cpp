@@ -16,23 +16,22 @@ namespace ptxsim {
 // How far a warp's accesses are visible: to threads, and to the async proxy in shared and in global memory.
 enum Sight : uint8_t { kThreads, kAsyncShared, kAsyncGlobal, kSights };
 struct RaceClock {
-  std::vector<uint32_t> seen[kSights];                                  // by warp of the own cluster
+  std::vector<uint32_t> all;                                            // by sight, then by warp of the own cluster
   std::unordered_map<uint32_t, std::array<uint32_t, kSights>> foreign;  // by warp of the grid
-  size_t size() const { return seen[0].size(); }
-  void start(size_t warps) {
-    for (auto& s : seen) s.assign(warps, 0);
-  }
+  size_t size() const { return all.size() / kSights; }                  // the same in every clock of a launch
+  void start(size_t warps) { all.assign(kSights * warps, 0); }
+  uint32_t* seen(int sight) { return all.data() + (size_t)sight * size(); }
+  const uint32_t* seen(int sight) const { return all.data() + (size_t)sight * size(); }
   void join(const RaceClock& o) {
     if (!size()) start(o.size());
-    for (int k = 0; k < kSights; ++k)
-      for (size_t i = 0; i < std::min(size(), o.size()); ++i) seen[k][i] = std::max(seen[k][i], o.seen[k][i]);
+    for (size_t i = 0; i < o.all.size(); ++i) all[i] = std::max(all[i], o.all[i]);
     for (auto& f : o.foreign) {
       auto& mine = foreign[f.first];
       for (int k = 0; k < kSights; ++k) mine[k] = std::max(mine[k], f.second[k]);
     }
   }
   void fence(Sight sight) {  // what threads see is visible there too
-    seen[sight] = seen[kThreads];
+    std::copy_n(seen(kThreads), size(), seen(sight));
     for (auto& f : foreign) f.second[sight] = f.second[kThreads];
   }
 };
@@ -48,7 +47,7 @@ struct RaceWarp {
   uint32_t initFence = 0;
   bool hasFenced = false, hasPending = false;
   uint32_t first = 0, self = 0;  // warps of the grid: first of the cluster, own
-  uint32_t& own() { return clock.seen[kThreads][self - first]; }
+  uint32_t& own() { return clock.seen(kThreads)[self - first]; }
 };
 
 namespace {
@@ -135,7 +134,7 @@ namespace {
 
 bool knows(const RaceClock& c, uint32_t first, uint32_t warp, uint32_t time, Sight sight = kThreads) {
   const uint32_t i = warp - first;
-  if (i < c.size()) return c.seen[sight][i] >= time;
+  if (i < c.size()) return c.seen(sight)[i] >= time;
   auto it = c.foreign.find(warp);
   return it != c.foreign.end() && it->second[sight] >= time;
 }
@@ -284,8 +283,8 @@ RaceClock exported(const RaceWarp& r, const RaceClock& c) {
   RaceClock out;
   out.foreign = c.foreign;
   for (uint32_t i = 0; i < c.size(); ++i)
-    if (c.seen[kThreads][i])
-      for (int k = 0; k < kSights; ++k) out.foreign[r.first + i][k] = c.seen[k][i];
+    if (c.seen(kThreads)[i])
+      for (int k = 0; k < kSights; ++k) out.foreign[r.first + i][k] = c.seen(k)[i];
   return out;
 }
 void imported(Warp& w, const RaceClock& from, bool strongAcquire) {
@@ -295,9 +294,9 @@ void imported(Warp& w, const RaceClock& from, bool strongAcquire) {
   for (auto& f : from.foreign) {
     const uint32_t i = f.first - r.first;
     if (i >= own.size()) own.foreign[f.first] = f.second;
-    for (int k = 0; k < kSights && i < own.size(); ++k) own.seen[k][i] = f.second[k];
+    for (int k = 0; k < kSights && i < own.size(); ++k) own.seen(k)[i] = f.second[k];
   }
-  own.seen[kThreads][r.self - r.first] = 0;
+  own.seen(kThreads)[r.self - r.first] = 0;
   acquire(w, own, strongAcquire);
 }
 
@@ -422,7 +421,8 @@ void raceFence(Warp& w, const Inst& in, uint32_t m) {
     ++r.own();
     return;
   }
-  if (in.x[0] == 2 && in.x[3] != 4) r.mapped = r.clock.seen[kThreads], ++r.own();
+  if (in.x[0] == 2 && in.x[3] != 4)
+    r.mapped.assign(r.clock.seen(kThreads), r.clock.seen(kThreads) + r.clock.size()), ++r.own();
   if (in.x[0] == 3) r.initFence = r.own()++;
   if (in.x[0] == 0) {
     if (r.hasPending) r.clock.join(r.pending), r.hasPending = false, r.pending = RaceClock();
@@ -448,8 +448,8 @@ void raceClusterArrive(Warp& w, bool strongRelease) {
   RaceWarp& r = *w.race;
   auto& met = w.cta->cluster->met;
   if (!met) met = std::make_shared<RaceClock>(r.met);
-  met->seen[kThreads][r.self - r.first] = r.own();
-  met->seen[kAsyncShared][r.self - r.first] = r.initFence;
+  met->seen(kThreads)[r.self - r.first] = r.own();
+  met->seen(kAsyncShared)[r.self - r.first] = r.initFence;
   release(w, *c, strongRelease);
   if (!strongRelease) ++r.own();
 }
@@ -497,7 +497,7 @@ void raceRemote(Warp& w, const Inst& in, int lane, Cta& target, const AsyncOp* o
   RaceWarp& r = *w.race;
   const uint32_t n = w.launch->warpsPerCta, at = target.rank * n;
   bool started = false;
-  for (uint32_t i = at; i < at + n; ++i) started |= r.clock.seen[kThreads][i] || r.met.seen[kThreads][i];
+  for (uint32_t i = at; i < at + n; ++i) started |= r.clock.seen(kThreads)[i] || r.met.seen(kThreads)[i];
   if (!started)
     w.fail(in, lane, "shared memory of CTA rank ", target.rank,
            " is accessed before that CTA is known to have started: a cluster barrier is missing");
