@@ -17,9 +17,7 @@ void track(Warp& w, const Inst& in, uint32_t mask, std::shared_ptr<AsyncOp> op, 
 void launchOp(Warp& w, const Inst& in, uint32_t mask, std::shared_ptr<AsyncOp> op, OpTrack* track);
 void commitGroups(OpTrack& t, uint32_t m);
 // Waits until at most `n` groups of the lanes of m are open (all: uncommitted ones too); false: blocked.
-bool waitGroups(Warp& w, const Inst& in, OpTrack& t, uint32_t m, uint32_t n, bool reads, bool all);
-// A wait for one address operand per lane, 32 bits wide or 64.
-uint64_t lanesAddress(Warp& w, Ref r, unsigned bytes, unsigned lane, int64_t offset);
+bool waitGroups(Warp& w, OpTrack& t, uint32_t m, uint32_t n, bool reads, bool all);
 uint64_t atomicResult(int op, Type t, uint64_t old, uint64_t b, uint64_t c);
 int takeAtomOp(Dec& d);
 
@@ -27,9 +25,7 @@ struct AddressOperand {  // an address among several of one instruction
   Ref ref;
   int64_t offset = 0;
   unsigned bytes = 8;
-  uint64_t get(Warp& w, unsigned lane) const {
-    return (bytes == 4 ? lane32(w, ref, lane) : lane64(w, ref, lane)) + (uint64_t)offset;
-  }
+  uint64_t get(Warp& w, unsigned lane) const { return laneBits(w, ref, bytes, (int)lane) + (uint64_t)offset; }
 };
 AddressOperand addressOperand(Dec& d, const Operand& o);
 

@@ -11,7 +11,6 @@ const OpTable& opTable() {
     addIntegerOps(*t);
     addLogicOps(*t);
     addFloatOps(*t);
-    addHalfOps(*t);
     addConvertOps(*t);
     addMemoryOps(*t);
     addAtomicOps(*t);
@@ -308,7 +307,7 @@ Ref Dec::predDst(const Operand& o) {
   return pred(o, nullptr);
 }
 
-Ref Dec::address(const Operand& o, Space space, int64_t* offset) {
+Ref Dec::address(const Operand& o, int64_t* offset) {
   const Operand& b = o.kind == Operand::Address ? o.sub[0] : o;
   *offset = 0;
   if (b.kind == Operand::Register) {
@@ -327,7 +326,6 @@ Ref Dec::address(const Operand& o, Space space, int64_t* offset) {
     *offset = 0;
     return constant((uint64_t)b.i, 8);
   }
-  (void)space;
   unsigned bytes;
   Ref r = srcWide(plain, Type::U64, &bytes);
   out.x[5] = (uint8_t)bytes;
@@ -454,6 +452,20 @@ std::unique_ptr<Kernel> decodeKernel(Module& m, Func& f) {
               in.imm = kb.start[it->second];
     }
   }
+  std::vector<bool> fenced(k.numIds, false);  // registers of wgmmas
+  auto each = [](const Inst& in, auto visit) {
+    visit(in.d);
+    if (in.ext)
+      for (auto& r : in.ext->refs) visit(r);
+  };
+  for (auto& in : k.code)
+    if (in.isWgmma && in.ext) {
+      for (auto& r : in.ext->refs) fenced[r.id] = true;
+      for (auto& r : in.ext->refs2) fenced[r.id] = true;
+    }
+  fenced[0] = false;
+  for (auto& in : k.code)
+    if (!in.isWgmma && !in.storesD) each(in, [&](Ref r) { in.needsFence |= fenced[r.id]; });
   k.entry = kb.start[&f];
   k.localBytes = (k.localBytes + 15) / 16 * 16;
   return kernel;

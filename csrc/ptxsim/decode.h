@@ -10,7 +10,6 @@ using OpTable = std::unordered_map<std::string, DecodeFn>;
 const OpTable& opTable();
 void addIntegerOps(OpTable&);
 void addFloatOps(OpTable&);
-void addHalfOps(OpTable&);
 void addConvertOps(OpTable&);
 void addLogicOps(OpTable&);
 void addMemoryOps(OpTable&);
@@ -60,8 +59,7 @@ struct Dec {
   Ref pred(const Operand& o, bool* negate);
   Ref predDst(const Operand& o);
   Ref constant(uint64_t bits, unsigned bytes);
-  Ref address(const Operand& o, Space space,
-              int64_t* offset);  // base as 64-bit lanes or 32-bit lanes; out.x[5] = base bytes
+  Ref address(const Operand& o, int64_t* offset);  // base as 64-bit lanes or 32-bit lanes; out.x[5] = base bytes
   bool unknown(size_t i) const;  // a register that nothing else names: LLVM fills bytes that nobody looks at with it
   Extra* extra();
   int64_t intArg(size_t i) const;

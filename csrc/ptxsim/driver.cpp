@@ -121,8 +121,8 @@ std::vector<Region> copyIn(std::vector<Declared> list) {
     const size_t n = r.end - r.begin;
     // As aligned as the host's pointer is, and never more than the allocator promises.
     r.copy = Arena::get().allocate(n, "buffer " + std::to_string(index++), r.write, (unsigned)(r.begin % 64));
-    bool allRead = true;
-    for (auto& p : r.parts) allRead &= (p.access & 1) != 0;
+    bool allRead = true, anyRead = false;
+    for (auto& p : r.parts) allRead &= (p.access & 1) != 0, anyRead |= (p.access & 1) != 0;
     Buffer& b = *Arena::get().find(r.copy, 1);
     if (allRead) {
       copyInput((uint8_t*)r.copy, (const uint8_t*)r.begin, n);
@@ -135,8 +135,6 @@ std::vector<Region> copyIn(std::vector<Declared> list) {
           memset(b.valid.data() + (p.address - r.begin), 1, p.bytes);
         }
     }
-    bool anyRead = false;
-    for (auto& p : r.parts) anyRead |= (p.access & 1) != 0;
     if (r.write && anyRead) r.before.assign((uint8_t*)r.copy, (uint8_t*)r.copy + n);
   }
   return regions;
@@ -251,6 +249,9 @@ int launch(const LaunchConfig& cfg, KernelHandle& handle, void** params, void** 
     return report(InvalidValue, n(k.staticShared + l.dynShared) + " bytes of shared memory; a CTA may have 232448");
   l.threads = (unsigned)threads;
   l.warpsPerCta = (l.threads + kLanes - 1) / kLanes;
+  if (f.maxnreg * l.warpsPerCta * kLanes > 65536)
+    return report(LaunchOutOfResources,
+                  n(f.maxnreg) + " registers for each of " + n(threads) + " threads; an SM has 65536");
   l.regsPerThread = f.maxnreg ? f.maxnreg : std::min(255u, 65536u / (l.warpsPerCta * kLanes)) / 8 * 8;
   const unsigned perSm = std::min(std::min(32u, 2048u / (l.warpsPerCta * kLanes)),
                                   233472u / (k.staticShared + l.dynShared + kSharedReserved));
@@ -365,9 +366,18 @@ int guarded(F f) {
 
 using namespace ptxsim;
 
-SIM_API int cuInit(unsigned) {
-  return Success;
-}
+// ---- what has nothing to do here
+#define SIM_NOTHING(name, ...)    \
+  SIM_API int name(__VA_ARGS__) { \
+    return Success;               \
+  }
+SIM_NOTHING(cuInit, unsigned)
+SIM_NOTHING(cuDevicePrimaryCtxRelease_v2, int)
+SIM_NOTHING(cuCtxSynchronize, void)
+SIM_NOTHING(cuStreamSynchronize, void*)
+SIM_NOTHING(cuThreadExchangeStreamCaptureMode, int*)
+SIM_NOTHING(cuFuncSetCacheConfig, void*, int)
+
 SIM_API int cuDriverGetVersion(int* v) {
   return *v = 13000, Success;
 }
@@ -381,53 +391,26 @@ SIM_API int cuDeviceGetName(char* name, int len, int) {
   return snprintf(name, (size_t)len, "PTX simulator (sm_90a)"), Success;
 }
 SIM_API int cuDeviceGetAttribute(int* v, int attribute, int) {
-  switch (attribute) {
-    case 1:
-      *v = 1024;
-      break;  // threads per block
-    case 8:
-      *v = 49152;
-      break;  // shared memory per block
-    case 10:
-      *v = 32;
-      break;  // warp size
-    case 12:
-      *v = 65536;
-      break;  // registers per block
-    case 16:
-      *v = (int)options().sms;
-      break;  // multiprocessors
-    case 39:
-      *v = 2048;
-      break;  // threads per multiprocessor
-    case 75:
-      *v = 9;
-      break;
-    case 76:
-      *v = 0;
-      break;
-    case 81:
-      *v = 233472;
-      break;  // shared memory per multiprocessor
-    case 82:
-      *v = 65536;
-      break;
-    case 97:
-      *v = 232448;
-      break;  // opt-in shared memory per block
-    case 120:
-      *v = 1;
-      break;  // cluster launch
-    default:
-      return report(InvalidValue, "device attribute " + std::to_string(attribute) + " is not modelled");
-  }
-  return Success;
+  const std::pair<int, int> known[] = {
+      {1, 1024},                 // threads per block
+      {8, 49152},                // shared memory per block
+      {10, 32},                  // warp size
+      {12, 65536},               // registers per block
+      {16, (int)options().sms},  // multiprocessors
+      {39, 2048},                // threads per multiprocessor
+      {75, 9},                   // compute capability
+      {76, 0},
+      {81, 233472},  // shared memory per multiprocessor
+      {82, 65536},   // registers per multiprocessor
+      {97, 232448},  // opt-in shared memory per block
+      {120, 1},      // cluster launch
+  };
+  for (auto& k : known)
+    if (k.first == attribute) return *v = k.second, Success;
+  return report(InvalidValue, "device attribute " + std::to_string(attribute) + " is not modelled");
 }
 SIM_API int cuDevicePrimaryCtxRetain(void** c, int) {
   return *c = &options(), Success;
-}
-SIM_API int cuDevicePrimaryCtxRelease_v2(int) {
-  return Success;
 }
 SIM_API int cuCtxGetCurrent(void** c) {
   return *c = (void*)gContext, Success;
@@ -445,54 +428,23 @@ SIM_API int cuCtxPopCurrent_v2(void** c) {
 SIM_API int cuCtxGetDevice(int* d) {
   return *d = 0, Success;
 }
-SIM_API int cuCtxSynchronize() {
-  return Success;
-}
-SIM_API int cuStreamSynchronize(void*) {
-  return Success;
-}
-SIM_API int cuThreadExchangeStreamCaptureMode(int*) {
-  return Success;
-}
 SIM_API int cuGetErrorName(int e, const char** text) {
-  switch (e) {
-    case Success:
-      *text = "CUDA_SUCCESS";
-      break;
-    case InvalidValue:
-      *text = "CUDA_ERROR_INVALID_VALUE";
-      break;
-    case OutOfMemory:
-      *text = "CUDA_ERROR_OUT_OF_MEMORY";
-      break;
-    case InvalidDevice:
-      *text = "CUDA_ERROR_INVALID_DEVICE";
-      break;
-    case InvalidPtx:
-      *text = "CUDA_ERROR_INVALID_PTX";
-      break;
-    case InvalidHandle:
-      *text = "CUDA_ERROR_INVALID_HANDLE";
-      break;
-    case NotFound:
-      *text = "CUDA_ERROR_NOT_FOUND";
-      break;
-    case IllegalAddress:
-      *text = "CUDA_ERROR_ILLEGAL_ADDRESS";
-      break;
-    case LaunchOutOfResources:
-      *text = "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES";
-      break;
-    case LaunchFailed:
-      *text = "CUDA_ERROR_LAUNCH_FAILED";
-      break;
-    case NotSupported:
-      *text = "CUDA_ERROR_NOT_SUPPORTED";
-      break;
-    default:
-      return *text = nullptr, InvalidValue;
-  }
-  return Success;
+  static const std::pair<int, const char*> kNames[] = {
+      {Success, "CUDA_SUCCESS"},
+      {InvalidValue, "CUDA_ERROR_INVALID_VALUE"},
+      {OutOfMemory, "CUDA_ERROR_OUT_OF_MEMORY"},
+      {InvalidDevice, "CUDA_ERROR_INVALID_DEVICE"},
+      {InvalidPtx, "CUDA_ERROR_INVALID_PTX"},
+      {InvalidHandle, "CUDA_ERROR_INVALID_HANDLE"},
+      {NotFound, "CUDA_ERROR_NOT_FOUND"},
+      {IllegalAddress, "CUDA_ERROR_ILLEGAL_ADDRESS"},
+      {LaunchOutOfResources, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"},
+      {LaunchFailed, "CUDA_ERROR_LAUNCH_FAILED"},
+      {NotSupported, "CUDA_ERROR_NOT_SUPPORTED"},
+  };
+  for (auto& k : kNames)
+    if (k.first == e) return *text = k.second, Success;
+  return *text = nullptr, InvalidValue;
 }
 // The text of this thread's last error: a driver knows only the code, the simulator knows what happened.
 SIM_API int cuGetErrorString(int e, const char** text) {
@@ -581,9 +533,6 @@ SIM_API int cuKernelSetAttribute(int attribute, int value, void* kernel, int) {
 }
 SIM_API int cuFuncSetAttribute(void* f, int attribute, int value) {
   return setAttribute((KernelHandle*)f, attribute, value);
-}
-SIM_API int cuFuncSetCacheConfig(void*, int) {
-  return Success;
 }
 SIM_API int cuFuncGetAttribute(int* value, int attribute, void* f) {
   return guarded([&]() -> int {

@@ -154,6 +154,12 @@ void Warp::checkInflight(const Inst& in) {
   }
 }
 
+void Warp::noteUnfenced(const Inst& in) {
+  unfenced[in.d.id] = 1;
+  if (in.ext)
+    for (auto& r : in.ext->refs) unfenced[r.id] = 1;
+}
+
 bool Warp::run(unsigned quantum) {
   if (live == 0) return false;
   schedule();
@@ -184,6 +190,7 @@ bool Warp::run(unsigned quantum) {
         ++hits[pc];
         threadInst += (unsigned)__builtin_popcount(m);
         if (__builtin_expect(numInflight != 0, 0) && !in.isWgmma) checkInflight(in);
+        if (__builtin_expect(in.needsFence, 0)) noteUnfenced(in);
         in.fn(*this, in, m);
       }
     } else {
@@ -298,6 +305,7 @@ std::unique_ptr<Cluster> Launch::makeCluster(uint64_t index) {
       w.bulk = w.cp = w.wgmma = OpTrack();
       w.inflight.assign(k.numIds, 0);
       w.numInflight = 0;
+      w.unfenced.assign(k.numIds, 0);
       w.wgmmaCount = 0;
       w.maxnreg = regsPerThread;
       initWarp(w);

@@ -55,7 +55,6 @@ uint64_t Arena::allocate(size_t bytes, const std::string& name, bool writable, u
   b.live = true;
   b.name = name;
   b.host = nullptr;
-  b.shadow.clear();
   b.valid.clear();
   return b.begin;
 }
@@ -75,10 +74,6 @@ void Arena::release(uint64_t address) {
   for (size_t i = first; i <= last; ++i) owner_[i] = 0;
   b = Buffer();
   freeIds_.push_back(id);
-}
-
-size_t Arena::liveBuffers() const {
-  return (size_t)std::count_if(buffers_.begin(), buffers_.end(), [](const Buffer& b) { return b.live; });
 }
 
 std::string Arena::describe(uint64_t a, uint64_t bytes) const {

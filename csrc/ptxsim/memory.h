@@ -41,7 +41,6 @@ struct Buffer {
   std::string name;
   uint8_t* host = nullptr;                         // where it is copied back to
   std::vector<uint8_t, Untouched<uint8_t>> valid;  // of a buffer the kernel may not read before it wrote: 1 = written
-  std::vector<uint32_t> shadow;                    // race detector, made on demand
 };
 
 class Arena {
@@ -59,8 +58,6 @@ class Arena {
     return a >= b.begin && a + bytes <= b.end && b.live ? &b : nullptr;
   }
   std::string describe(uint64_t a, uint64_t bytes) const;  // for out-of-bounds reports
-  size_t liveBuffers() const;
-  std::vector<Buffer>& buffers() { return buffers_; }
 
  private:
   Arena();

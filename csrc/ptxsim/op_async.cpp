@@ -15,7 +15,7 @@ static uint32_t withRank(Warp& w, uint32_t a, bool cluster) {
 
 AddressOperand addressOperand(Dec& d, const Operand& o) {
   AddressOperand a;
-  a.ref = d.address(o, Space::Generic, &a.offset);
+  a.ref = d.address(o, &a.offset);
   a.bytes = d.out.x[5];
   return a;
 }
@@ -80,8 +80,7 @@ void commitGroups(OpTrack& t, uint32_t m) {
 static std::string describeGroup(Warp&, const Inst&) {
   return "waits for asynchronous operations that cannot finish";
 }
-bool waitGroups(Warp& w, const Inst& in, OpTrack& t, uint32_t m, uint32_t n, bool reads, bool all) {
-  (void)in;
+bool waitGroups(Warp& w, OpTrack& t, uint32_t m, uint32_t n, bool reads, bool all) {
   auto wanted = [&](const AsyncOp& op) {
     for (int i : lanesOf(op.mask & m)) {
       if (all || op.group[i] + n < t.committed[i]) return true;
@@ -119,7 +118,7 @@ namespace {
 
 void initBarrier(Warp& w, const Inst& in, uint32_t m) {
   for (int i : lanesOf(m)) {
-    uint32_t a = withRank(w, sharedOf(w, in, i, in.space, lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm)), false);
+    uint32_t a = withRank(w, sharedOf(w, in, i, in.space, laneAddress(w, in, i)), false);
     uint32_t count = lane32(w, in.b, (unsigned)i);
     w.needValid(in, in.b, 1u << i, "mbarrier count");
     Place p = locateShared(w, in, i, a, 8, Kind::Write, 8, true);
@@ -145,7 +144,7 @@ void initBarrier(Warp& w, const Inst& in, uint32_t m) {
 }
 void invalBarrier(Warp& w, const Inst& in, uint32_t m) {
   for (int i : lanesOf(m)) {
-    uint32_t a = withRank(w, sharedOf(w, in, i, in.space, lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm)), false);
+    uint32_t a = withRank(w, sharedOf(w, in, i, in.space, laneAddress(w, in, i)), false);
     Cta* cta;
     Mbarrier& b = mbarrierAt(w, in, i, a, &cta);
     b = Mbarrier();
@@ -160,8 +159,8 @@ void arriveBarrier(Warp& w, const Inst& in, uint32_t m) {
   uint64_t state[kLanes] = {0};
   const unsigned flags = in.x[2];
   for (int i : lanesOf(m)) {
-    uint32_t a = withRank(w, sharedOf(w, in, i, in.space, lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm)),
-                          in.x[1] || in.space == Space::Generic);
+    uint32_t a =
+        withRank(w, sharedOf(w, in, i, in.space, laneAddress(w, in, i)), in.x[1] || in.space == Space::Generic);
     if (in.space == Space::Generic && (a >> 24) != w.cta->rank)
       w.fail(in, i, "a generic mbarrier address must be in the own CTA");
     Cta* owner;
@@ -180,7 +179,7 @@ void arriveBarrier(Warp& w, const Inst& in, uint32_t m) {
         b.nextExpected -= count;
       }
       arrive(w, in, i, b, count);
-      raceRelease(w, in, b, !(flags & Relaxed), (a >> 24) != w.cta->rank);
+      raceRelease(w, b, !(flags & Relaxed));
     }
     if (!(flags & NoComplete))
       settle(*w.launch, b);
@@ -196,7 +195,7 @@ void arriveBarrier(Warp& w, const Inst& in, uint32_t m) {
 
 std::string describeWait(Warp& w, const Inst& in) {
   int i = firstLane(w.frag().mask);
-  uint32_t a = withRank(w, (uint32_t)lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm), false);
+  uint32_t a = withRank(w, (uint32_t)laneAddress(w, in, i), false);
   uint16_t k = w.cta->mbarIndex[(a & 0xffffff) >> 3];
   if (!k) return "waits for an mbarrier";
   const Mbarrier& b = w.cta->mbars[k];
@@ -212,7 +211,7 @@ void waitBarrier(Warp& w, const Inst& in, uint32_t m) {
   Fragment& f = w.frag();
   w.needValid(in, in.b, m, "mbarrier phase");
   for (int i : lanesOf(m)) {
-    uint32_t a = sharedOf(w, in, i, in.space, lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm));
+    uint32_t a = sharedOf(w, in, i, in.space, laneAddress(w, in, i));
     if ((a >> 24) != w.cta->rank && (a >> 24) != 0)
       w.fail(in, i, "a thread can wait only for an mbarrier of its own CTA");
     Mbarrier& b = mbarrierAt(w, in, i, withRank(w, a, false));
@@ -286,19 +285,19 @@ void decodeMbarrier(Dec& d) {
   switch (op) {
     case 0:
       d.wantArgs(2, 2);
-      d.out.a = d.address(d.arg(0), d.out.space, &d.out.imm);
+      d.out.a = d.address(d.arg(0), &d.out.imm);
       d.out.b = d.src(1, Type::U32);
       d.out.fn = initBarrier;
       return;
     case 1:
       d.wantArgs(1, 1);
-      d.out.a = d.address(d.arg(0), d.out.space, &d.out.imm);
+      d.out.a = d.address(d.arg(0), &d.out.imm);
       d.out.fn = invalBarrier;
       return;
     case 2:
     case 3:
       d.wantArgs(2, 2);
-      d.out.a = d.address(d.arg(0), d.out.space, &d.out.imm);
+      d.out.a = d.address(d.arg(0), &d.out.imm);
       d.out.b = d.src(1, Type::U32);
       d.out.x[2] = (uint8_t)(flags | (op == 2 ? Expect : Complete));
       d.out.fn = arriveBarrier;
@@ -313,7 +312,7 @@ void decodeMbarrier(Dec& d) {
         d.out.d = d.dst(0, 8);
         d.out.x[3] = 1;
       }
-      d.out.a = d.address(d.arg(at), d.out.space, &d.out.imm);
+      d.out.a = d.address(d.arg(at), &d.out.imm);
       if (d.argc() > at + 1) {
         d.out.b = d.src(at + 1, Type::U32);
         flags |= HasCount;
@@ -328,7 +327,7 @@ void decodeMbarrier(Dec& d) {
     case 7:
       d.wantArgs(3, 4);
       d.out.d = d.predDst(d.arg(0));
-      d.out.a = d.address(d.arg(1), d.out.space, &d.out.imm);
+      d.out.a = d.address(d.arg(1), &d.out.imm);
       d.out.b = d.src(2, parity ? Type::U32 : Type::B64);
       d.out.x[0] = op == 7;
       d.out.x[2] = flags & Relaxed ? 1 : 0;
@@ -369,7 +368,7 @@ void cpAsync(Warp& w, const Inst& in, uint32_t m) {
   op->lanes = m;
   w.needValid(in, in.a, m, "address");
   for (int i : lanesOf(m)) {
-    uint32_t to = sharedOf(w, in, i, in.space, lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm));
+    uint32_t to = sharedOf(w, in, i, in.space, laneAddress(w, in, i));
     Place p = locateShared(w, in, i, to, in.bytes, Kind::Write, in.bytes, true);
     uint32_t have = in.bytes;
     if (in.ext->v[1] == 1) have = lane32(w, in.ext->refs[1], (unsigned)i);
@@ -394,7 +393,7 @@ void cpCommit(Warp& w, const Inst&, uint32_t m) {
   commitGroups(w.cp, m);
 }
 void cpWait(Warp& w, const Inst& in, uint32_t m) {
-  waitGroups(w, in, w.cp, m, (uint32_t)in.imm, false, in.x[0]);
+  waitGroups(w, w.cp, m, (uint32_t)in.imm, false, in.x[0]);
 }
 
 struct CpArrive : AsyncOp {
@@ -413,8 +412,7 @@ void cpArrive(Warp& w, const Inst& in, uint32_t m) {
   auto op = std::make_shared<CpArrive>();
   op->lanes = m;
   for (int i : lanesOf(m)) {
-    op->address[i] =
-        withRank(w, sharedOf(w, in, i, in.space, lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm)), false);
+    op->address[i] = withRank(w, sharedOf(w, in, i, in.space, laneAddress(w, in, i)), false);
     Mbarrier& b = mbarrierAt(w, in, i, op->address[i]);
     raceMbarrierUse(w, in, i, b);
     if (!in.x[0]) ++b.pending;
@@ -455,15 +453,14 @@ void stAsync(Warp& w, const Inst& in, uint32_t m) {
     auto op = std::make_shared<StAsync>();
     op->generic = true;
     op->lane = i;
-    op->address = (uint32_t)lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm);
-    op->barrier = (uint32_t)(in.ext->v[1] == 4 ? lane32(w, refs[0], (unsigned)i) : lane64(w, refs[0], (unsigned)i)) +
-                  (uint32_t)in.ext->v[0];
+    op->address = (uint32_t)laneAddress(w, in, i);
+    op->barrier = (uint32_t)laneBits(w, refs[0], (unsigned)in.ext->v[1], i) + (uint32_t)in.ext->v[0];
     op->bytes = in.bytes * (uint32_t)(refs.size() - 1);
     op->atom = (int)in.x[0] - 1;
     op->type = (Type)in.x[3];
     for (size_t k = 1; k < refs.size(); ++k) {
       w.needValid(in, refs[k], 1u << i, "value of an asynchronous store");
-      uint64_t v = in.bytes == 4 ? lane32(w, refs[k], (unsigned)i) : lane64(w, refs[k], (unsigned)i);
+      const uint64_t v = laneBits(w, refs[k], in.bytes, i);
       memcpy(op->data + (k - 1) * in.bytes, &v, in.bytes);
     }
     Cta& target = *locateShared(w, in, i, op->address, op->bytes, Kind::Write, op->bytes, false).cta;
@@ -485,7 +482,7 @@ void decodeAsyncStore(Dec& d, bool reduce) {
   Type t = d.needType();
   d.wantArgs(3, 3);
   AddressOperand bar = addressOperand(d, d.arg(2));
-  d.out.a = d.address(d.arg(0), Space::Shared, &d.out.imm);
+  d.out.a = d.address(d.arg(0), &d.out.imm);
   Extra* e = d.extra();
   e->refs.push_back(bar.ref);
   e->v[0] = bar.offset;
@@ -503,9 +500,6 @@ void decodeAsyncStore(Dec& d, bool reduce) {
 
 }  // namespace
 
-uint64_t lanesAddress(Warp& w, Ref r, unsigned bytes, unsigned lane, int64_t offset) {
-  return (bytes == 4 ? lane32(w, r, lane) : lane64(w, r, lane)) + (uint64_t)offset;
-}
 void decodeStAsync(Dec& d) {
   decodeAsyncStore(d, false);
 }
@@ -539,7 +533,7 @@ void addAsyncOps(OpTable& t) {
       d.out.x[0] = d.take("noinc");
       d.out.space = d.take("shared") || d.take("shared::cta") ? Space::Shared : Space::Generic;
       d.take("b64");
-      d.out.a = d.address(d.arg(0), d.out.space, &d.out.imm);
+      d.out.a = d.address(d.arg(0), &d.out.imm);
       d.out.fn = cpArrive;
       return;
     }
@@ -562,7 +556,7 @@ void addAsyncOps(OpTable& t) {
       e->refs[1] = isPred ? d.pred(o, &neg) : d.src(o, Type::U32);
       e->v[1] = isPred ? 2 : 1;
     }
-    d.out.a = d.address(d.arg(0), Space::Shared, &d.out.imm);
+    d.out.a = d.address(d.arg(0), &d.out.imm);
     d.out.bytes = (uint8_t)size;
     d.out.storesD = true;
     d.out.fn = cpAsync;

@@ -182,7 +182,7 @@ void decodeAtomic(Dec& d, bool returns) {
     else
       e->refs.push_back(d.dst(o, reg));
   }
-  d.out.a = d.address(d.arg(at), d.out.space, &d.out.imm);
+  d.out.a = d.address(d.arg(at), &d.out.imm);
   const Operand& b = d.arg(at + 1);
   if (d.out.vec > 1)
     for (auto& x : b.sub) e->refs2.push_back(d.src(x, t));

@@ -198,45 +198,31 @@ void cvtPack(Warp& w, const Inst& in, uint32_t m) {
   w.setValid(in.d, m, w.validOf(in.a) & w.validOf(in.b) & w.validOf(in.c));
 }
 
-struct Bf16ToF32 {
-  float operator()(uint16_t h) const { return fromBf16(h); }
-};
-struct F16ToF32 {
-  float operator()(uint16_t h) const { return fromF16(h); }
-};
-struct I32ToF32 {
-  float operator()(int32_t a) const { return (float)a; }
-};
-struct U32ToF32 {
-  float operator()(uint32_t a) const { return (float)a; }
-};
-struct F32ToBf16 {
-  uint16_t operator()(float a) const { return toBf16(a); }
-};
-struct F32ToF64 {
-  double operator()(float a) const { return a; }
-};
-template <class T>
-struct Same {
-  T operator()(T a) const { return a; }
-};
+LANE(float, Bf16ToF32, (uint16_t h), fromBf16(h));
+LANE(float, F16ToF32, (uint16_t h), fromF16(h));
+LANE(float, I32ToF32, (int32_t a), (float)a);
+LANE(float, U32ToF32, (uint32_t a), (float)a);
+LANE(uint16_t, F32ToBf16, (float a), toBf16(a));
+LANE(double, F32ToF64, (float a), a);
+TYPED(T, Same, (T a), a);
 
 Handler fastPath(Type dt, Type st, unsigned dreg, unsigned sreg, Round r, unsigned flags, bool integral) {
   if (flags || integral) return nullptr;
-  if (dt == Type::F32 && st == Type::F16) return op1<float, uint16_t, F16ToF32>;
-  if (dt == Type::F32 && (st == Type::S32) && r == Round::Nearest) return op1<float, int32_t, I32ToF32>;
-  if (dt == Type::F32 && (st == Type::U32) && r == Round::Nearest) return op1<float, uint32_t, U32ToF32>;
-  if (dt == Type::BF16 && st == Type::F32 && r == Round::Nearest) return op1<uint16_t, float, F32ToBf16>;
-  if (dt == Type::F64 && st == Type::F32) return op1<double, float, F32ToF64>;
-  if (dt == Type::U64 && st == Type::U32 && sreg == 4) return op1<uint64_t, uint32_t, Same<uint64_t>>;
-  if ((dt == Type::S64 || dt == Type::U64) && st == Type::S32 && sreg == 4) return op1<int64_t, int32_t, Same<int64_t>>;
+  if (dt == Type::F32 && st == Type::F16) return lanes<F16ToF32>();
+  if (dt == Type::F32 && (st == Type::S32) && r == Round::Nearest) return lanes<I32ToF32>();
+  if (dt == Type::F32 && (st == Type::U32) && r == Round::Nearest) return lanes<U32ToF32>();
+  if (dt == Type::BF16 && st == Type::F32 && r == Round::Nearest) return lanes<F32ToBf16>();
+  if (dt == Type::F64 && st == Type::F32) return lanes<F32ToF64>();
+  if (dt == Type::U64 && st == Type::U32 && sreg == 4) return lanewise<Same<uint64_t>, uint64_t, uint32_t>;
+  if ((dt == Type::S64 || dt == Type::U64) && st == Type::S32 && sreg == 4)
+    return lanewise<Same<int64_t>, int64_t, int32_t>;
   if ((dt == Type::U32 || dt == Type::S32) && dreg == 4 && sreg == 8 && typeBytes(st) == 8 && !isFloat(st))
-    return op1<uint32_t, uint64_t, Same<uint64_t>>;
+    return lanewise<Same<uint64_t>, uint32_t, uint64_t>;
   if ((dt == Type::U16 || dt == Type::S16) && dreg == 2 && sreg == 4 && typeBytes(st) == 4 && !isFloat(st))
-    return op1<uint16_t, uint32_t, Same<uint32_t>>;
-  if (dt == Type::U32 && dreg == 4 && st == Type::U16 && sreg == 2) return op1<uint32_t, uint16_t, Same<uint32_t>>;
+    return lanewise<Same<uint32_t>, uint16_t, uint32_t>;
+  if (dt == Type::U32 && dreg == 4 && st == Type::U16 && sreg == 2) return lanewise<Same<uint32_t>, uint32_t, uint16_t>;
   if ((dt == Type::S32 || dt == Type::U32) && dreg == 4 && st == Type::S16 && sreg == 2)
-    return op1<int32_t, int16_t, Same<int32_t>>;
+    return lanewise<Same<int32_t>, int32_t, int16_t>;
   return nullptr;
 }
 
@@ -267,7 +253,7 @@ void decodeCvt(Dec& d) {
   d.out.x[3] = (uint8_t)flags;
   if (dt == Type::TF32) {
     setOperands(d, Type::B32, Type::F32);
-    d.out.fn = op1x<uint32_t, float, Tf32>;
+    d.out.fn = lanes<Tf32>();
     return;
   }
   const bool fp8Dst = dt == Type::E4M3x2 || dt == Type::E5M2x2, fp8Src = st == Type::E4M3x2 || st == Type::E5M2x2;
@@ -279,10 +265,10 @@ void decodeCvt(Dec& d) {
     d.out.d = d.dst(0, half ? 4 : 2);
     d.out.a = d.src(1, Type::F32);
     d.out.b = d.src(2, Type::F32);
-    d.out.fn = dt == Type::F16x2    ? (Handler)op2x<uint32_t, float, float, Pack2<PackF16, uint32_t>>
-               : dt == Type::BF16x2 ? (Handler)op2x<uint32_t, float, float, Pack2<PackBf16, uint32_t>>
-               : dt == Type::E4M3x2 ? (Handler)op2x<uint16_t, float, float, Pack2<PackE4m3, uint16_t>>
-                                    : (Handler)op2x<uint16_t, float, float, Pack2<PackE5m2, uint16_t>>;
+    d.out.fn = dt == Type::F16x2    ? lanes<Pack2<PackF16, uint32_t>>()
+               : dt == Type::BF16x2 ? lanes<Pack2<PackBf16, uint32_t>>()
+               : dt == Type::E4M3x2 ? lanes<Pack2<PackE4m3, uint16_t>>()
+                                    : lanes<Pack2<PackE5m2, uint16_t>>();
     return;
   }
   d.wantArgs(2, 2);
@@ -290,16 +276,14 @@ void decodeCvt(Dec& d) {
     if (st != Type::F16x2) d.fail("sm_90 converts only f32 pairs and f16x2 to fp8");
     d.out.d = d.dst(0, 2);
     d.out.a = d.src(1, Type::B32);
-    d.out.fn = dt == Type::E4M3x2 ? (Handler)op1x<uint16_t, uint32_t, PackFromF16x2<PackE4m3>>
-                                  : (Handler)op1x<uint16_t, uint32_t, PackFromF16x2<PackE5m2>>;
+    d.out.fn = dt == Type::E4M3x2 ? lanes<PackFromF16x2<PackE4m3>>() : lanes<PackFromF16x2<PackE5m2>>();
     return;
   }
   if (fp8Src) {
     if (dt != Type::F16x2) d.fail("sm_90 converts fp8 only to f16x2");
     d.out.d = d.dst(0, 4);
     d.out.a = d.src(1, Type::B16);
-    d.out.fn = st == Type::E4M3x2 ? (Handler)op1x<uint32_t, uint16_t, UnpackFp8<PackE4m3>>
-                                  : (Handler)op1x<uint32_t, uint16_t, UnpackFp8<PackE5m2>>;
+    d.out.fn = st == Type::E4M3x2 ? lanes<UnpackFp8<PackE4m3>>() : lanes<UnpackFp8<PackE5m2>>();
     return;
   }
   if (typeBytes(dt) > 8 || typeBytes(st) > 8 || dt == Type::F16x2 || dt == Type::BF16x2 || st == Type::F16x2 ||
@@ -318,7 +302,7 @@ void decodeCvt(Dec& d) {
   d.out.x[4] = (uint8_t)dreg;
   d.out.x[5] = (uint8_t)sreg;
   d.out.fn = fastPath(dt, st, dreg, sreg, modes[rnd], flags, integral);
-  if (dt == Type::F32 && st == Type::BF16 && flags == 0) d.out.fn = op1<float, uint16_t, Bf16ToF32>;
+  if (dt == Type::F32 && st == Type::BF16 && flags == 0) d.out.fn = lanes<Bf16ToF32>();
   if (!d.out.fn) d.out.fn = convert;
 }
 

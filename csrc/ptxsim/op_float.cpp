@@ -23,36 +23,16 @@ inline float out32(float f) {
   f = canonical(f);
   return Ftz ? flush(f) : f;
 }
-template <bool Z, bool S>
-struct AddF {
-  float operator()(float a, float b) const { return out32<Z, S>(in32<Z>(a) + in32<Z>(b)); }
-};
-template <bool Z, bool S>
-struct SubF {
-  float operator()(float a, float b) const { return out32<Z, S>(in32<Z>(a) - in32<Z>(b)); }
-};
-template <bool Z, bool S>
-struct MulF {
-  float operator()(float a, float b) const { return out32<Z, S>(in32<Z>(a) * in32<Z>(b)); }
-};
-template <bool Z, bool S>
-struct FmaF {
-  float operator()(float a, float b, float c) const {
-    return out32<Z, S>(__builtin_fmaf(in32<Z>(a), in32<Z>(b), in32<Z>(c)));
-  }
-};
-template <bool Z, bool S>
-struct DivF {
-  float operator()(float a, float b) const { return out32<Z, S>(in32<Z>(a) / in32<Z>(b)); }
-};
-template <bool Z, bool S>
-struct SqrtF {
-  float operator()(float a) const { return out32<Z, S>(std::sqrt(in32<Z>(a))); }
-};
-template <bool Z, bool S>
-struct RcpF {
-  float operator()(float a) const { return out32<Z, S>(1.0f / in32<Z>(a)); }
-};
+#define FLOAT32(name, ...)  \
+  template <bool Z, bool S> \
+  LANE(float, name, __VA_ARGS__)
+FLOAT32(AddF, (float a, float b), out32<Z, S>(in32<Z>(a) + in32<Z>(b)));
+FLOAT32(SubF, (float a, float b), out32<Z, S>(in32<Z>(a) - in32<Z>(b)));
+FLOAT32(MulF, (float a, float b), out32<Z, S>(in32<Z>(a) * in32<Z>(b)));
+FLOAT32(FmaF, (float a, float b, float c), out32<Z, S>(__builtin_fmaf(in32<Z>(a), in32<Z>(b), in32<Z>(c))));
+FLOAT32(DivF, (float a, float b), out32<Z, S>(in32<Z>(a) / in32<Z>(b)));
+FLOAT32(SqrtF, (float a), out32<Z, S>(std::sqrt(in32<Z>(a))));
+FLOAT32(RcpF, (float a), out32<Z, S>(1.0f / in32<Z>(a)));
 template <bool Z, bool S>
 struct RsqrtF {
   float operator()(float a) const {
@@ -60,34 +40,13 @@ struct RsqrtF {
     return out32<Z, S>((float)(1.0 / std::sqrt((double)a)));
   }
 };
-template <bool Z, bool S>
-struct SinF {
-  float operator()(float a) const { return out32<Z, S>((float)std::sin((double)in32<Z>(a))); }
-};
-template <bool Z, bool S>
-struct CosF {
-  float operator()(float a) const { return out32<Z, S>((float)std::cos((double)in32<Z>(a))); }
-};
-template <bool Z, bool S>
-struct Lg2F {
-  float operator()(float a) const { return out32<Z, S>((float)std::log2((double)in32<Z>(a))); }
-};
-template <bool Z, bool S>
-struct Ex2F {
-  float operator()(float a) const { return out32<Z, S>((float)std::exp2((double)in32<Z>(a))); }
-};
-template <bool Z, bool S>
-struct TanhF {
-  float operator()(float a) const { return out32<Z, S>((float)std::tanh((double)a)); }
-};
-template <bool Z, bool S>
-struct AbsF {
-  float operator()(float a) const { return in32<Z>(f32(bits(a) & 0x7fffffffu)); }
-};
-template <bool Z, bool S>
-struct NegF {
-  float operator()(float a) const { return in32<Z>(f32(bits(a) ^ 0x80000000u)); }
-};
+FLOAT32(SinF, (float a), out32<Z, S>((float)std::sin((double)in32<Z>(a))));
+FLOAT32(CosF, (float a), out32<Z, S>((float)std::cos((double)in32<Z>(a))));
+FLOAT32(Lg2F, (float a), out32<Z, S>((float)std::log2((double)in32<Z>(a))));
+FLOAT32(Ex2F, (float a), out32<Z, S>((float)std::exp2((double)in32<Z>(a))));
+FLOAT32(TanhF, (float a), out32<Z, S>((float)std::tanh((double)a)));
+FLOAT32(AbsF, (float a), in32<Z>(f32(bits(a) & 0x7fffffffu)));
+FLOAT32(NegF, (float a), in32<Z>(f32(bits(a) ^ 0x80000000u)));
 
 // -0 is below +0; one NaN operand loses unless .NaN
 template <bool Min>
@@ -118,46 +77,18 @@ struct MinMaxXor {
   }
 };
 
-struct AddD {
-  double operator()(double a, double b) const { return a + b; }
-};
-struct SubD {
-  double operator()(double a, double b) const { return a - b; }
-};
-struct MulD {
-  double operator()(double a, double b) const { return a * b; }
-};
-struct FmaD {
-  double operator()(double a, double b, double c) const { return __builtin_fma(a, b, c); }
-};
-struct DivD {
-  double operator()(double a, double b) const { return a / b; }
-};
-struct SqrtD {
-  double operator()(double a) const { return std::sqrt(a); }
-};
-struct RcpD {
-  double operator()(double a) const { return 1.0 / a; }
-};
-struct RsqrtD {
-  double operator()(double a) const { return 1.0 / std::sqrt(a); }
-};
-struct AbsD {
-  double operator()(double a) const { return std::fabs(a); }
-};
-struct NegD {
-  double operator()(double a) const { return -a; }
-};
-struct MinD {
-  double operator()(double a, double b) const {
-    return a != a ? b : b != b ? a : a == b ? (std::signbit(a) ? a : b) : a < b ? a : b;
-  }
-};
-struct MaxD {
-  double operator()(double a, double b) const {
-    return a != a ? b : b != b ? a : a == b ? (std::signbit(a) ? b : a) : a > b ? a : b;
-  }
-};
+LANE(double, AddD, (double a, double b), a + b);
+LANE(double, SubD, (double a, double b), a - b);
+LANE(double, MulD, (double a, double b), (a * b));
+LANE(double, FmaD, (double a, double b, double c), __builtin_fma(a, b, c));
+LANE(double, DivD, (double a, double b), a / b);
+LANE(double, SqrtD, (double a), std::sqrt(a));
+LANE(double, RcpD, (double a), 1.0 / a);
+LANE(double, RsqrtD, (double a), 1.0 / std::sqrt(a));
+LANE(double, AbsD, (double a), std::fabs(a));
+LANE(double, NegD, (double a), -a);
+LANE(double, MinD, (double a, double b), a != a ? b : b != b ? a : a == b ? (std::signbit(a) ? a : b) : a < b ? a : b);
+LANE(double, MaxD, (double a, double b), a != a ? b : b != b ? a : a == b ? (std::signbit(a) ? b : a) : a > b ? a : b);
 // The upper half of 1/x, as a seed for Newton steps.
 struct RcpSeed {
   double operator()(double a) const {
@@ -165,9 +96,7 @@ struct RcpSeed {
     return bitsAs<double>(b);
   }
 };
-struct RsqrtSeed {
-  double operator()(double a) const { return bitsAs<double>(bits(1.0 / std::sqrt(a)) & 0xffffffff00000000ull); }
-};
+LANE(double, RsqrtSeed, (double a), bitsAs<double>(bits(1.0 / std::sqrt(a)) & 0xffffffff00000000ull));
 
 // Directed rounding: the inner handler runs under the host's rounding mode. Its loads and stores cannot move across the
 // calls.
@@ -179,32 +108,6 @@ void directed(Warp& w, const Inst& in, uint32_t m) {
   std::fesetround(hostMode(in.x[4]));
   H(w, in, m);
   std::fesetround(FE_TONEAREST);
-}
-
-template <template <bool, bool> class F>
-Handler unary32(bool ftz, bool sat, int rnd) {
-  if (rnd > 0) return ftz ? directed<op1<float, float, F<true, false>>> : directed<op1<float, float, F<false, false>>>;
-  return ftz ? (sat ? op1<float, float, F<true, true>> : op1<float, float, F<true, false>>)
-             : (sat ? op1<float, float, F<false, true>> : op1<float, float, F<false, false>>);
-}
-template <template <bool, bool> class F>
-Handler binary32(bool ftz, bool sat, int rnd) {
-  if (rnd > 0) {
-    return ftz ? (sat ? directed<op2<float, float, float, F<true, true>>>
-                      : directed<op2<float, float, float, F<true, false>>>)
-               : (sat ? directed<op2<float, float, float, F<false, true>>>
-                      : directed<op2<float, float, float, F<false, false>>>);
-  }
-  return ftz ? (sat ? op2<float, float, float, F<true, true>> : op2<float, float, float, F<true, false>>)
-             : (sat ? op2<float, float, float, F<false, true>> : op2<float, float, float, F<false, false>>);
-}
-template <class F>
-Handler unary64(int rnd) {
-  return rnd > 0 ? directed<op1<double, double, F>> : op1<double, double, F>;
-}
-template <class F>
-Handler binary64(int rnd) {
-  return rnd > 0 ? directed<op2<double, double, double, F>> : op2<double, double, double, F>;
 }
 
 struct Mods {
@@ -220,52 +123,43 @@ Mods takeMods(Dec& d) {
   return m;
 }
 
+template <template <bool, bool> class F>
+Handler by32(const Mods& m) {
+  static const Handler nearest[2][2] = {{lanes<F<0, 0>>(), lanes<F<0, 1>>()}, {lanes<F<1, 0>>(), lanes<F<1, 1>>()}};
+  static const Handler rounded[2][2] = {{directed<lanes<F<0, 0>>()>, directed<lanes<F<0, 1>>()>},
+                                        {directed<lanes<F<1, 0>>()>, directed<lanes<F<1, 1>>()>}};
+  return (m.rnd > 0 ? rounded : nearest)[m.ftz][m.sat];
+}
+template <class F>
+Handler by64(const Mods& m) {
+  return m.rnd > 0 ? directed<lanes<F>()> : lanes<F>();
+}
+template <template <bool, bool, bool> class F>
+Handler byOrder(bool min, bool ftz, bool nan) {
+  static const Handler table[2][2][2] = {
+      {{lanes<F<0, 0, 0>>(), lanes<F<0, 0, 1>>()}, {lanes<F<0, 1, 0>>(), lanes<F<0, 1, 1>>()}},
+      {{lanes<F<1, 0, 0>>(), lanes<F<1, 0, 1>>()}, {lanes<F<1, 1, 0>>(), lanes<F<1, 1, 1>>()}}};
+  return table[min][ftz][nan];
+}
+
 void arithmetic(Dec& d, const std::string& op) {
   if (decodeIntegerArithmetic(d, op) || decodeHalfArithmetic(d, op)) return;
   Mods m = takeMods(d);
   if (op == "fma" || op == "mad") {
     Type t = d.needType();
     setOperands(d, t, t, t, t);
-    if (t == Type::F64) {
-      d.out.fn =
-          m.rnd > 0 ? directed<op3<double, double, double, double, FmaD>> : op3<double, double, double, double, FmaD>;
-    } else if (t == Type::F32) {
-      if (m.rnd > 0)
-        d.out.fn = m.ftz ? (m.sat ? directed<op3<float, float, float, float, FmaF<true, true>>>
-                                  : directed<op3<float, float, float, float, FmaF<true, false>>>)
-                         : (m.sat ? directed<op3<float, float, float, float, FmaF<false, true>>>
-                                  : directed<op3<float, float, float, float, FmaF<false, false>>>);
-      else
-        d.out.fn = m.ftz ? (m.sat ? op3<float, float, float, float, FmaF<true, true>>
-                                  : op3<float, float, float, float, FmaF<true, false>>)
-                         : (m.sat ? op3<float, float, float, float, FmaF<false, true>>
-                                  : op3<float, float, float, float, FmaF<false, false>>);
-    }
+    if (t == Type::F64) d.out.fn = by64<FmaD>(m);
+    if (t == Type::F32) d.out.fn = by32<FmaF>(m);
     return;
   }
   if (op == "min" || op == "max") {
     bool nan = d.take("NaN"), xorsign = d.take("xorsign") && d.take("abs"), min = op == "min";
     Type t = d.needType();
     setOperands(d, t, t, t);
-    if (t == Type::F64) {
-      d.out.fn = min ? (Handler)op2<double, double, double, MinD> : (Handler)op2<double, double, double, MaxD>;
-      return;
-    }
-    static const Handler kPlain[2][2][2] = {
-        {{op2<float, float, float, MinMaxF<false, false, false>>,
-          op2<float, float, float, MinMaxF<false, false, true>>},
-         {op2<float, float, float, MinMaxF<false, true, false>>, op2<float, float, float, MinMaxF<false, true, true>>}},
-        {{op2<float, float, float, MinMaxF<true, false, false>>, op2<float, float, float, MinMaxF<true, false, true>>},
-         {op2<float, float, float, MinMaxF<true, true, false>>, op2<float, float, float, MinMaxF<true, true, true>>}}};
-    static const Handler kXor[2][2][2] = {{{op2<float, float, float, MinMaxXor<false, false, false>>,
-                                            op2<float, float, float, MinMaxXor<false, false, true>>},
-                                           {op2<float, float, float, MinMaxXor<false, true, false>>,
-                                            op2<float, float, float, MinMaxXor<false, true, true>>}},
-                                          {{op2<float, float, float, MinMaxXor<true, false, false>>,
-                                            op2<float, float, float, MinMaxXor<true, false, true>>},
-                                           {op2<float, float, float, MinMaxXor<true, true, false>>,
-                                            op2<float, float, float, MinMaxXor<true, true, true>>}}};
-    d.out.fn = (xorsign ? kXor : kPlain)[min][m.ftz][nan];
+    if (t == Type::F64)
+      d.out.fn = min ? lanes<MinD>() : lanes<MaxD>();
+    else
+      d.out.fn = xorsign ? byOrder<MinMaxXor>(min, m.ftz, nan) : byOrder<MinMaxF>(min, m.ftz, nan);
     return;
   }
   bool approx = d.take("approx"), full = d.take("full");
@@ -273,24 +167,24 @@ void arithmetic(Dec& d, const std::string& op) {
   if (op == "abs" || op == "neg") {
     setOperands(d, t, t);
     if (t == Type::F64)
-      d.out.fn = op == "abs" ? unary64<AbsD>(0) : unary64<NegD>(0);
+      d.out.fn = op == "abs" ? lanes<AbsD>() : lanes<NegD>();
     else
-      d.out.fn = op == "abs" ? unary32<AbsF>(m.ftz, false, 0) : unary32<NegF>(m.ftz, false, 0);
+      d.out.fn = op == "abs" ? by32<AbsF>(m) : by32<NegF>(m);
     return;
   }
   setOperands(d, t, t, t);
   if (t == Type::F64) {
     if (op == "div" && (approx || full)) d.fail("no approximate float64 division exists");
-    d.out.fn = op == "add"   ? binary64<AddD>(m.rnd)
-               : op == "sub" ? binary64<SubD>(m.rnd)
-               : op == "mul" ? binary64<MulD>(m.rnd)
-               : op == "div" ? binary64<DivD>(m.rnd)
+    d.out.fn = op == "add"   ? by64<AddD>(m)
+               : op == "sub" ? by64<SubD>(m)
+               : op == "mul" ? by64<MulD>(m)
+               : op == "div" ? by64<DivD>(m)
                              : nullptr;
   } else if (t == Type::F32) {
-    d.out.fn = op == "add"   ? binary32<AddF>(m.ftz, m.sat, m.rnd)
-               : op == "sub" ? binary32<SubF>(m.ftz, m.sat, m.rnd)
-               : op == "mul" ? binary32<MulF>(m.ftz, m.sat, m.rnd)
-               : op == "div" ? binary32<DivF>(m.ftz, false, m.rnd)
+    d.out.fn = op == "add"   ? by32<AddF>(m)
+               : op == "sub" ? by32<SubF>(m)
+               : op == "mul" ? by32<MulF>(m)
+               : op == "div" ? by32<DivF>(m)
                              : nullptr;
   }
 }
@@ -302,10 +196,10 @@ void unaryFunction(Dec& d) {
   d.take("approx");
   Type t = d.needType();
   setOperands(d, t, t);
-  if (t == Type::F32) d.out.fn = unary32<F>(m.ftz, false, m.rnd);
+  if (t == Type::F32) d.out.fn = by32<F>(m);
   if (t == Type::F64 && !std::is_same<D64, void>::value) {
     using Fn = std::conditional_t<std::is_same<D64, void>::value, RcpD, D64>;
-    d.out.fn = unary64<Fn>(m.rnd);
+    d.out.fn = by64<Fn>(m);
   }
 }
 
@@ -325,14 +219,8 @@ void testp(Warp& w, const Inst& in, uint32_t m) {
   }
   w.setPred(in.d, m, r, w.validOf(in.a));
 }
-struct Copysign32 {
-  uint32_t operator()(uint32_t a, uint32_t b) const { return (a & 0x80000000u) | (b & 0x7fffffffu); }
-};
-struct Copysign64 {
-  uint64_t operator()(uint64_t a, uint64_t b) const {
-    return (a & 0x8000000000000000ull) | (b & 0x7fffffffffffffffull);
-  }
-};
+LANE(uint32_t, Copysign32, (uint32_t a, uint32_t b), (a & 0x80000000u) | (b & 0x7fffffffu));
+LANE(uint64_t, Copysign64, (uint64_t a, uint64_t b), (a & 0x8000000000000000ull) | (b & 0x7fffffffffffffffull));
 
 }  // namespace
 
@@ -355,7 +243,7 @@ void addFloatOps(OpTable& t) {
       d.take("ftz");
       d.needType();
       setOperands(d, Type::F64, Type::F64);
-      d.out.fn = op1<double, double, RcpSeed>;
+      d.out.fn = lanes<RcpSeed>();
       return;
     }
     unaryFunction<RcpF, RcpD>(d);
@@ -366,7 +254,7 @@ void addFloatOps(OpTable& t) {
       d.take("ftz");
       d.needType();
       setOperands(d, Type::F64, Type::F64);
-      d.out.fn = op1<double, double, RsqrtSeed>;
+      d.out.fn = lanes<RsqrtSeed>();
       return;
     }
     unaryFunction<RsqrtF, RsqrtD>(d);
@@ -388,8 +276,7 @@ void addFloatOps(OpTable& t) {
   t["copysign"] = [](Dec& d) {  // sign of a, magnitude of b
     Type ty = d.needType();
     setOperands(d, ty, ty, ty);
-    d.out.fn = ty == Type::F64 ? (Handler)op2<uint64_t, uint64_t, uint64_t, Copysign64>
-                               : (Handler)op2<uint32_t, uint32_t, uint32_t, Copysign32>;
+    d.out.fn = ty == Type::F64 ? lanes<Copysign64>() : lanes<Copysign32>();
   };
 }
 

@@ -139,17 +139,17 @@ struct ThreeX2 {
 
 template <int Op>
 Handler pickOne(Type t) {
-  return t == Type::F16     ? (Handler)op1x<uint16_t, uint16_t, One<Half, Op>>
-         : t == Type::BF16  ? (Handler)op1x<uint16_t, uint16_t, One<Bfloat, Op>>
-         : t == Type::F16x2 ? (Handler)op1x<uint32_t, uint32_t, OneX2<Half, Op>>
-                            : (Handler)op1x<uint32_t, uint32_t, OneX2<Bfloat, Op>>;
+  return t == Type::F16     ? lanes<One<Half, Op>>()
+         : t == Type::BF16  ? lanes<One<Bfloat, Op>>()
+         : t == Type::F16x2 ? lanes<OneX2<Half, Op>>()
+                            : lanes<OneX2<Bfloat, Op>>();
 }
 template <int Op>
 Handler pickTwo(Type t) {
-  return t == Type::F16     ? (Handler)op2x<uint16_t, uint16_t, uint16_t, Two<Half, Op>>
-         : t == Type::BF16  ? (Handler)op2x<uint16_t, uint16_t, uint16_t, Two<Bfloat, Op>>
-         : t == Type::F16x2 ? (Handler)op2x<uint32_t, uint32_t, uint32_t, TwoX2<Half, Op>>
-                            : (Handler)op2x<uint32_t, uint32_t, uint32_t, TwoX2<Bfloat, Op>>;
+  return t == Type::F16     ? lanes<Two<Half, Op>>()
+         : t == Type::BF16  ? lanes<Two<Bfloat, Op>>()
+         : t == Type::F16x2 ? lanes<TwoX2<Half, Op>>()
+                            : lanes<TwoX2<Bfloat, Op>>();
 }
 
 }  // namespace
@@ -172,10 +172,10 @@ bool decodeHalfArithmetic(Dec& d, const std::string& op) {
   t = d.needType();
   if (op == "fma") {
     setOperands(d, t, t, t, t);
-    d.out.fn = t == Type::F16     ? (Handler)op3x<uint16_t, uint16_t, uint16_t, uint16_t, Three<Half>>
-               : t == Type::BF16  ? (Handler)op3x<uint16_t, uint16_t, uint16_t, uint16_t, Three<Bfloat>>
-               : t == Type::F16x2 ? (Handler)op3x<uint32_t, uint32_t, uint32_t, uint32_t, ThreeX2<Half>>
-                                  : (Handler)op3x<uint32_t, uint32_t, uint32_t, uint32_t, ThreeX2<Bfloat>>;
+    d.out.fn = t == Type::F16     ? lanes<Three<Half>>()
+               : t == Type::BF16  ? lanes<Three<Bfloat>>()
+               : t == Type::F16x2 ? lanes<ThreeX2<Half>>()
+                                  : lanes<ThreeX2<Bfloat>>();
     return true;
   }
   if (op == "neg" || op == "abs" || op == "ex2" || op == "tanh") {
@@ -197,7 +197,5 @@ bool decodeHalfArithmetic(Dec& d, const std::string& op) {
   }
   return false;
 }
-
-void addHalfOps(OpTable&) {}
 
 }  // namespace ptxsim

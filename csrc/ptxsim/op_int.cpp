@@ -38,92 +38,28 @@ template <class T>
 using W = typename Wide<T>::type;
 
 // Wrap-around arithmetic is done unsigned; the casts keep 16-bit promotion out of signed overflow.
-template <class T>
-struct Add {
-  T operator()(T a, T b) const { return (T)((U<T>)a + (U<T>)b); }
-};
-template <class T>
-struct Sub {
-  T operator()(T a, T b) const { return (T)((U<T>)a - (U<T>)b); }
-};
-template <class T>
-struct MulLo {
-  T operator()(T a, T b) const { return (T)((uint64_t)a * (uint64_t)b); }
-};
-template <class T>
-struct MulHi {
-  T operator()(T a, T b) const { return (T)(((W<T>)a * (W<T>)b) >> (8 * sizeof(T))); }
-};
-template <class T>
-struct MulWide {
-  W<T> operator()(T a, T b) const { return (W<T>)a * (W<T>)b; }
-};
-template <class T>
-struct MadLo {
-  T operator()(T a, T b, T c) const { return (T)((uint64_t)a * (uint64_t)b + (uint64_t)c); }
-};
-template <class T>
-struct MadHi {
-  T operator()(T a, T b, T c) const { return Add<T>()(MulHi<T>()(a, b), c); }
-};
-template <class T>
-struct MadWide {
-  W<T> operator()(T a, T b, W<T> c) const { return (W<T>)((U<W<T>>)((W<T>)a * (W<T>)b) + (U<W<T>>)c); }
-};
+TYPED(T, Add, (T a, T b), (T)((U<T>)a + (U<T>)b));
+TYPED(T, Sub, (T a, T b), (T)((U<T>)a - (U<T>)b));
+TYPED(T, MulLo, (T a, T b), (T)((uint64_t)a * (uint64_t)b));
+TYPED(T, MulHi, (T a, T b), (T)(((W<T>)a * (W<T>)b) >> (8 * sizeof(T))));
+TYPED(W<T>, MulWide, (T a, T b), ((W<T>)a * (W<T>)b));
+TYPED(T, MadLo, (T a, T b, T c), (T)((uint64_t)a * (uint64_t)b + (uint64_t)c));
+TYPED(T, MadHi, (T a, T b, T c), Add<T>()(MulHi<T>()(a, b), c));
+TYPED(W<T>, MadWide, (T a, T b, W<T> c), (W<T>)((U<W<T>>)((W<T>)a * (W<T>)b) + (U<W<T>>)c));
 // Division by zero gives an unspecified value; all ones is what the hardware's sequence gives.
-template <class T>
-struct Div {
-  T operator()(T a, T b) const {
-    return b == 0 ? (T)-1 : (std::is_signed<T>::value && b == (T)-1) ? (T)(0 - (U<T>)a) : (T)(a / b);
-  }
-};
-template <class T>
-struct Rem {
-  T operator()(T a, T b) const { return b == 0 ? a : (std::is_signed<T>::value && b == (T)-1) ? (T)0 : (T)(a % b); }
-};
-template <class T>
-struct Min {
-  T operator()(T a, T b) const { return std::min(a, b); }
-};
-template <class T>
-struct Max {
-  T operator()(T a, T b) const { return std::max(a, b); }
-};
-template <class T>
-struct MinRelu {
-  T operator()(T a, T b) const { return std::max<T>(0, std::min(a, b)); }
-};
-template <class T>
-struct MaxRelu {
-  T operator()(T a, T b) const { return std::max<T>(0, std::max(a, b)); }
-};
-template <class T>
-struct Abs {
-  T operator()(T a) const { return a < 0 ? (T)(0 - (U<T>)a) : a; }
-};
-template <class T>
-struct Neg {
-  T operator()(T a) const { return (T)(0 - (U<T>)a); }
-};
-template <class T>
-struct Sad {
-  T operator()(T a, T b, T c) const { return (T)((U<T>)c + (U<T>)(a < b ? (U<T>)b - (U<T>)a : (U<T>)a - (U<T>)b)); }
-};
-struct AddSat {
-  int32_t operator()(int32_t a, int32_t b) const {
-    return (int32_t)std::clamp<int64_t>((int64_t)a + b, INT32_MIN, INT32_MAX);
-  }
-};
-struct SubSat {
-  int32_t operator()(int32_t a, int32_t b) const {
-    return (int32_t)std::clamp<int64_t>((int64_t)a - b, INT32_MIN, INT32_MAX);
-  }
-};
-struct MadHiSat {
-  int32_t operator()(int32_t a, int32_t b, int32_t c) const {
-    return (int32_t)std::clamp<int64_t>(((int64_t)a * b >> 32) + c, INT32_MIN, INT32_MAX);
-  }
-};
+TYPED(T, Div, (T a, T b), b == 0 ? (T)-1 : (std::is_signed<T>::value && b == (T)-1) ? (T)(0 - (U<T>)a) : (T)(a / b));
+TYPED(T, Rem, (T a, T b), b == 0 ? a : (std::is_signed<T>::value && b == (T)-1) ? (T)0 : (T)(a % b));
+TYPED(T, Min, (T a, T b), std::min(a, b));
+TYPED(T, Max, (T a, T b), std::max(a, b));
+TYPED(T, MinRelu, (T a, T b), std::max<T>(0, std::min(a, b)));
+TYPED(T, MaxRelu, (T a, T b), std::max<T>(0, std::max(a, b)));
+TYPED(T, Abs, (T a), a < 0 ? (T)(0 - (U<T>)a) : a);
+TYPED(T, Neg, (T a), (T)(0 - (U<T>)a));
+TYPED(T, Sad, (T a, T b, T c), (T)((U<T>)c + (U<T>)(a < b ? (U<T>)b - (U<T>)a : (U<T>)a - (U<T>)b)));
+LANE(int32_t, AddSat, (int32_t a, int32_t b), (int32_t)std::clamp<int64_t>((int64_t)a + b, INT32_MIN, INT32_MAX));
+LANE(int32_t, SubSat, (int32_t a, int32_t b), (int32_t)std::clamp<int64_t>((int64_t)a - b, INT32_MIN, INT32_MAX));
+LANE(int32_t, MadHiSat, (int32_t a, int32_t b, int32_t c),
+     (int32_t)std::clamp<int64_t>(((int64_t)a * b >> 32) + c, INT32_MIN, INT32_MAX));
 template <class T, template <class> class F>
 struct Pair16 {  // two 16-bit halves
   uint32_t operator()(uint32_t a, uint32_t b) const {
@@ -131,16 +67,9 @@ struct Pair16 {  // two 16-bit halves
     return (uint32_t)(uint16_t)f((T)a, (T)b) | (uint32_t)(uint16_t)f((T)(a >> 16), (T)(b >> 16)) << 16;
   }
 };
-template <class T>
-struct Popc {
-  uint32_t operator()(T a) const { return (uint32_t)__builtin_popcountll(a); }
-};
-struct Clz32 {
-  uint32_t operator()(uint32_t a) const { return a ? (uint32_t)__builtin_clz(a) : 32; }
-};
-struct Clz64 {
-  uint32_t operator()(uint64_t a) const { return a ? (uint32_t)__builtin_clzll(a) : 64; }
-};
+TYPED(uint32_t, Popc, (T a), (uint32_t)__builtin_popcountll(a));
+LANE(uint32_t, Clz32, (uint32_t a), a ? (uint32_t)__builtin_clz(a) : 32);
+LANE(uint32_t, Clz64, (uint64_t a), a ? (uint32_t)__builtin_clzll(a) : 64);
 template <class T>
 struct Bfind {
   uint32_t operator()(const Inst& in, T a) const {
@@ -270,41 +199,17 @@ void madWithCarry(Warp& w, const Inst& in, uint32_t m) {  // x[2]: hi
   w.setValid(in.d, m, w.validOf(in.a) & w.validOf(in.b) & w.validOf(in.c));
 }
 
-#define BY_TYPE(t, H, F)                        \
-  ((t) == Type::U16   ? (Handler)H<uint16_t, F> \
-   : (t) == Type::S16 ? (Handler)H<int16_t, F>  \
-   : (t) == Type::U32 ? (Handler)H<uint32_t, F> \
-   : (t) == Type::S32 ? (Handler)H<int32_t, F>  \
-   : (t) == Type::U64 ? (Handler)H<uint64_t, F> \
-   : (t) == Type::S64 ? (Handler)H<int64_t, F>  \
+#define BY_NARROW_TYPE(t, F)                 \
+  ((t) == Type::U16   ? lanes<F<uint16_t>>() \
+   : (t) == Type::S16 ? lanes<F<int16_t>>()  \
+   : (t) == Type::U32 ? lanes<F<uint32_t>>() \
+   : (t) == Type::S32 ? lanes<F<int32_t>>()  \
                       : nullptr)
-template <class T, template <class> class F>
-void un(Warp& w, const Inst& in, uint32_t m) {
-  op1<T, T, F<T>>(w, in, m);
-}
-template <class T, template <class> class F>
-void bin(Warp& w, const Inst& in, uint32_t m) {
-  op2<T, T, T, F<T>>(w, in, m);
-}
-template <class T, template <class> class F>
-void ter(Warp& w, const Inst& in, uint32_t m) {
-  op3<T, T, T, T, F<T>>(w, in, m);
-}
-
 Type asUnsigned(Type t) {
   return t == Type::B16 ? Type::U16 : t == Type::B32 ? Type::U32 : t == Type::B64 ? Type::U64 : t;
 }
 Type widened(Type t) {
-  switch (t) {
-    case Type::U16:
-      return Type::U32;
-    case Type::S16:
-      return Type::S32;
-    case Type::U32:
-      return Type::U64;
-    default:
-      return Type::S64;
-  }
+  return t == Type::U16 ? Type::U32 : t == Type::S16 ? Type::S32 : t == Type::U32 ? Type::U64 : Type::S64;
 }
 
 void carryOp(Dec& d, int kind, bool cin, bool cout) {
@@ -333,14 +238,11 @@ bool decodeIntegerArithmetic(Dec& d, const std::string& op) {
     t = asUnsigned(d.needType());
     setOperands(d, t, t, t);
     if (sat) {
-      if (t == Type::S32)
-        d.out.fn = op == "add" ? (Handler)op2<int32_t, int32_t, int32_t, AddSat>
-                               : (Handler)op2<int32_t, int32_t, int32_t, SubSat>;
+      if (t == Type::S32) d.out.fn = op == "add" ? lanes<AddSat>() : lanes<SubSat>();
     } else if (t == Type::U16x2 || t == Type::S16x2) {
-      d.out.fn = op == "add" ? (Handler)op2<uint32_t, uint32_t, uint32_t, Pair16<uint16_t, Add>>
-                             : (Handler)op2<uint32_t, uint32_t, uint32_t, Pair16<uint16_t, Sub>>;
+      d.out.fn = op == "add" ? lanes<Pair16<uint16_t, Add>>() : lanes<Pair16<uint16_t, Sub>>();
     } else {
-      d.out.fn = op == "add" ? BY_TYPE(t, bin, Add) : BY_TYPE(t, bin, Sub);
+      d.out.fn = op == "add" ? BY_TYPE(t, Add) : BY_TYPE(t, Sub);
     }
     return true;
   }
@@ -349,18 +251,14 @@ bool decodeIntegerArithmetic(Dec& d, const std::string& op) {
     t = d.needType();
     setOperands(d, t, t, t);
     if (relu) {
-      if (t == Type::S32) d.out.fn = lo ? (Handler)bin<int32_t, MinRelu> : (Handler)bin<int32_t, MaxRelu>;
-      if (t == Type::S16x2)
-        d.out.fn = lo ? (Handler)op2<uint32_t, uint32_t, uint32_t, Pair16<int16_t, MinRelu>>
-                      : (Handler)op2<uint32_t, uint32_t, uint32_t, Pair16<int16_t, MaxRelu>>;
+      if (t == Type::S32) d.out.fn = lo ? lanes<MinRelu<int32_t>>() : lanes<MaxRelu<int32_t>>();
+      if (t == Type::S16x2) d.out.fn = lo ? lanes<Pair16<int16_t, MinRelu>>() : lanes<Pair16<int16_t, MaxRelu>>();
     } else if (t == Type::U16x2) {
-      d.out.fn = lo ? (Handler)op2<uint32_t, uint32_t, uint32_t, Pair16<uint16_t, Min>>
-                    : (Handler)op2<uint32_t, uint32_t, uint32_t, Pair16<uint16_t, Max>>;
+      d.out.fn = lo ? lanes<Pair16<uint16_t, Min>>() : lanes<Pair16<uint16_t, Max>>();
     } else if (t == Type::S16x2) {
-      d.out.fn = lo ? (Handler)op2<uint32_t, uint32_t, uint32_t, Pair16<int16_t, Min>>
-                    : (Handler)op2<uint32_t, uint32_t, uint32_t, Pair16<int16_t, Max>>;
+      d.out.fn = lo ? lanes<Pair16<int16_t, Min>>() : lanes<Pair16<int16_t, Max>>();
     } else {
-      d.out.fn = lo ? BY_TYPE(t, bin, Min) : BY_TYPE(t, bin, Max);
+      d.out.fn = lo ? BY_TYPE(t, Min) : BY_TYPE(t, Max);
     }
     return true;
   }
@@ -369,14 +267,10 @@ bool decodeIntegerArithmetic(Dec& d, const std::string& op) {
     t = asUnsigned(d.needType());
     if (kind == 2) {
       setOperands(d, widened(t), t, t);
-      d.out.fn = t == Type::U16   ? (Handler)op2<uint32_t, uint16_t, uint16_t, MulWide<uint16_t>>
-                 : t == Type::S16 ? (Handler)op2<int32_t, int16_t, int16_t, MulWide<int16_t>>
-                 : t == Type::U32 ? (Handler)op2<uint64_t, uint32_t, uint32_t, MulWide<uint32_t>>
-                 : t == Type::S32 ? (Handler)op2<int64_t, int32_t, int32_t, MulWide<int32_t>>
-                                  : nullptr;
+      d.out.fn = BY_NARROW_TYPE(t, MulWide);
     } else if (kind >= 0) {
       setOperands(d, t, t, t);
-      d.out.fn = kind == 0 ? BY_TYPE(t, bin, MulLo) : BY_TYPE(t, bin, MulHi);
+      d.out.fn = kind == 0 ? BY_TYPE(t, MulLo) : BY_TYPE(t, MulHi);
     }
     return true;
   }
@@ -386,11 +280,7 @@ bool decodeIntegerArithmetic(Dec& d, const std::string& op) {
     t = asUnsigned(d.needType());
     if (kind == 2) {
       setOperands(d, widened(t), t, t, widened(t));
-      d.out.fn = t == Type::U16   ? (Handler)op3<uint32_t, uint16_t, uint16_t, uint32_t, MadWide<uint16_t>>
-                 : t == Type::S16 ? (Handler)op3<int32_t, int16_t, int16_t, int32_t, MadWide<int16_t>>
-                 : t == Type::U32 ? (Handler)op3<uint64_t, uint32_t, uint32_t, uint64_t, MadWide<uint32_t>>
-                 : t == Type::S32 ? (Handler)op3<int64_t, int32_t, int32_t, int64_t, MadWide<int32_t>>
-                                  : nullptr;
+      d.out.fn = BY_NARROW_TYPE(t, MadWide);
       return true;
     }
     setOperands(d, t, t, t, t);
@@ -402,28 +292,28 @@ bool decodeIntegerArithmetic(Dec& d, const std::string& op) {
                  : t == Type::U64 ? (Handler)madWithCarry<uint64_t>
                                   : (Handler)madWithCarry<int64_t>;
     } else if (sat) {
-      if (kind == 1 && t == Type::S32) d.out.fn = op3<int32_t, int32_t, int32_t, int32_t, MadHiSat>;
+      if (kind == 1 && t == Type::S32) d.out.fn = lanes<MadHiSat>();
     } else {
-      d.out.fn = kind == 0 ? BY_TYPE(t, ter, MadLo) : kind == 1 ? BY_TYPE(t, ter, MadHi) : nullptr;
+      d.out.fn = kind == 0 ? BY_TYPE(t, MadLo) : kind == 1 ? BY_TYPE(t, MadHi) : nullptr;
     }
     return true;
   }
   if (op == "div" || op == "rem") {
     t = d.needType();
     setOperands(d, t, t, t);
-    d.out.fn = op == "div" ? BY_TYPE(t, bin, Div) : BY_TYPE(t, bin, Rem);
+    d.out.fn = op == "div" ? BY_TYPE(t, Div) : BY_TYPE(t, Rem);
     return true;
   }
   if (op == "abs" || op == "neg") {
     t = d.needType();
     setOperands(d, t, t);
     if (op == "abs")
-      d.out.fn = t == Type::S16   ? (Handler)un<int16_t, Abs>
-                 : t == Type::S32 ? (Handler)un<int32_t, Abs>
-                 : t == Type::S64 ? (Handler)un<int64_t, Abs>
+      d.out.fn = t == Type::S16   ? lanes<Abs<int16_t>>()
+                 : t == Type::S32 ? lanes<Abs<int32_t>>()
+                 : t == Type::S64 ? lanes<Abs<int64_t>>()
                                   : nullptr;
     else
-      d.out.fn = BY_TYPE(t, un, Neg);
+      d.out.fn = BY_TYPE(t, Neg);
     return true;
   }
   return false;
@@ -446,43 +336,33 @@ void addIntegerOps(OpTable& t) {
   t["sad"] = [](Dec& d) {
     Type ty = d.needType();
     setOperands(d, ty, ty, ty, ty);
-    d.out.fn = BY_TYPE(ty, ter, Sad);
+    d.out.fn = BY_TYPE(ty, Sad);
   };
   t["popc"] = [](Dec& d) {
     Type ty = d.needType();
     setOperands(d, Type::U32, ty);
-    d.out.fn = typeBytes(ty) == 4 ? (Handler)op1<uint32_t, uint32_t, Popc<uint32_t>>
-                                  : (Handler)op1<uint32_t, uint64_t, Popc<uint64_t>>;
+    d.out.fn = BY_WIDTH(ty, Popc);
   };
   t["clz"] = [](Dec& d) {
     Type ty = d.needType();
     setOperands(d, Type::U32, ty);
-    d.out.fn = typeBytes(ty) == 4 ? (Handler)op1<uint32_t, uint32_t, Clz32> : (Handler)op1<uint32_t, uint64_t, Clz64>;
+    d.out.fn = typeBytes(ty) == 4 ? lanes<Clz32>() : lanes<Clz64>();
   };
   t["bfind"] = [](Dec& d) {
     d.out.x[0] = d.take("shiftamt");
     Type ty = d.needType();
     setOperands(d, Type::U32, ty);
-    d.out.fn = ty == Type::U32   ? (Handler)op1x<uint32_t, uint32_t, Bfind<uint32_t>>
-               : ty == Type::S32 ? (Handler)op1x<uint32_t, int32_t, Bfind<int32_t>>
-               : ty == Type::U64 ? (Handler)op1x<uint32_t, uint64_t, Bfind<uint64_t>>
-               : ty == Type::S64 ? (Handler)op1x<uint32_t, int64_t, Bfind<int64_t>>
-                                 : nullptr;
+    d.out.fn = BY_TYPE(ty, Bfind);
   };
   t["brev"] = [](Dec& d) {
     Type ty = d.needType();
     setOperands(d, ty, ty);
-    d.out.fn = typeBytes(ty) == 4 ? (Handler)op1<uint32_t, uint32_t, Brev<uint32_t>>
-                                  : (Handler)op1<uint64_t, uint64_t, Brev<uint64_t>>;
+    d.out.fn = BY_WIDTH(ty, Brev);
   };
   t["bfe"] = [](Dec& d) {
     Type ty = d.needType();
     setOperands(d, ty, ty, Type::U32, Type::U32);
-    d.out.fn = ty == Type::U32   ? (Handler)op3<uint32_t, uint32_t, uint32_t, uint32_t, Bfe<uint32_t>>
-               : ty == Type::S32 ? (Handler)op3<int32_t, int32_t, uint32_t, uint32_t, Bfe<int32_t>>
-               : ty == Type::U64 ? (Handler)op3<uint64_t, uint64_t, uint32_t, uint32_t, Bfe<uint64_t>>
-               : ty == Type::S64 ? (Handler)op3<int64_t, int64_t, uint32_t, uint32_t, Bfe<int64_t>>
-                                 : nullptr;
+    d.out.fn = BY_TYPE(ty, Bfe);
   };
   t["bfi"] = [](Dec& d) {
     Type ty = d.needType();
@@ -498,39 +378,34 @@ void addIntegerOps(OpTable& t) {
     d.out.x[0] = d.takeOneOf({"clamp", "wrap"}) == 1;
     Type ty = d.needType();
     setOperands(d, ty, ty, Type::U32);
-    d.out.fn = ty == Type::S32 ? (Handler)op2x<int32_t, int32_t, uint32_t, Szext<int32_t>>
-                               : (Handler)op2x<uint32_t, uint32_t, uint32_t, Szext<uint32_t>>;
+    d.out.fn = ty == Type::S32 ? lanes<Szext<int32_t>>() : lanes<Szext<uint32_t>>();
   };
   t["bmsk"] = [](Dec& d) {
     d.out.x[0] = d.takeOneOf({"clamp", "wrap"}) == 1;
     d.needType();
     setOperands(d, Type::U32, Type::U32, Type::U32);
-    d.out.fn = op2x<uint32_t, uint32_t, uint32_t, Bmsk>;
+    d.out.fn = lanes<Bmsk>();
   };
   t["fns"] = [](Dec& d) {
     d.needType();
     setOperands(d, Type::U32, Type::U32, Type::U32, Type::S32);
-    d.out.fn = op3<uint32_t, uint32_t, uint32_t, int32_t, Fns>;
+    d.out.fn = lanes<Fns>();
   };
   t["dp4a"] = [](Dec& d) {
     Type a = d.needType(), b = d.needType();
     setOperands(d, Type::U32, Type::U32, Type::U32, Type::U32);
     bool sa = a == Type::S32, sb = b == Type::S32;
-    d.out.fn = sa ? (sb ? (Handler)op3<int32_t, int32_t, int32_t, int32_t, Dp4a<int8_t, int8_t>>
-                        : (Handler)op3<int32_t, int32_t, int32_t, int32_t, Dp4a<int8_t, uint8_t>>)
-                  : (sb ? (Handler)op3<int32_t, int32_t, int32_t, int32_t, Dp4a<uint8_t, int8_t>>
-                        : (Handler)op3<int32_t, int32_t, int32_t, int32_t, Dp4a<uint8_t, uint8_t>>);
+    d.out.fn = sa ? (sb ? lanes<Dp4a<int8_t, int8_t>>() : lanes<Dp4a<int8_t, uint8_t>>())
+                  : (sb ? lanes<Dp4a<uint8_t, int8_t>>() : lanes<Dp4a<uint8_t, uint8_t>>());
   };
   t["dp2a"] = [](Dec& d) {
     bool hi = d.takeOneOf({"lo", "hi"}) == 1;
     Type a = d.needType(), b = d.needType();
     setOperands(d, Type::U32, Type::U32, Type::U32, Type::U32);
     if (a == Type::S32 && b == Type::S32)
-      d.out.fn = hi ? (Handler)op3<int32_t, int32_t, int32_t, int32_t, Dp2a<int16_t, int8_t, 1>>
-                    : (Handler)op3<int32_t, int32_t, int32_t, int32_t, Dp2a<int16_t, int8_t, 0>>;
+      d.out.fn = hi ? lanes<Dp2a<int16_t, int8_t, 1>>() : lanes<Dp2a<int16_t, int8_t, 0>>();
     if (a == Type::U32 && b == Type::U32)
-      d.out.fn = hi ? (Handler)op3<int32_t, int32_t, int32_t, int32_t, Dp2a<uint16_t, uint8_t, 1>>
-                    : (Handler)op3<int32_t, int32_t, int32_t, int32_t, Dp2a<uint16_t, uint8_t, 0>>;
+      d.out.fn = hi ? lanes<Dp2a<uint16_t, uint8_t, 1>>() : lanes<Dp2a<uint16_t, uint8_t, 0>>();
   };
 }
 

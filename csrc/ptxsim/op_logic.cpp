@@ -8,36 +8,13 @@
 namespace ptxsim {
 namespace {
 
-template <class T>
-struct And {
-  T operator()(T a, T b) const { return a & b; }
-};
-template <class T>
-struct Or {
-  T operator()(T a, T b) const { return a | b; }
-};
-template <class T>
-struct Xor {
-  T operator()(T a, T b) const { return a ^ b; }
-};
-template <class T>
-struct Not {
-  T operator()(T a) const { return (T)~a; }
-};
-template <class T>
-struct Cnot {
-  T operator()(T a) const { return a == 0; }
-};
-template <class T>
-struct Shl {
-  T operator()(T a, uint32_t n) const { return n >= 8 * sizeof(T) ? 0 : (T)(a << n); }
-};
-template <class T>
-struct Shr {
-  T operator()(T a, uint32_t n) const {
-    return (T)(a >> std::min<uint32_t>(n, 8 * sizeof(T) - 1)) >> (n >= 8 * sizeof(T) ? 1 : 0);
-  }
-};
+TYPED(T, And, (T a, T b), (a & b));
+TYPED(T, Or, (T a, T b), a | b);
+TYPED(T, Xor, (T a, T b), a ^ b);
+TYPED(T, Not, (T a), (T)~a);
+TYPED(T, Cnot, (T a), (T)(a == 0));
+TYPED(T, Shl, (T a, uint32_t n), (T)(n >= 8 * sizeof(T) ? 0 : a << n));
+TYPED(T, Shr, (T a, uint32_t n), (T)(a >> std::min<uint32_t>(n, 8 * sizeof(T) - 1) >> (n >= 8 * sizeof(T))));
 
 struct ShfL {
   uint32_t operator()(const Inst& in, uint32_t lo, uint32_t hi, uint32_t n) const {
@@ -133,81 +110,35 @@ void logicOp(Dec& d) {
     return;
   }
   setOperands(d, t, t, t);
-  switch (typeBytes(t)) {
-    case 2:
-      d.out.fn = op2<uint16_t, uint16_t, uint16_t, F<uint16_t>>;
-      break;
-    case 4:
-      d.out.fn = op2<uint32_t, uint32_t, uint32_t, F<uint32_t>>;
-      break;
-    case 8:
-      d.out.fn = op2<uint64_t, uint64_t, uint64_t, F<uint64_t>>;
-      break;
-    default:
-      break;
-  }
+  d.out.fn = BY_WIDTH(t, F);
 }
 
 void shift(Dec& d, bool left) {
   Type t = d.needType();
   setOperands(d, t, t, Type::U32);
-  bool s = isSigned(t);
-  switch (typeBytes(t)) {
-    case 2:
-      d.out.fn = left ? (Handler)op2<uint16_t, uint16_t, uint32_t, Shl<uint16_t>>
-                 : s  ? (Handler)op2<int16_t, int16_t, uint32_t, Shr<int16_t>>
-                      : (Handler)op2<uint16_t, uint16_t, uint32_t, Shr<uint16_t>>;
-      break;
-    case 4:
-      d.out.fn = left ? (Handler)op2<uint32_t, uint32_t, uint32_t, Shl<uint32_t>>
-                 : s  ? (Handler)op2<int32_t, int32_t, uint32_t, Shr<int32_t>>
-                      : (Handler)op2<uint32_t, uint32_t, uint32_t, Shr<uint32_t>>;
-      break;
-    case 8:
-      d.out.fn = left ? (Handler)op2<uint64_t, uint64_t, uint32_t, Shl<uint64_t>>
-                 : s  ? (Handler)op2<int64_t, int64_t, uint32_t, Shr<int64_t>>
-                      : (Handler)op2<uint64_t, uint64_t, uint32_t, Shr<uint64_t>>;
-      break;
-    default:
-      break;
-  }
+  d.out.fn = left ? BY_WIDTH(t, Shl) : isSigned(t) ? BY_TYPE(t, Shr) : BY_WIDTH(t, Shr);
 }
 
 // ---- comparison
 
+// A comparison C of two values. The forms with u hold when one is NaN; Ne does not, as float comparison has it.
 enum Cmp { Eq, Ne, Lt, Le, Gt, Ge, Equ, Neu, Ltu, Leu, Gtu, Geu, Num, Nan };
 template <int C, class T>
 inline bool compare(T a, T b) {
-  switch (C) {
-    case Eq:
-      return a == b;
-    case Ne:
-      return a < b || a > b;
-    case Lt:
-      return a < b;
-    case Le:
-      return a <= b;
-    case Gt:
-      return a > b;
-    case Ge:
-      return a >= b;
-    case Equ:
-      return !(a < b || a > b);
-    case Neu:
-      return a != b;
-    case Ltu:
-      return !(a >= b);
-    case Leu:
-      return !(a > b);
-    case Gtu:
-      return !(a <= b);
-    case Geu:
-      return !(a < b);
-    case Num:
-      return a == a && b == b;
-    default:
-      return a != a || b != b;
-  }
+  if constexpr (C == Eq) return a == b;
+  if constexpr (C == Ne) return a < b || a > b;
+  if constexpr (C == Lt) return a < b;
+  if constexpr (C == Le) return a <= b;
+  if constexpr (C == Gt) return a > b;
+  if constexpr (C == Ge) return a >= b;
+  if constexpr (C == Equ) return !(a < b || a > b);
+  if constexpr (C == Neu) return a != b;
+  if constexpr (C == Ltu) return !(a >= b);
+  if constexpr (C == Leu) return !(a > b);
+  if constexpr (C == Gtu) return !(a <= b);
+  if constexpr (C == Geu) return !(a < b);
+  if constexpr (C == Num) return a == a && b == b;
+  if constexpr (C == Nan) return a != a || b != b;
 }
 struct AsF16 {
   uint16_t h;
@@ -222,23 +153,24 @@ struct AsF32Ftz {
   operator float() const { return flush(f32(u)); }
 };
 
-template <int C, class T, class V>
+// Half: 0 or 1, of a register that holds two values.
+template <int C, class T, class V, int Half>
 uint32_t compareLanes(Warp& w, const Inst& in) {
-  const T* a = w.ptr<const T>(in.a);
-  const T* b = w.ptr<const T>(in.b);
+  constexpr unsigned step = Half < 0 ? 1 : 2, first = Half < 0 ? 0 : Half;
+  const T *a = w.ptr<const T>(in.a) + first, *b = w.ptr<const T>(in.b) + first;
   uint32_t r = 0;
-  for (unsigned i = 0; i < kLanes; ++i) r |= (uint32_t)compare<C, V>((V)a[i], (V)b[i]) << i;
+  for (unsigned i = 0; i < kLanes; ++i) r |= (uint32_t)compare<C, V>((V)a[step * i], (V)b[step * i]) << i;
   return r;
 }
 using CompareFn = uint32_t (*)(Warp&, const Inst&);
-template <class T, class V>
-CompareFn pickCompare(int c) {
-  static const CompareFn table[] = {compareLanes<Eq, T, V>,  compareLanes<Ne, T, V>,  compareLanes<Lt, T, V>,
-                                    compareLanes<Le, T, V>,  compareLanes<Gt, T, V>,  compareLanes<Ge, T, V>,
-                                    compareLanes<Equ, T, V>, compareLanes<Neu, T, V>, compareLanes<Ltu, T, V>,
-                                    compareLanes<Leu, T, V>, compareLanes<Gtu, T, V>, compareLanes<Geu, T, V>,
-                                    compareLanes<Num, T, V>, compareLanes<Nan, T, V>};
+template <class T, class V, int Half, int... C>
+CompareFn pickCompare(int c, std::integer_sequence<int, C...>) {
+  static const CompareFn table[] = {compareLanes<C, T, V, Half>...};
   return table[c];
+}
+template <class T, class V, int Half = -1>
+CompareFn pickCompare(int c) {
+  return pickCompare<T, V, Half>(c, std::make_integer_sequence<int, Nan + 1>());
 }
 CompareFn pickCompare(Type t, int c, bool ftz) {
   switch (t) {
@@ -269,7 +201,7 @@ CompareFn pickCompare(Type t, int c, bool ftz) {
       return nullptr;
   }
 }
-int takeCompare(Dec& d, Type* typeOut) {
+int takeCompare(Dec& d) {
   static const std::pair<const char*, int> kNames[] = {
       {"eq", Eq},   {"ne", Ne},   {"lt", Lt},   {"le", Le},   {"gt", Gt},   {"ge", Ge},
       {"lo", Lt},   {"ls", Le},   {"hi", Gt},   {"hs", Ge},   {"equ", Equ}, {"neu", Neu},
@@ -278,7 +210,6 @@ int takeCompare(Dec& d, Type* typeOut) {
   for (auto& n : kNames)
     if (c < 0 && d.take(n.first)) c = n.second;
   if (c < 0) d.fail("a comparison is missing");
-  (void)typeOut;
   return c;
 }
 
@@ -297,71 +228,18 @@ void setp(Warp& w, const Inst& in, uint32_t m) {
     w.setPred(in.ext->refs[0], m, q, v);
   }
 }
-template <class V>
 void setpHalf2(Warp& w, const Inst& in, uint32_t m) {  // p|q = the two halves
-  uint32_t r[2] = {0, 0};
-  for (unsigned i = 0; i < kLanes; ++i)
-    for (unsigned h = 0; h < 2; ++h) {
-      float a = V{(uint16_t)(lane32(w, in.a, i) >> (16 * h))}, b = V{(uint16_t)(lane32(w, in.b, i) >> (16 * h))};
-      bool t;
-      switch (in.x[3]) {
-        case Eq:
-          t = compare<Eq>(a, b);
-          break;
-        case Ne:
-          t = compare<Ne>(a, b);
-          break;
-        case Lt:
-          t = compare<Lt>(a, b);
-          break;
-        case Le:
-          t = compare<Le>(a, b);
-          break;
-        case Gt:
-          t = compare<Gt>(a, b);
-          break;
-        case Ge:
-          t = compare<Ge>(a, b);
-          break;
-        case Equ:
-          t = compare<Equ>(a, b);
-          break;
-        case Neu:
-          t = compare<Neu>(a, b);
-          break;
-        case Ltu:
-          t = compare<Ltu>(a, b);
-          break;
-        case Leu:
-          t = compare<Leu>(a, b);
-          break;
-        case Gtu:
-          t = compare<Gtu>(a, b);
-          break;
-        case Geu:
-          t = compare<Geu>(a, b);
-          break;
-        case Num:
-          t = compare<Num>(a, b);
-          break;
-        default:
-          t = compare<Nan>(a, b);
-          break;
-      }
-      r[h] |= (uint32_t)t << i;
-    }
-  uint32_t v = w.validOf(in.a) & w.validOf(in.b);
-  for (int h = 0; h < 2; ++h) {
-    Ref to = h ? in.ext->refs[0] : in.d;
-    w.setPred(to, m, r[h], v);
-  }
+  const uint32_t v = w.validOf(in.a) & w.validOf(in.b);
+  const uint32_t low = ((CompareFn)in.ext->v[0])(w, in), high = ((CompareFn)in.ext->v[1])(w, in);
+  w.setPred(in.d, m, low, v);
+  w.setPred(in.ext->refs[0], m, high, v);
 }
 int takeBoolOp(Dec& d) {
   return d.take("and") ? 1 : d.take("or") ? 2 : d.take("xor") ? 3 : 0;
 }
 
 void decodeSetp(Dec& d) {
-  int c = takeCompare(d, nullptr);
+  int c = takeCompare(d);
   int boolOp = takeBoolOp(d);
   bool ftz = d.take("ftz");
   Type t = d.needType();
@@ -384,8 +262,10 @@ void decodeSetp(Dec& d) {
   d.out.x[1] = neg;
   if (t == Type::F16x2 || t == Type::BF16x2) {
     if (boolOp || !d.out.x[2]) d.fail("only the p|q form without a boolean operator is supported for packed halves");
-    d.out.x[3] = (uint8_t)c;
-    d.out.fn = t == Type::F16x2 ? (Handler)setpHalf2<AsF16> : (Handler)setpHalf2<AsBf16>;
+    const bool f16 = t == Type::F16x2;
+    d.extra()->v[0] = (int64_t)(f16 ? pickCompare<AsF16, float, 0>(c) : pickCompare<AsBf16, float, 0>(c));
+    d.extra()->v[1] = (int64_t)(f16 ? pickCompare<AsF16, float, 1>(c) : pickCompare<AsBf16, float, 1>(c));
+    d.out.fn = setpHalf2;
     return;
   }
   CompareFn f = pickCompare(t, c, ftz);
@@ -449,60 +329,31 @@ void movClock(Warp& w, const Inst& in,
 void pack(Warp& w, const Inst& in, uint32_t m) {
   const auto& refs = in.ext->refs;
   uint32_t v = kAll;
-  for (unsigned i = 0; i < kLanes; ++i) {
-    if (!((m >> i) & 1)) continue;
+  for (int i : lanesOf(m)) {
     unsigned __int128 r = 0;
-    unsigned at = 0;
     for (size_t k = 0; k < refs.size(); ++k) {
-      unsigned b = in.ext->widths[k];
-      uint64_t e = in.bytes == 1 ? w.ptr<uint16_t>(refs[k])[i] & 0xff
-                   : b == 2      ? w.ptr<uint16_t>(refs[k])[i]
-                   : b == 4      ? lane32(w, refs[k], i)
-                                 : lane64(w, refs[k], i);
-      r |= (unsigned __int128)e << (8 * at);
-      at += in.bytes;
+      const uint64_t e = laneBits(w, refs[k], in.ext->widths[k], i);
+      r |= (unsigned __int128)(in.bytes == 1 ? e & 0xff : e) << (8 * in.bytes * k);
     }
-    unsigned total = in.x[0];
-    if (total == 16)
-      memcpy(w.ptr<B128>(in.d)->v + 2 * i, &r, 16);
-    else if (total == 8)
-      w.ptr<uint64_t>(in.d)[i] = (uint64_t)r;
-    else if (total == 4)
-      w.ptr<uint32_t>(in.d)[i] = (uint32_t)r;
+    if (in.x[0] == 16)
+      memcpy(w.ptr<B128>(in.d) + i, &r, 16);
     else
-      w.ptr<uint16_t>(in.d)[i] = (uint16_t)r;
+      setLaneBits(w, in.d, in.x[0], i, (uint64_t)r);
   }
   for (auto& ref : refs) v &= w.validOf(ref);
   w.setValid(in.d, m, v);
 }
 void unpack(Warp& w, const Inst& in, uint32_t m) {
   const auto& refs = in.ext->refs;
-  for (unsigned i = 0; i < kLanes; ++i) {
-    if (!((m >> i) & 1)) continue;
+  for (int i : lanesOf(m)) {
     unsigned __int128 r = 0;
     if (in.x[0] == 16)
-      memcpy(&r, w.ptr<B128>(in.a)->v + 2 * i, 16);
-    else if (in.x[0] == 8)
-      r = lane64(w, in.a, i);
-    else if (in.x[0] == 4)
-      r = lane32(w, in.a, i);
+      memcpy(&r, w.ptr<B128>(in.a) + i, 16);
     else
-      r = w.ptr<uint16_t>(in.a)[i];
+      r = laneBits(w, in.a, in.x[0], i);
     for (size_t k = 0; k < refs.size(); ++k) {
-      uint64_t e = (uint64_t)(r >> (8 * in.bytes * k));
-      switch (in.ext->widths[k]) {
-        case 2:
-          w.ptr<uint16_t>(refs[k])[i] = in.bytes == 1 ? (uint16_t)(e & 0xff) : (uint16_t)e;
-          break;
-        case 4:
-          w.ptr<uint32_t>(refs[k])[i] = (uint32_t)e;
-          break;
-        case 8:
-          w.ptr<uint64_t>(refs[k])[i] = e;
-          break;
-        default:
-          break;  // sink
-      }
+      const uint64_t e = (uint64_t)(r >> (8 * in.bytes * k));
+      if (in.ext->widths[k]) setLaneBits(w, refs[k], in.ext->widths[k], i, in.bytes == 1 ? e & 0xff : e);  // no sink
     }
   }
   for (auto& ref : refs) w.setValid(ref, m, w.validOf(in.a));
@@ -580,18 +431,10 @@ void decodeMov(Dec& d) {
   }
 }
 
-struct Ident64 {
-  uint64_t operator()(uint64_t a) const { return a; }
-};
-struct ToShared {
-  uint64_t operator()(uint64_t a) const { return a + kSharedWindow; }
-};
-struct ToLocal {
-  uint64_t operator()(uint64_t a) const { return a + kLocalWindow; }
-};
-struct FromShared {
-  uint64_t operator()(uint64_t a) const { return (uint32_t)a; }
-};
+LANE(uint64_t, Ident64, (uint64_t a), a);
+LANE(uint64_t, ToShared, (uint64_t a), a + kSharedWindow);
+LANE(uint64_t, ToLocal, (uint64_t a), a + kLocalWindow);
+LANE(uint64_t, FromShared, (uint64_t a), (uint32_t)a);
 
 void fromParam(Warp& w, const Inst& in, uint32_t m) {
   uint64_t r[kLanes];
@@ -614,11 +457,11 @@ void decodeCvta(Dec& d) {
   d.out.a = d.src(1, Type::U64);
   const bool shared = space == 1 || space == 5 || space == 6, param = space == 4 || space == 7;
   if (shared)
-    d.out.fn = to ? (Handler)op1<uint64_t, uint64_t, FromShared> : (Handler)op1<uint64_t, uint64_t, ToShared>;
+    d.out.fn = to ? lanes<FromShared>() : lanes<ToShared>();
   else if (space == 2)
-    d.out.fn = to ? (Handler)op1<uint64_t, uint64_t, FromShared> : (Handler)op1<uint64_t, uint64_t, ToLocal>;
+    d.out.fn = to ? lanes<FromShared>() : lanes<ToLocal>();
   else
-    d.out.fn = param && !to ? (Handler)fromParam : (Handler)op1<uint64_t, uint64_t, Ident64>;
+    d.out.fn = param && !to ? (Handler)fromParam : lanes<Ident64>();
 }
 
 void isspacep(Warp& w, const Inst& in, uint32_t m) {
@@ -665,16 +508,12 @@ void addLogicOps(OpTable& t) {
       return;
     }
     setOperands(d, ty, ty);
-    d.out.fn = typeBytes(ty) == 2   ? (Handler)op1<uint16_t, uint16_t, Not<uint16_t>>
-               : typeBytes(ty) == 4 ? (Handler)op1<uint32_t, uint32_t, Not<uint32_t>>
-                                    : (Handler)op1<uint64_t, uint64_t, Not<uint64_t>>;
+    d.out.fn = BY_WIDTH(ty, Not);
   };
   t["cnot"] = [](Dec& d) {
     Type ty = d.needType();
     setOperands(d, ty, ty);
-    d.out.fn = typeBytes(ty) == 2   ? (Handler)op1<uint16_t, uint16_t, Cnot<uint16_t>>
-               : typeBytes(ty) == 4 ? (Handler)op1<uint32_t, uint32_t, Cnot<uint32_t>>
-                                    : (Handler)op1<uint64_t, uint64_t, Cnot<uint64_t>>;
+    d.out.fn = BY_WIDTH(ty, Cnot);
   };
   t["lop3"] = [](Dec& d) {
     int boolOp = d.takeOneOf({"or", "and"});
@@ -694,7 +533,7 @@ void addLogicOps(OpTable& t) {
       d.out.x[1] = neg;
       d.out.fn = lop3Bool;
     } else {
-      d.out.fn = op3x<uint32_t, uint32_t, uint32_t, uint32_t, Lop3>;
+      d.out.fn = lanes<Lop3>();
     }
   };
   t["shl"] = [](Dec& d) { shift(d, true); };
@@ -704,19 +543,18 @@ void addLogicOps(OpTable& t) {
     d.out.x[0] = d.takeOneOf({"clamp", "wrap"}) == 1;
     Type ty = d.needType();
     setOperands(d, ty, ty, ty, Type::U32);
-    d.out.fn = left ? (Handler)op3x<uint32_t, uint32_t, uint32_t, uint32_t, ShfL>
-                    : (Handler)op3x<uint32_t, uint32_t, uint32_t, uint32_t, ShfR>;
+    d.out.fn = left ? lanes<ShfL>() : lanes<ShfR>();
   };
   t["prmt"] = [](Dec& d) {
     d.needType();
     d.out.x[0] = (uint8_t)(1 + d.takeOneOf({"f4e", "b4e", "rc8", "ecl", "ecr", "rc16"}));
     setOperands(d, Type::B32, Type::B32, Type::B32, Type::B32);
     if (d.unknown(2)) d.out.b = d.constant(0, 4);
-    d.out.fn = op3x<uint32_t, uint32_t, uint32_t, uint32_t, Prmt>;
+    d.out.fn = lanes<Prmt>();
   };
   t["setp"] = decodeSetp;
   t["set"] = [](Dec& d) {
-    int c = takeCompare(d, nullptr), boolOp = takeBoolOp(d);
+    int c = takeCompare(d), boolOp = takeBoolOp(d);
     bool ftz = d.take("ftz");
     Type dt = d.needType(), st = d.needType();
     d.wantArgs(boolOp ? 4 : 3, boolOp ? 4 : 3);
@@ -758,12 +596,8 @@ void addLogicOps(OpTable& t) {
     Type ty = d.needType(), ct = d.needType();
     setOperands(d, ty, ty, ty, ct);
     bool f = ct == Type::F32;
-    if (typeBytes(ty) == 4)
-      d.out.fn = f ? (Handler)op3<uint32_t, uint32_t, uint32_t, float, Slct<uint32_t, float>>
-                   : (Handler)op3<uint32_t, uint32_t, uint32_t, int32_t, Slct<uint32_t, int32_t>>;
-    if (typeBytes(ty) == 8)
-      d.out.fn = f ? (Handler)op3<uint64_t, uint64_t, uint64_t, float, Slct<uint64_t, float>>
-                   : (Handler)op3<uint64_t, uint64_t, uint64_t, int32_t, Slct<uint64_t, int32_t>>;
+    if (typeBytes(ty) == 4) d.out.fn = f ? lanes<Slct<uint32_t, float>>() : lanes<Slct<uint32_t, int32_t>>();
+    if (typeBytes(ty) == 8) d.out.fn = f ? lanes<Slct<uint64_t, float>>() : lanes<Slct<uint64_t, int32_t>>();
   };
   t["mov"] = decodeMov;
   t["cvta"] = decodeCvta;

@@ -84,7 +84,7 @@ void matrixAccess(Dec& d, bool load) {
   std::vector<Operand> list = v.kind == Operand::Vector ? v.sub : std::vector<Operand>{v};
   if (list.size() != d.out.vec) d.fail("wrong number of registers");
   for (auto& o : list) d.extra()->refs.push_back(load ? d.dst(o, 4) : d.src(o, Type::B32));
-  d.out.a = d.address(d.arg(load ? 1 : 0), d.out.space, &d.out.imm);
+  d.out.a = d.address(d.arg(load ? 1 : 0), &d.out.imm);
   d.out.convergeAll = true;
   d.out.storesD = !load;
   d.out.fn = load ? (trans ? ldmatrix<true> : ldmatrix<false>) : (trans ? stmatrix<true> : stmatrix<false>);

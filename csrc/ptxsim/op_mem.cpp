@@ -373,7 +373,7 @@ void loadStore(Dec& d, bool isLoad) {
     return;
   }
   if (!isLoad && d.out.space == Space::Const) d.fail("constant memory cannot be written");
-  d.out.a = d.address(mem, d.out.space, &d.out.imm);
+  d.out.a = d.address(mem, &d.out.imm);
   if (d.out.space == Space::Const) d.out.space = Space::Global;
   if (t == Type::B128) {
     d.out.fn = isLoad ? (Handler)load<B128, B128> : (Handler)store<B128, B128>;

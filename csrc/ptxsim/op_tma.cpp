@@ -320,7 +320,7 @@ void bulkCommit(Warp& w, const Inst&, uint32_t m) {
   commitGroups(w.bulk, m);
 }
 void bulkWait(Warp& w, const Inst& in, uint32_t m) {
-  waitGroups(w, in, w.bulk, m, (uint32_t)in.imm, in.x[0], false);
+  waitGroups(w, w.bulk, m, (uint32_t)in.imm, in.x[0], false);
 }
 
 // ---- tensormap.replace: x[0] field, x[1] bytes of the value; a address, b value, v[0] ordinal
@@ -328,13 +328,13 @@ const char* kFields[] = {"global_address", "rank",     "box_dim",           "glo
                          "element_stride", "elemtype", "interleave_layout", "swizzle_mode", "fill_mode"};
 void replaceField(Warp& w, const Inst& in, uint32_t m) {
   for (int i : lanesOf(m)) {
-    uint64_t a = lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm);
+    uint64_t a = laneAddress(w, in, i);
     Place p = locate(w, in, i, in.space, a, 128, Kind::Write, 64);
     racePlace(w, in, p, 128, Kind::Write);
     TensorMap t;
     memcpy(&t, p.p, sizeof t);
     w.needValid(in, in.b, 1u << i, "tensor map field");
-    uint64_t v = in.x[1] == 8 ? lane64(w, in.b, (unsigned)i) : lane32(w, in.b, (unsigned)i);
+    const uint64_t v = laneBits(w, in.b, in.x[1], i);
     const unsigned ord = (unsigned)in.ext->v[0];
     auto check = [&](bool ok) {
       if (!ok) w.fail(in, i, "tensormap.replace of ", kFields[in.x[0]], ": ", v, " is not allowed");
@@ -393,10 +393,9 @@ void replaceField(Warp& w, const Inst& in, uint32_t m) {
 void copyMap(Warp& w, const Inst& in,
              uint32_t m) {  // tensormap.cp_fenceproxy: the warp copies 128 bytes and publishes them
   int i = firstLane(m);
-  Place to =
-      locate(w, in, i, Space::Global, lanesAddress(w, in.a, in.x[5], (unsigned)i, in.imm), 128, Kind::Write, 128);
+  Place to = locate(w, in, i, Space::Global, laneAddress(w, in, i), 128, Kind::Write, 128);
   Ref src = in.ext->refs[0];
-  uint64_t s = (in.ext->v[1] == 4 ? lane32(w, src, (unsigned)i) : lane64(w, src, (unsigned)i)) + (uint64_t)in.ext->v[0];
+  uint64_t s = laneBits(w, src, (unsigned)in.ext->v[1], i) + (uint64_t)in.ext->v[0];
   Place from = locate(w, in, i, Space::Shared, s, 128, Kind::Read, 128);
   racePlace(w, in, from, 128, Kind::Read);
   racePlace(w, in, to, 128, Kind::Write);
@@ -414,7 +413,7 @@ void decodeTensormap(Dec& d) {
     e->refs = {from.ref};
     e->v[0] = from.offset;
     e->v[1] = from.bytes;
-    d.out.a = d.address(d.arg(0), Space::Global, &d.out.imm);
+    d.out.a = d.address(d.arg(0), &d.out.imm);
     d.out.convergeAll = true;
     d.out.fn = copyMap;
     return;
@@ -436,7 +435,7 @@ void decodeTensormap(Dec& d) {
     e->v[0] = d.intArg(1);
     if (e->v[0] < 0 || e->v[0] > (field == 4 ? 3 : 4)) d.fail("the ordinal is out of range");
   }
-  d.out.a = d.address(d.arg(0), d.out.space, &d.out.imm);
+  d.out.a = d.address(d.arg(0), &d.out.imm);
   d.out.b = d.src(ordinal ? 2 : 1, t);
   d.out.x[0] = (uint8_t)field;
   d.out.x[1] = (uint8_t)typeBytes(t);
@@ -471,13 +470,11 @@ bool decodeBulk(Dec& d) {
     d.take("tile");
   }
   if (b.prefetch) d.take("L2");
-  int where = -1;  // destination, then source
   static const char* kSpaces[] = {"shared::cluster", "shared::cta", "global"};
-  std::vector<int> spaces;
+  std::vector<int> spaces;  // destination, then source
   for (size_t k = 1; k < d.p.op.size(); ++k)
     for (int s = 0; s < 3; ++s)
       if (d.p.op[k] == kSpaces[s]) spaces.push_back(s), d.used[k] = true;
-  (void)where;
   const bool complete = d.take("mbarrier::complete_tx::bytes"), group = d.take("bulk_group");
   bool multicast = d.take("multicast::cluster"), hint = d.take("L2::cache_hint");
   if (b.prefetch) {

@@ -7,10 +7,9 @@ namespace {
 
 // A .sync instruction with a member mask: every lane that runs it must be named, and it runs when all named lanes that
 // have not exited are here. false: wait. The lanes of one fragment may hold different masks (each a group of its own).
-std::string waitingLanes(Warp& w, const Inst& in) {
+std::string waitingLanes(Warp& w, const Inst&) {
   char s[96];
   const Fragment& f = w.frag();
-  (void)in;
   snprintf(s, sizeof s, "waits for lanes that never come (lanes here 0x%08x, live 0x%08x)", f.mask, w.live);
   return s;
 }

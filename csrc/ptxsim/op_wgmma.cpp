@@ -116,10 +116,20 @@ struct Wgmma : AsyncOp {
     Cta& cta = *warp->cta;
     const unsigned es = typeBytes(t), outer = mnMajor ? s->k : count;
     const unsigned inner = std::max(1u, (mnMajor ? count : s->k) * es / 16);
+    auto offset = [&](unsigned r, unsigned c) {
+      return d.chunk(mnMajor, (mnMajor ? first * es : 0) + c * 16, mnMajor ? r : first + r);
+    };
     auto at = [&](unsigned r, unsigned c) -> const Provenance* {
-      const uint32_t off = d.chunk(mnMajor, (mnMajor ? first * es : 0) + c * 16, mnMajor ? r : first + r);
+      const uint32_t off = offset(r, c);
       return off + 16 <= cta.smemBytes ? raceTagOf(cta, off) : nullptr;
     };
+    std::vector<bool> taken(1 << 14);  // by 16 bytes of the window that a descriptor reaches
+    for (unsigned r = 0; r < outer; ++r)
+      for (unsigned c = 0; c < inner; ++c) {
+        const uint32_t chunk = offset(r, c) / 16;
+        if (taken[chunk]) return cat("the 16 bytes at shared offset ", 16 * chunk, " are read twice");
+        taken[chunk] = true;
+      }
     // A chunk is 16 bytes on from its left neighbour, and a row as far from the one above as the first two rows are.
     const Provenance *row0 = at(0, 0), *row1 = outer > 1 ? at(1, 0) : nullptr;
     *known = row0 && row1 && row0->op == row1->op;
@@ -308,6 +318,11 @@ void mmaAsync(Warp& w, const Inst& in, uint32_t m) {
   auto part = std::make_shared<Part>();
   part->s = &s;
 
+  for (auto* list : {&in.ext->refs, &in.ext->refs2})
+    for (const Ref& r : *list)
+      if (w.unfenced[r.id] && w.launch->opt.detect)
+        w.fail(in, -1, list == &in.ext->refs ? "an accumulator" : "an A register",
+               " of a wgmma has been written since the last wgmma.fence");
   for (const Ref& r : in.ext->refs) {
     uint8_t& f = w.inflight[r.id];
     if (f == 0) f = 1, ++w.numInflight;
@@ -337,7 +352,7 @@ void commit(Warp& w, const Inst&, uint32_t m) {
   commitGroups(w.wgmma, m);
 }
 void waitGroup(Warp& w, const Inst& in, uint32_t m) {
-  if (!waitGroups(w, in, w.wgmma, m, (uint32_t)in.imm, false, false)) return;
+  if (!waitGroups(w, w.wgmma, m, (uint32_t)in.imm, false, false)) return;
   // What is still in flight keeps its registers; the rest is free.
   std::fill(w.inflight.begin(), w.inflight.end(), 0);
   w.numInflight = 0;
@@ -350,7 +365,9 @@ void waitGroup(Warp& w, const Inst& in, uint32_t m) {
         if (e.refs2[r].id && !w.inflight[e.refs2[r].id]) w.inflight[e.refs2[r].id] = 2, ++w.numInflight;
   }
 }
-void fence(Warp&, const Inst&, uint32_t) {}
+void fence(Warp& w, const Inst&, uint32_t) {
+  std::fill(w.unfenced.begin(), w.unfenced.end(), 0);
+}
 
 void decodeWgmma(Dec& d) {
   d.out.convergeAll = true;

@@ -1,5 +1,7 @@
 // Templates for instructions that work lane by lane.
 #pragma once
+#include <tuple>
+
 #include "decode.h"
 
 namespace ptxsim {
@@ -14,92 +16,87 @@ inline void storeLanes(Warp& w, Ref d, const T* r, uint32_t m) {
   }
 }
 
-// The results depend on every source, so a lane is valid where all sources are.
-template <class D, class A, class F>
-void op1(Warp& w, const Inst& in, uint32_t m) {
-  const A* a = w.ptr<const A>(in.a);
-  alignas(64) D r[kLanes];
-  F f;
-  for (unsigned i = 0; i < kLanes; ++i) r[i] = (D)f(a[i]);
-  storeLanes(w, in.d, r, m);
-  w.setValid(in.d, m, w.validOf(in.a));
-}
-template <class D, class A, class B, class F>
-void op2(Warp& w, const Inst& in, uint32_t m) {
-  const A* a = w.ptr<const A>(in.a);
-  const B* b = w.ptr<const B>(in.b);
-  alignas(64) D r[kLanes];
-  F f;
-  for (unsigned i = 0; i < kLanes; ++i) r[i] = (D)f(a[i], b[i]);
-  storeLanes(w, in.d, r, m);
-  w.setValid(in.d, m, w.validOf(in.a) & w.validOf(in.b));
-}
-template <class D, class A, class B, class C, class F>
-void op3(Warp& w, const Inst& in, uint32_t m) {
-  const A* a = w.ptr<const A>(in.a);
-  const B* b = w.ptr<const B>(in.b);
-  const C* c = w.ptr<const C>(in.c);
-  alignas(64) D r[kLanes];
-  F f;
-  for (unsigned i = 0; i < kLanes; ++i) r[i] = (D)f(a[i], b[i], c[i]);
-  storeLanes(w, in.d, r, m);
-  w.setValid(in.d, m, w.validOf(in.a) & w.validOf(in.b) & w.validOf(in.c));
-}
-// The same with access to the instruction's small constants.
-template <class D, class A, class F>
-void op1x(Warp& w, const Inst& in, uint32_t m) {
-  const A* a = w.ptr<const A>(in.a);
-  alignas(64) D r[kLanes];
-  F f;
-  for (unsigned i = 0; i < kLanes; ++i) r[i] = (D)f(in, a[i]);
-  storeLanes(w, in.d, r, m);
-  w.setValid(in.d, m, w.validOf(in.a));
-}
-template <class D, class A, class B, class F>
-void op2x(Warp& w, const Inst& in, uint32_t m) {
-  const A* a = w.ptr<const A>(in.a);
-  const B* b = w.ptr<const B>(in.b);
-  alignas(64) D r[kLanes];
-  F f;
-  for (unsigned i = 0; i < kLanes; ++i) r[i] = (D)f(in, a[i], b[i]);
-  storeLanes(w, in.d, r, m);
-  w.setValid(in.d, m, w.validOf(in.a) & w.validOf(in.b));
-}
-template <class D, class A, class B, class C, class F>
-void op3x(Warp& w, const Inst& in, uint32_t m) {
-  const A* a = w.ptr<const A>(in.a);
-  const B* b = w.ptr<const B>(in.b);
-  const C* c = w.ptr<const C>(in.c);
-  alignas(64) D r[kLanes];
-  F f;
-  for (unsigned i = 0; i < kLanes; ++i) r[i] = (D)f(in, a[i], b[i], c[i]);
-  storeLanes(w, in.d, r, m);
-  w.setValid(in.d, m, w.validOf(in.a) & w.validOf(in.b) & w.validOf(in.c));
-}
-
-inline void loadLanes(Warp& w, Ref r, unsigned bytes, uint64_t* out) {
-  switch (bytes) {
-    case 2:
-      for (unsigned i = 0; i < kLanes; ++i) out[i] = w.ptr<const uint16_t>(r)[i];
-      break;
-    case 4:
-      for (unsigned i = 0; i < kLanes; ++i) out[i] = w.ptr<const uint32_t>(r)[i];
-      break;
-    default:
-      for (unsigned i = 0; i < kLanes; ++i) out[i] = w.ptr<const uint64_t>(r)[i];
-      break;
+// A function of what one lane has: LANE(type, Name, (parameters), value) makes a type of it.
+#define LANE(type, name, parameters, ...)                    \
+  struct name {                                              \
+    type operator() parameters const { return __VA_ARGS__; } \
   }
+#define TYPED(type, name, ...) \
+  template <class T>           \
+  LANE(type, name, __VA_ARGS__)
+
+template <class F, class D, class... A, size_t... K>
+inline void lanewiseFrom(Warp& w, const Inst& in, uint32_t m, std::index_sequence<K...>) {
+  const Ref sources[] = {in.a, in.b, in.c};
+  const std::tuple<const A*...> from{w.ptr<const A>(sources[K])...};
+  alignas(64) D r[kLanes];
+  F f;
+  for (unsigned i = 0; i < kLanes; ++i) {
+    if constexpr (std::is_invocable<F, const Inst&, A...>::value)
+      r[i] = (D)f(in, std::get<K>(from)[i]...);
+    else
+      r[i] = (D)f(std::get<K>(from)[i]...);
+  }
+  storeLanes(w, in.d, r, m);
+  w.setValid(in.d, m, (w.validOf(sources[K]) & ...));
+}
+// d = f(a), f(a, b) or f(a, b, c) in every lane; f may ask for the instruction first. The result depends on every
+// source, so that a lane is valid where all of them are.
+template <class F, class D, class... A>
+void lanewise(Warp& w, const Inst& in, uint32_t m) {
+  lanewiseFrom<F, D, A...>(w, in, m, std::index_sequence_for<A...>());
+}
+// The same with the types of f's own parameters and result.
+template <class F, class D, class... A>
+constexpr Handler lanesOfTypes(D (F::*)(A...) const) {
+  static_assert(sizeof(D) > 1, "a register has at least two bytes");
+  return lanewise<F, D, A...>;
+}
+template <class F, class D, class... A>
+constexpr Handler lanesOfTypes(D (F::*)(const Inst&, A...) const) {
+  return lanewise<F, D, A...>;
+}
+template <class F>
+constexpr Handler lanes() {
+  return lanesOfTypes(&F::operator());
+}
+// F<T> by the type or the width of the instruction.
+#define BY_TYPE(t, F)                        \
+  ((t) == Type::U16   ? lanes<F<uint16_t>>() \
+   : (t) == Type::S16 ? lanes<F<int16_t>>()  \
+   : (t) == Type::U32 ? lanes<F<uint32_t>>() \
+   : (t) == Type::S32 ? lanes<F<int32_t>>()  \
+   : (t) == Type::U64 ? lanes<F<uint64_t>>() \
+   : (t) == Type::S64 ? lanes<F<int64_t>>()  \
+                      : nullptr)
+#define BY_WIDTH(t, F)                        \
+  (typeBytes(t) == 2   ? lanes<F<uint16_t>>() \
+   : typeBytes(t) == 4 ? lanes<F<uint32_t>>() \
+   : typeBytes(t) == 8 ? lanes<F<uint64_t>>() \
+                       : nullptr)
+
+// One lane of a register of 2, 4 or 8 bytes.
+inline uint64_t laneBits(Warp& w, Ref r, unsigned bytes, int lane) {
+  return bytes == 2   ? w.ptr<const uint16_t>(r)[lane]
+         : bytes == 4 ? w.ptr<const uint32_t>(r)[lane]
+                      : w.ptr<const uint64_t>(r)[lane];
+}
+inline void setLaneBits(Warp& w, Ref r, unsigned bytes, int lane, uint64_t v) {
+  if (bytes == 2)
+    w.ptr<uint16_t>(r)[lane] = (uint16_t)v;
+  else if (bytes == 4)
+    w.ptr<uint32_t>(r)[lane] = (uint32_t)v;
+  else
+    w.ptr<uint64_t>(r)[lane] = v;
+}
+inline uint64_t laneAddress(Warp& w, const Inst& in, int lane) {  // in.a + in.imm; in.x[5] bytes of the register
+  return laneBits(w, in.a, in.x[5], lane) + (uint64_t)in.imm;
+}
+inline void loadLanes(Warp& w, Ref r, unsigned bytes, uint64_t* out) {
+  for (unsigned i = 0; i < kLanes; ++i) out[i] = laneBits(w, r, bytes, (int)i);
 }
 inline void putLanes(Warp& w, Ref d, unsigned bytes, const uint64_t* v, uint32_t m) {
-  for (unsigned i = 0; i < kLanes; ++i) {
-    if (!((m >> i) & 1)) continue;
-    if (bytes == 2)
-      w.ptr<uint16_t>(d)[i] = (uint16_t)v[i];
-    else if (bytes == 4)
-      w.ptr<uint32_t>(d)[i] = (uint32_t)v[i];
-    else
-      w.ptr<uint64_t>(d)[i] = v[i];
-  }
+  for (int i : lanesOf(m)) setLaneBits(w, d, bytes, i, v[i]);
 }
 inline uint32_t lane32(Warp& w, Ref r, unsigned lane) {
   return w.ptr<const uint32_t>(r)[lane];
@@ -119,23 +116,13 @@ inline T bitsAs(U u) {
 }
 
 // d = f(a), d = f(a, b) ... with widths from the type; F<T> is the functor.
-inline void setOperands(Dec& d, Type dt, Type at) {
-  d.wantArgs(2, 2);
-  d.out.d = d.dst(0, std::max(2u, typeBytes(dt)));
-  d.out.a = d.src(1, at);
-}
-inline void setOperands(Dec& d, Type dt, Type at, Type bt) {
-  d.wantArgs(3, 3);
-  d.out.d = d.dst(0, std::max(2u, typeBytes(dt)));
-  d.out.a = d.src(1, at);
-  d.out.b = d.src(2, bt);
-}
-inline void setOperands(Dec& d, Type dt, Type at, Type bt, Type ct) {
-  d.wantArgs(4, 4);
-  d.out.d = d.dst(0, std::max(2u, typeBytes(dt)));
-  d.out.a = d.src(1, at);
-  d.out.b = d.src(2, bt);
-  d.out.c = d.src(3, ct);
+template <class... Types>
+inline void setOperands(Dec& d, Type result, Types... sources) {
+  d.wantArgs(1 + sizeof...(sources), 1 + sizeof...(sources));
+  d.out.d = d.dst(0, std::max(2u, typeBytes(result)));
+  Ref* const to[] = {&d.out.a, &d.out.b, &d.out.c};
+  size_t i = 0;
+  ((*to[i] = d.src(i + 1, sources), ++i), ...);
 }
 
 }  // namespace ptxsim

@@ -194,10 +194,9 @@ class Parser {
       skipStatement();
       return;
     }
-    bool visible = false, isExtern = false;
+    bool isExtern = false;
     for (;;) {
       if (accept(".visible") || accept(".weak") || accept(".common")) {
-        visible = true;
       } else if (accept(".extern")) {
         isExtern = true;
       } else {
@@ -205,10 +204,9 @@ class Parser {
       }
     }
     if (is(".entry") || is(".func")) {
-      function(isExtern);
+      function();
     } else if (Space s; spaceDirective(&s)) {
-      Var* v = variable(s, isExtern, nullptr);
-      v->visible = visible;
+      variable(s, isExtern, nullptr);
       expect(";");
     } else {
       fail("unknown directive '", tok_.s, "'");
@@ -329,7 +327,7 @@ class Parser {
   }
 
   // ---- functions
-  void function(bool isExtern) {
+  void function() {
     bool entry = ident() == ".entry";
     auto f = std::make_unique<Func>();
     f->entry = entry;
@@ -375,7 +373,6 @@ class Parser {
       f->hasBody = true;
       body();
     }
-    (void)isExtern;
     fn_ = saved;
     auto old = module_->funcByName.find(f->name);
     if (old == module_->funcByName.end() || f->hasBody) module_->funcByName[f->name] = f.get();

@@ -77,7 +77,6 @@ struct Var {
   unsigned align = 1;
   uint64_t bytes = 0;
   bool isExtern = false;  // dynamic shared memory, or defined elsewhere
-  bool visible = false;
   std::vector<uint8_t> init;
   std::vector<std::pair<uint64_t, std::string>>
       relocs;            // offset in init <- address of symbol (+addend already in init)

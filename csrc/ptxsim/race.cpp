@@ -13,20 +13,26 @@
 
 namespace ptxsim {
 
+// How far a warp's accesses are visible: to threads, and to the async proxy in shared and in global memory.
+enum Sight : uint8_t { kThreads, kAsyncShared, kAsyncGlobal, kSights };
 struct RaceClock {
-  std::vector<uint32_t> seen, async;                              // by warp of the own cluster
-  std::unordered_map<uint32_t, std::array<uint32_t, 2>> foreign;  // by warp of the grid
+  std::vector<uint32_t> all;                                            // by sight, then by warp of the own cluster
+  std::unordered_map<uint32_t, std::array<uint32_t, kSights>> foreign;  // by warp of the grid
+  size_t size() const { return all.size() / kSights; }                  // the same in every clock of a launch
+  void start(size_t warps) { all.assign(kSights * warps, 0); }
+  uint32_t* seen(int sight) { return all.data() + (size_t)sight * size(); }
+  const uint32_t* seen(int sight) const { return all.data() + (size_t)sight * size(); }
   void join(const RaceClock& o) {
-    if (seen.empty()) seen.assign(o.seen.size(), 0), async.assign(o.seen.size(), 0);
-    for (size_t i = 0; i < std::min(seen.size(), o.seen.size()); ++i) {
-      seen[i] = std::max(seen[i], o.seen[i]);
-      async[i] = std::max(async[i], o.async[i]);
-    }
+    if (!size()) start(o.size());
+    for (size_t i = 0; i < o.all.size(); ++i) all[i] = std::max(all[i], o.all[i]);
     for (auto& f : o.foreign) {
       auto& mine = foreign[f.first];
-      mine[0] = std::max(mine[0], f.second[0]);
-      mine[1] = std::max(mine[1], f.second[1]);
+      for (int k = 0; k < kSights; ++k) mine[k] = std::max(mine[k], f.second[k]);
     }
+  }
+  void fence(Sight sight) {  // what threads see is visible there too
+    std::copy_n(seen(kThreads), size(), seen(sight));
+    for (auto& f : foreign) f.second[sight] = f.second[kThreads];
   }
 };
 struct RaceCompletion {                                  // who found out, and when
@@ -34,13 +40,14 @@ struct RaceCompletion {                                  // who found out, and w
 };
 struct RaceWarp {
   RaceClock clock, fenced, pending;  // pending: acquired by relaxed operations, until a fence
-  // What even a relaxed cluster barrier tells. seen: when each warp came to it; async: its last fence.mbarrier_init.
+  // What even a relaxed cluster barrier tells: when each warp came to it, and, as kAsyncShared, its last
+  // fence.mbarrier_init.
   RaceClock met;
   std::vector<uint32_t> mapped;  // seen, at the last fence.proxy.tensormap acquire
   uint32_t initFence = 0;
   bool hasFenced = false, hasPending = false;
   uint32_t first = 0, self = 0;  // warps of the grid: first of the cluster, own
-  uint32_t& own() { return clock.seen[self - first]; }
+  uint32_t& own() { return clock.seen(kThreads)[self - first]; }
 };
 
 namespace {
@@ -116,22 +123,20 @@ void raceStart(Launch& l, Cluster& c, uint64_t index) {
       w.race = std::make_shared<RaceWarp>();
       w.race->first = first;
       w.race->self = first + cta->rank * l.warpsPerCta + w.index;
-      w.race->clock.seen.assign(n, 0);
-      w.race->clock.async.assign(n, 0);
+      w.race->clock.start(n);
+      w.race->met.start(n);
       w.race->own() = 1;
-      w.race->met.seen.assign(n, 0);
-      w.race->met.async.assign(n, 0);
     }
   }
 }
 
 namespace {
 
-bool knows(const RaceClock& c, uint32_t first, uint32_t warp, uint32_t time, bool async) {
+bool knows(const RaceClock& c, uint32_t first, uint32_t warp, uint32_t time, Sight sight = kThreads) {
   const uint32_t i = warp - first;
-  if (i < c.seen.size()) return (async ? c.async : c.seen)[i] >= time;
+  if (i < c.size()) return c.seen(sight)[i] >= time;
   auto it = c.foreign.find(warp);
-  return it != c.foreign.end() && it->second[async] >= time;
+  return it != c.foreign.end() && it->second[sight] >= time;
 }
 
 // The accessing side of a check: a warp, or an operation with the clocks of its issuer.
@@ -139,7 +144,8 @@ struct Side {
   const RaceClock* clock;
   uint32_t first, agent, time, pc;
   uint8_t flags;
-  bool async, isOp, unchanged = false;
+  Sight sight;  // which others it must be able to see; kThreads: the generic proxy
+  bool isOp, unchanged = false;
 };
 
 const char* verb(bool write) {
@@ -156,15 +162,15 @@ const char* ordered(RaceState& s, const Side& me, const Entry& e) {
     for (int list = 0; list < (write ? 1 : 2); ++list)
       for (auto& c : list ? op.read : op.full)
         for (auto& o : c->observers) {
-          if (!knows(*me.clock, me.first, o.first, o.second, false)) continue;
+          if (!knows(*me.clock, me.first, o.first, o.second)) continue;
           known = true;
-          if (!(me.async && op.generic && write) || knows(*me.clock, me.first, o.first, o.second, true)) return "";
+          if (!(op.generic && write) || knows(*me.clock, me.first, o.first, o.second, me.sight)) return "";
         }
     return known ? "no proxy fence (fence.proxy.async) lies between" : "nothing waits for that operation in between";
   }
   if (!me.isOp && e.agent == me.agent) return "";
-  if (!knows(*me.clock, me.first, e.agent, e.time, false)) return "nothing orders them";
-  if (me.async && (e.flags & kWriteFlag) && !knows(*me.clock, me.first, e.agent, e.time, true))
+  if (!knows(*me.clock, me.first, e.agent, e.time)) return "nothing orders them";
+  if (e.flags & kWriteFlag && !knows(*me.clock, me.first, e.agent, e.time, me.sight))
     return "no proxy fence (fence.proxy.async) lies between";
   return "";
 }
@@ -177,7 +183,7 @@ const char* ordered(RaceState& s, const Side& me, const Entry& e) {
   uint32_t warp = e.flags & kOpFlag ? s.ops[e.agent]->issuer : e.agent;
   if (e.flags & kOpFlag) other = "the asynchronous operation issued by ";
   other += "warp " + std::to_string(warp % n) + " of CTA " + std::to_string(warp / n) + " at " + k.place(e.pc);
-  throw Error("race on ", place, ": this ", (me.async ? "asynchronous " : ""), verb(write), " and the ",
+  throw Error("race on ", place, ": this ", (me.sight ? "asynchronous " : ""), verb(write), " and the ",
               verb(e.flags & kWriteFlag), " by ", other, ": ", why, "\n  at ", where(w, in, -1));
 }
 
@@ -234,7 +240,7 @@ void touch(RaceState& s, Warp& w, const Inst& in, Granule& g, const Side& me, ui
 
 void range(RaceState& s, Warp& w, const Inst& in, RaceShadow& shadow, const Side& me, uint64_t offset, uint64_t bytes,
            Kind kind, const Memory& memory) {
-  const uint64_t end = offset + bytes, key = (uint64_t)me.isOp << 32 | me.agent;
+  const uint64_t end = offset + bytes, key = (uint64_t)me.sight << 33 | (uint64_t)me.isOp << 32 | me.agent;
   if (s.memo.side != key) {
     s.memo.side = key;
     for (auto& e : s.memo.before) e.mask = 0;
@@ -248,7 +254,7 @@ void range(RaceState& s, Warp& w, const Inst& in, RaceShadow& shadow, const Side
 Side side(Warp& w, const Inst& in, bool strong) {
   RaceWarp& r = *w.race;
   return {&r.clock, r.first, r.self, r.own(), (uint32_t)(&in - w.kernel->code.data()), (uint8_t)(strong ? kStrong : 0),
-          false,    false};
+          kThreads, false};
 }
 RaceShadow& globalShadow(RaceState& s, const Buffer& b) {
   RaceShadow& g = s.global[&b];
@@ -276,23 +282,21 @@ void acquire(Warp& w, const RaceClock& from, bool strongAcquire) {
 RaceClock exported(const RaceWarp& r, const RaceClock& c) {
   RaceClock out;
   out.foreign = c.foreign;
-  for (size_t i = 0; i < c.seen.size(); ++i)
-    if (c.seen[i]) out.foreign[r.first + (uint32_t)i] = {c.seen[i], c.async[i]};
+  for (uint32_t i = 0; i < c.size(); ++i)
+    if (c.seen(kThreads)[i])
+      for (int k = 0; k < kSights; ++k) out.foreign[r.first + i][k] = c.seen(k)[i];
   return out;
 }
 void imported(Warp& w, const RaceClock& from, bool strongAcquire) {
   RaceWarp& r = *w.race;
   RaceClock own;
-  own.seen.assign(r.clock.seen.size(), 0);
-  own.async.assign(r.clock.seen.size(), 0);
+  own.start(r.clock.size());
   for (auto& f : from.foreign) {
     const uint32_t i = f.first - r.first;
-    if (i < own.seen.size())
-      own.seen[i] = f.second[0], own.async[i] = f.second[1];
-    else
-      own.foreign[f.first] = f.second;
+    if (i >= own.size()) own.foreign[f.first] = f.second;
+    for (int k = 0; k < kSights && i < own.size(); ++k) own.seen(k)[i] = f.second[k];
   }
-  own.seen[r.self - r.first] = 0;
+  own.seen(kThreads)[r.self - r.first] = 0;
   acquire(w, own, strongAcquire);
 }
 
@@ -398,7 +402,7 @@ void raceTensorMap(Warp& w, const Inst& in, Buffer& b, uint64_t address) {
   for (uint64_t g = (address - b.begin) / 16; g < (address - b.begin) / 16 + 8; ++g)
     for (const Entry& e : shadow.at(g).w) {
       const uint32_t i = e.agent - r.first;
-      if (!e.mask || e.flags & kOpFlag || i >= r.clock.seen.size()) continue;
+      if (!e.mask || e.flags & kOpFlag || i >= r.clock.size()) continue;
       if (r.mapped.empty() || r.mapped[i] < e.time)
         report(s, w, in, me, e, false, "the tensor map in " + b.name,
                "no fence.proxy.tensormap (generic, acquire) lies between");
@@ -412,12 +416,13 @@ void raceFence(Warp& w, const Inst& in, uint32_t m) {
   RaceWarp& r = *w.race;
   if (in.x[0] != 1) laneSync(w, m);  // a fence of the pattern by which lanes may talk; a proxy fence is none
   if (in.x[0] == 1) {                // proxy fence: what is known is visible to the async proxy too
-    r.clock.async = r.clock.seen;
-    for (auto& f : r.clock.foreign) f.second[1] = f.second[0];
+    if (in.x[2] != 1) r.clock.fence(kAsyncShared);
+    if (in.x[2] < 2) r.clock.fence(kAsyncGlobal);
     ++r.own();
     return;
   }
-  if (in.x[0] == 2 && in.x[3] != 4) r.mapped = r.clock.seen, ++r.own();
+  if (in.x[0] == 2 && in.x[3] != 4)
+    r.mapped.assign(r.clock.seen(kThreads), r.clock.seen(kThreads) + r.clock.size()), ++r.own();
   if (in.x[0] == 3) r.initFence = r.own()++;
   if (in.x[0] == 0) {
     if (r.hasPending) r.clock.join(r.pending), r.hasPending = false, r.pending = RaceClock();
@@ -427,7 +432,7 @@ void raceFence(Warp& w, const Inst& in, uint32_t m) {
   }
 }
 
-void raceArrive(Warp& w, NamedBarrier& b, bool) {
+void raceArrive(Warp& w, NamedBarrier& b) {
   if (!w.launch->race) return;
   if (!b.clock) b.clock = std::make_shared<RaceClock>();
   release(w, *b.clock, true);
@@ -443,8 +448,8 @@ void raceClusterArrive(Warp& w, bool strongRelease) {
   RaceWarp& r = *w.race;
   auto& met = w.cta->cluster->met;
   if (!met) met = std::make_shared<RaceClock>(r.met);
-  met->seen[r.self - r.first] = r.own();
-  met->async[r.self - r.first] = r.initFence;
+  met->seen(kThreads)[r.self - r.first] = r.own();
+  met->seen(kAsyncShared)[r.self - r.first] = r.initFence;
   release(w, *c, strongRelease);
   if (!strongRelease) ++r.own();
 }
@@ -476,9 +481,10 @@ void raceMbarrierUse(Warp& w, const Inst& in, int lane, const Mbarrier& b) {
              b.initLane, " of the same warp (bar.warp.sync is missing)");
     return;
   }
-  if (knows(r.clock, r.first, b.initBy, b.initTime, false) || knows(r.met, r.first, b.initBy, b.initTime, true)) return;
+  if (knows(r.clock, r.first, b.initBy, b.initTime) || knows(r.met, r.first, b.initBy, b.initTime, kAsyncShared))
+    return;
   const uint32_t n = w.launch->warpsPerCta;
-  const bool fence = knows(r.met, r.first, b.initBy, b.initTime, false);
+  const bool fence = knows(r.met, r.first, b.initBy, b.initTime);
   w.fail(in, lane, "race on an mbarrier of CTA ", b.initBy / n, ": nothing orders this operation after its ",
          "mbarrier.init by warp ", b.initBy % n, " (",
          (fence                        ? "fence.mbarrier_init"
@@ -491,7 +497,7 @@ void raceRemote(Warp& w, const Inst& in, int lane, Cta& target, const AsyncOp* o
   RaceWarp& r = *w.race;
   const uint32_t n = w.launch->warpsPerCta, at = target.rank * n;
   bool started = false;
-  for (uint32_t i = at; i < at + n; ++i) started |= r.clock.seen[i] || r.met.seen[i];
+  for (uint32_t i = at; i < at + n; ++i) started |= r.clock.seen(kThreads)[i] || r.met.seen(kThreads)[i];
   if (!started)
     w.fail(in, lane, "shared memory of CTA rank ", target.rank,
            " is accessed before that CTA is known to have started: a cluster barrier is missing");
@@ -514,12 +520,12 @@ void raceExit(Warp& w) {
 static void checkRemote(Cta& cta) {
   RaceState& s = *cta.launch->race;
   const RaceWarp& own = *cta.warps[0].race;
-  const Side me{&cta.shadow->exit, own.first, kAll, 0, 0, 0, false, false};
+  const Side me{&cta.shadow->exit, own.first, kAll, 0, 0, 0, kThreads, false};
   const uint32_t n = cta.launch->warpsPerCta;
   auto check = [&](const Entry& e) {
     if (!*ordered(s, me, e)) return;
     const uint32_t warp = e.flags & kOpFlag ? s.ops[e.agent]->issuer : e.agent;
-    if (!(e.flags & kOpFlag) && knows(cta.shadow->met, own.first, warp, e.time, false)) return;
+    if (!(e.flags & kOpFlag) && knows(cta.shadow->met, own.first, warp, e.time)) return;
     const std::string who = "warp " + std::to_string(warp % n) + " of CTA " + std::to_string(warp / n);
     throw Error("CTA ", cta.linear, " may exit before ",
                 (e.flags & kOpFlag
@@ -531,7 +537,7 @@ static void checkRemote(Cta& cta) {
   for (const Entry& e : cta.shadow->remoteOps) check(e);
 }
 
-void raceRelease(Warp& w, const Inst&, Mbarrier& b, bool strongRelease, bool) {
+void raceRelease(Warp& w, Mbarrier& b, bool strongRelease) {
   if (!w.launch->race) return;
   if (!b.clock) b.clock = std::make_shared<RaceClock>();
   release(w, *b.clock, strongRelease);
@@ -577,18 +583,20 @@ void raceIssue(Warp& w, AsyncOp& op) {
   raceIssueAt(op, clock);
 }
 
-static Side opSide(const AsyncOp& op) {
+static Side opSide(const AsyncOp& op, Sight sight) {
   const OpRecord& r = *op.warp->launch->race->ops[op.id];
-  return {&r.clock, r.first, op.id, 0, (uint32_t)(op.inst - op.warp->kernel->code.data()), kOpFlag, !r.generic, true};
+  const uint32_t pc = (uint32_t)(op.inst - op.warp->kernel->code.data());
+  return {&r.clock, r.first, op.id, 0, pc, kOpFlag, r.generic ? kThreads : sight, true};
 }
 void raceAsyncShared(AsyncOp& op, Cta& cta, uint32_t offset, uint32_t bytes, Kind kind) {
   RaceState* s = op.warp->launch->race;
-  if (s) range(*s, *op.warp, *op.inst, *cta.shadow, opSide(op), offset, bytes, kind, Memory{&cta, nullptr});
+  const Memory memory{&cta, nullptr};
+  if (s) range(*s, *op.warp, *op.inst, *cta.shadow, opSide(op, kAsyncShared), offset, bytes, kind, memory);
 }
 void raceAsyncGlobal(AsyncOp& op, Buffer& b, uint64_t address, uint64_t bytes, Kind kind) {
   RaceState* s = op.warp->launch->race;
   if (!s || !b.writable) return;
-  Side me = opSide(op);
+  Side me = opSide(op, kAsyncGlobal);
   if (kind == Kind::Atomic) me.flags |= kStrong;
   range(*s, *op.warp, *op.inst, globalShadow(*s, b), me, address - b.begin, bytes, kind, Memory{nullptr, &b});
 }

@@ -48,7 +48,7 @@ RaceState* raceCreate(Launch& l);
 void raceDestroy(RaceState*);
 void raceStart(Launch& l, Cluster& c, uint64_t index);
 void raceFence(Warp& w, const Inst& in, uint32_t m);
-void raceArrive(Warp& w, NamedBarrier& b, bool waits);
+void raceArrive(Warp& w, NamedBarrier& b);
 void raceBarrier(Cta& cta, NamedBarrier& b);                               // b is complete: its waiters go on
 void raceTensorMap(Warp& w, const Inst& in, Buffer& b, uint64_t address);  // a copy uses the 128 bytes there
 void raceClusterArrive(Warp& w, bool release);
@@ -62,7 +62,7 @@ void raceMbarrierUse(Warp& w, const Inst& in, int lane, const Mbarrier& b);  // 
 // Another CTA's shared memory: it must have started, and stay until the access is over. `op`: what makes the access.
 void raceRemote(Warp& w, const Inst& in, int lane, Cta& target, const AsyncOp* op);
 void racePlace(Warp& w, const Inst& in, const Place& p, uint32_t bytes, Kind kind);
-void raceRelease(Warp& w, const Inst& in, Mbarrier& b, bool release, bool remote);
+void raceRelease(Warp& w, Mbarrier& b, bool release);
 void raceAcquire(Warp& w, Mbarrier& b, bool acquire);
 void racePhase(Mbarrier& b);                                // the open phase is complete
 void raceIssue(Warp& w, AsyncOp& op);                       // op starts after what w has done

@@ -55,6 +55,7 @@ struct Inst {
   uint32_t guard = kNoGuard, guardId = 0;
   bool guardNegate = false;
   bool isWgmma = false;      // may touch registers of wgmma operations in flight
+  bool needsFence = false;   // writes a register of a wgmma, which must wait for wgmma.fence
   bool storesD = false;      // d and ext->refs are sources
   bool convergeAll = false;  // .aligned: all lanes of the warp that have not exited come together
   Space space = Space::Generic;
@@ -134,7 +135,7 @@ struct Frame {
   const Extra* call;
   bool operator==(const Frame& o) const { return returnPc == o.returnPc && call == o.call; }
 };
-enum class Wait : uint8_t { None, Converge, Barrier, Poll, Sleep };
+enum class Wait : uint8_t { None, Converge, Barrier, Poll };
 struct Fragment {
   uint32_t pc = 0, mask = 0;
   Wait wait = Wait::None;
@@ -176,6 +177,7 @@ struct Warp {
   OpTrack bulk, cp, wgmma;
   std::vector<uint8_t> inflight;  // by validity id: 1 accumulator, 2 A register of a wgmma not yet waited for
   unsigned numInflight = 0;
+  std::vector<uint8_t> unfenced;  // by validity id: a register of a wgmma written since the last wgmma.fence
   uint64_t wgmmaCount = 0;
   std::shared_ptr<RaceWarp> race;
   uint32_t laneTime = 0, laneNews[kLanes] = {};  // race detector: now, and when each lane last heard of the others
@@ -200,6 +202,7 @@ struct Warp {
   bool run(unsigned quantum);  // false: nothing to run now
   void schedule();
   void checkInflight(const Inst& in);
+  void noteUnfenced(const Inst& in);
   bool exited() const { return live == 0; }
   Fragment& frag() { return frags[cur]; }
 

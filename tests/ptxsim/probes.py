@@ -5,16 +5,24 @@
 runs each probe through the CUDA driver functions of that library (a GPU's, or build/ptxsim/libptxsim.so), compares it
 with its model in numpy (the direct tests of the simulator are the probes) and its bits with `probes.json`, the
 simulator's answers, which `--write` renews. One JSON line per probe; exit status 1 if one disagrees.
+
+    python tests/ptxsim/probes.py --fixture FILE.jsonl
+
+makes `hardware/<gpu>.json` of what a GPU answered: a fixture that the tests compare the simulator with from then on.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import ctypes
+import datetime
 import hashlib
 import json
+import re
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +41,9 @@ import torch
 from simulator import HEADER, SimError
 
 ANSWERS = Path(__file__).with_name("probes.json")
+HARDWARE = Path(__file__).with_name("hardware")
+# Where the ISA leaves bits open, answers up to this size are kept whole, to be put through the model again.
+KEPT_BYTES = 1 << 14
 
 
 class Device:
@@ -40,12 +51,26 @@ class Device:
 
     def __init__(self, path: str):
         self.lib = ctypes.CDLL(path)
-        self.inputs, self.outputs = hashlib.sha256(), hashlib.sha256()
         self.texts: set[str] = set()
+        self.start()
         context = ctypes.c_void_p()
         self.call("cuInit", 0)
         self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), 0)
         self.call("cuCtxSetCurrent", context)
+
+    def start(self) -> None:
+        """Before a probe: nothing has gone in or come out."""
+        self.inputs, self.outputs = hashlib.sha256(), hashlib.sha256()
+        self.written: list[bytes | None] = []  # arrays after each launch; None: as they were before
+
+    def machine(self) -> dict[str, str]:
+        name, version = ctypes.create_string_buffer(256), ctypes.c_int()
+        self.call("cuDeviceGetName", name, 256, 0)
+        self.call("cuDriverGetVersion", ctypes.byref(version))
+        loaded = Path("/proc/driver/nvidia/version")
+        driver = loaded.read_text().splitlines()[0] if loaded.exists() else ""
+        cuda = f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+        return {"gpu": name.value.decode(), "driver": f"{cuda} {driver}".strip(), "date": str(datetime.date.today())}
 
     def call(self, name: str, *args: Any) -> None:
         code = getattr(self.lib, name)(*args)
@@ -88,8 +113,11 @@ class Kernel(simulator.Kernel):
             super().launch(*moved, grid=grid, block=block, shared=shared, cluster=cluster, declare=False)
             device.call("cuCtxSynchronize")
             for a in written:
+                before = np.ascontiguousarray(a).tobytes()
                 self._copy("cuMemcpyDtoH_v2", ctypes.c_void_p(a.ctypes.data), ctypes.c_uint64(at[a.ctypes.data]), a)
-                device.outputs.update(np.ascontiguousarray(a).tobytes())
+                after = np.ascontiguousarray(a).tobytes()
+                device.outputs.update(after)
+                device.written.append(after if after != before else None)
         finally:
             for pointer in at.values():
                 device.call("cuMemFree_v2", ctypes.c_uint64(pointer))
@@ -97,6 +125,30 @@ class Kernel(simulator.Kernel):
     def _copy(self, name: str, to: object, start: object, a: np.ndarray) -> None:
         if a.nbytes:
             self.sim.call(name, to, start, ctypes.c_size_t(simulator._span(a)))
+
+
+def packed(answer: bytes) -> str:
+    return base64.b64encode(zlib.compress(answer, 9)).decode()
+
+
+def unpacked(text: str) -> bytes:
+    return zlib.decompress(base64.b64decode(text))
+
+
+class Replay(Device):
+    """Answers that were recorded, instead of a run: what a probe's model says of them."""
+
+    def __init__(self, path: str, values: list[str | None]):
+        super().__init__(path)
+        self.values = iter(values)
+
+    def load(self, ptx: str, name: str | None = None) -> Any:
+        return self
+
+    def launch(self, *args: Any, buffers: Any = (), **launch: Any) -> None:
+        for a in [a for a in args if isinstance(a, np.ndarray)] + [a for a, access in buffers if access & 2]:
+            if (value := next(self.values)) is not None:
+                a[...] = np.frombuffer(unpacked(value), a.dtype).reshape(a.shape)
 
 
 # The fp8 tensor core of sm_90 is reported to align the 33 addends of a k-step to the largest and to keep 14 bits.
@@ -201,23 +253,77 @@ def probes() -> dict[str, tuple[Callable[[Any], None], bool]]:
     return found
 
 
+def verdict(probe: Callable[[Any], None], device: Device) -> str:
+    """ "agrees", or how the answers differ from the model's."""
+    for module in (test_hopper, test_instructions, test_memory, test_mma, test_warp):
+        module.RNG = np.random.default_rng(11)
+    device.start()
+    try:
+        probe(device)
+    except (AssertionError, SimError) as error:
+        return (str(error).splitlines() or ["disagrees"])[0]
+    return "agrees"
+
+
 def run(device: Device, answers: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """What each probe gave: agreement with its model, digests, and whether the bits are those of `answers`."""
     for name, (probe, exact) in probes().items():
-        for module in (test_hopper, test_instructions, test_memory, test_mma, test_warp):
-            module.RNG = np.random.default_rng(11)
-        device.inputs, device.outputs = hashlib.sha256(), hashlib.sha256()
-        started, model = time.perf_counter(), "agrees"
-        try:
-            probe(device)
-        except (AssertionError, SimError) as error:
-            model = (str(error).splitlines() or ["disagrees"])[0]
-        result = {"model": model, "exact": exact, "seconds": round(time.perf_counter() - started, 3)}
-        result |= {"inputs": device.inputs.hexdigest()[:16], "answer": device.outputs.hexdigest()[:16]}
+        started = time.perf_counter()
+        result = {"model": verdict(probe, device), "exact": exact, "seconds": round(time.perf_counter() - started, 3)}
+        result |= {
+            "inputs": device.inputs.hexdigest()[:16],
+            "answer": device.outputs.hexdigest()[:16],
+        }
+        if not exact and sum(len(w or b"") for w in device.written) <= KEPT_BYTES:
+            result["values"] = [packed(w) if w is not None else None for w in device.written]
         known = answers.get(name)
         # Another numpy may draw other inputs; then the model alone speaks.
         result["bits"] = known["answer"] == result["answer"] if known and known["inputs"] == result["inputs"] else None
         yield name, result
+
+
+# ---- answers of hardware
+
+
+def fixture(lines: Path, folder: Path = HARDWARE) -> Path:
+    """Writes what a GPU answered, one JSON line per probe with the machine's before them, as a file of `folder`."""
+    machine, cases = None, {}
+    for row in map(json.loads, lines.read_text().splitlines()):
+        machine = row if "gpu" in row else machine
+        if "probe" in row:
+            cases[row["probe"]] = {k: row[k] for k in ("model", "exact", "inputs", "answer", "values") if k in row}
+    if machine is None or not cases:
+        raise ValueError(f"{lines} does not say which machine answered what")
+    if "simulator" in machine["gpu"].lower() and folder == HARDWARE:
+        raise ValueError("these are the simulator's answers, not a GPU's")
+    folder.mkdir(exist_ok=True)
+    path = folder / (re.sub(r"\W+", "_", machine["gpu"].lower()).strip("_") + ".json")
+    rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(case)}" for name, case in cases.items())
+    path.write_text(f'{{"machine": {json.dumps(machine)},\n"cases": {{\n{rows}\n}}}}\n')
+    return path
+
+
+def contradictions(path: Path, results: dict[str, Any]) -> tuple[dict[str, str], int]:
+    """Where a fixture contradicts what the simulator answers now, and how many of its cases could be compared: bit for
+    bit where the ISA defines the bits, by the probe's own bound elsewhere."""
+    wrong, compared, known = {}, 0, probes()
+    for name, hardware in json.loads(path.read_text())["cases"].items():
+        now = results.get(name)
+        if now is None:
+            wrong[name] = "there is no such probe any more"
+        elif hardware["model"] != "agrees":
+            wrong[name] = f"the hardware's answer: {hardware['model']}"
+        elif now["inputs"] == hardware["inputs"]:  # another numpy may draw others
+            compared += 1
+            if now["answer"] == hardware["answer"]:
+                continue
+            if hardware["exact"]:
+                wrong[name] = f"hardware answered {hardware['answer']}, the simulator {now['answer']}"
+            elif "values" in hardware:
+                said = verdict(known[name][0], Replay(str(simulator.LIBRARY), hardware["values"]))
+                if said != "agrees":
+                    wrong[name] = f"the hardware's answer: {said}"
+    return wrong, compared
 
 
 def disagrees(result: dict[str, Any]) -> bool:
@@ -229,10 +335,18 @@ def main() -> int:
     parser.add_argument("--driver", default="libcuda.so.1")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--fixture", type=Path)
     options = parser.parse_args()
+    if options.fixture:
+        print(fixture(options.fixture))
+        return 0
+    device = Device(options.driver)
+    if options.out:
+        with options.out.open("a") as file:
+            file.write(json.dumps(device.machine()) + "\n")
     answers = json.loads(ANSWERS.read_text()) if ANSWERS.exists() else {}
     results = {}
-    for name, result in run(Device(options.driver), answers):
+    for name, result in run(device, answers):
         results[name] = result
         if options.out:
             with options.out.open("a") as file:  # at once: a probe may hang

@@ -367,6 +367,7 @@ def fragment(a: torch.Tensor) -> np.ndarray:
 def wgmma(
     sim, kind, n, mode=128, trans=(False, False), registers=False, accumulate=False, scale=(1, 1), half=False,
     operands=None, loose=0.0, barrier="fence.proxy.async.shared::cta; bar.sync 0;", wait="wgmma.wait_group.sync.aligned 0;",
+    fence="wgmma.fence.sync.aligned;",
 ):  # fmt: skip
     """Compares one product with float64; `loose`: relative to the largest addend, what else the sum may be off."""
     _, k, op = TYPES[kind]
@@ -395,7 +396,7 @@ def wgmma(
     {descriptor("%r1", "%d2", lbo_a, sbo_a)} {descriptor("%r9", "%d3", lbo_b, sbo_b)}
     ld.param.u64 %d4, [regs]; mul.wide.u32 %d5, %r0, 16; add.s64 %d4, %d4, %d5; ld.global.v4.u32 {{%f0, %f1, %f2, %f3}}, [%d4];
     {" ".join(f"mov.b32 %a{i}, {0x40004000 if half else 2 if kind == 's8' else 0x40000000};" for i in range(nd))}
-    wgmma.fence.sync.aligned; setp.ne.u32 %p2, {int(accumulate)}, 0;
+    {fence} setp.ne.u32 %p2, {int(accumulate)}, 0;
     wgmma.mma_async.sync.aligned.m64n{n}k{k}.{op} {{{acc}}}, {"{%f0, %f1, %f2, %f3}" if registers else "%d2"}, %d3, {", ".join(["%p2", *imm])};
     wgmma.commit_group.sync.aligned; {wait} ld.param.u64 %d6, [out]; mul.wide.u32 %d7, %r0, 4; add.s64 %d6, %d6, %d7;
     {" ".join(f"st.global.b32 [%d6+{512 * i}], %a{i};" for i in range(nd))}"""
@@ -461,6 +462,27 @@ def test_wgmma_is_one_operation_of_four_warps(sim, order):
         wgmma(sim, "bf16", 64, barrier="bar.sync 0;")
     with pytest.raises(SimError, match=r"race on shared memory.*(nothing waits for that operation|nothing orders)"):
         wgmma(sim, "bf16", 64, wait=overwrite + wait)
+
+
+@pytest.mark.parametrize("registers", [False, True])
+def test_wgmma_fence(sim, registers):
+    """What threads have written into the registers of a wgmma is seen by it after wgmma.fence."""
+    what = "an accumulator of a wgmma has been written since the last wgmma.fence"
+    with pytest.raises(SimError, match=what):
+        wgmma(sim, "bf16", 16, registers=registers, fence="")
+    late = "wgmma.fence.sync.aligned; mov.b32 %f0, %f1;"
+    if registers:
+        with pytest.raises(SimError, match=r"an A register of a wgmma has been written since the last wgmma.fence"):
+            wgmma(sim, "bf16", 16, registers=True, fence=late)
+    else:
+        wgmma(sim, "bf16", 16, fence=late)  # no register of this wgmma
+
+
+def test_proxy_fence_of_another_space(sim):
+    for space in ("", ".shared::cta", ".shared::cluster"):
+        wgmma(sim, "bf16", 16, barrier=f"fence.proxy.async{space}; bar.sync 0;")
+    with pytest.raises(SimError, match=r"race on shared memory.*no proxy fence"):
+        wgmma(sim, "bf16", 16, barrier="fence.proxy.async.global; bar.sync 0;")
 
 
 def test_wgmma_that_a_warp_does_not_issue(sim):

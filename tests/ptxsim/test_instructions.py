@@ -237,6 +237,24 @@ def test_bit_manipulation(sim):
     )
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.uint64])
+def test_logic(sim, dtype):
+    a, b = ints(dtype), RNG.permutation(ints(dtype))
+    bits = 8 * np.dtype(dtype).itemsize
+    for op, want in {"and": a & b, "or": a | b, "xor": a ^ b}.items():
+        assert np.array_equal(run(sim, f"{op}.b{bits} {{d}}, {{a}}, {{b}};", a, b, out=dtype), want), op
+    assert np.array_equal(run(sim, f"not.b{bits} {{d}}, {{a}};", a, out=dtype), ~a)
+    assert np.array_equal(run(sim, f"cnot.b{bits} {{d}}, {{a}};", a, out=dtype), (a == 0).astype(dtype))
+
+
+def test_conversions_between_float32_and_float64(sim):
+    x = floats()
+    same_floats(run(sim, "cvt.f64.f32 {d}, {a};", x, out=np.float64), x.astype(np.float64))
+    y = floats(dtype=np.float64)
+    with np.errstate(over="ignore"):
+        same_floats(run(sim, "cvt.rn.f32.f64 {d}, {a};", y, out=np.float32), y.astype(np.float32))
+
+
 @pytest.mark.parametrize("ftz", ["", ".ftz"])
 def test_float32_arithmetic(sim, ftz):
     a, b, c = floats(), RNG.permutation(floats()), RNG.permutation(floats())

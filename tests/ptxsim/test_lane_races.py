@@ -180,3 +180,16 @@ def test_mbarrier_of_another_lane(sim):
     body = "setp.ne.u32 %p0, %r0, 0; @!%p0 mbarrier.init.shared::cta.b64 [bar], 32; {} mbarrier.arrive.shared::cta.b64 _, [bar];"
     run(sim, body.format(SYNC))
     refused(sim, r"nothing orders this operation after its mbarrier.init by lane 0 of the same warp", body.format(""))
+
+
+@pytest.mark.parametrize("timing", ["early", "late"])
+def test_bulk_load_of_what_a_lane_wrote_to_global_memory(sim, timing):
+    """The proxy fence must be one of the memory in question."""
+    sim.option(timing=timing)
+    body = """setp.ne.u32 %p0, %r0, 0; @%p0 bra E; mbarrier.init.shared::cta.b64 [bar], 1; st.global.u32 [%d1], 5; {} mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], 128;
+    cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%d1], 128, [bar];
+    J: mbarrier.try_wait.parity.shared::cta.b64 %p1, [bar], 0; @!%p1 bra J; ld.shared.u32 %r4, [%r1]; st.global.u32 [%d0], %r4; E:"""
+    for space in ("", ".global"):
+        assert run(sim, body.format(f"fence.proxy.async{space};"))[0][0] == 5
+    for fence in ("", "fence.proxy.async.shared::cta;"):
+        refused(sim, "race on buffer .*asynchronous read.*st.global.*no proxy fence", body.format(fence))

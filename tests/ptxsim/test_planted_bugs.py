@@ -311,7 +311,7 @@ def test_mbarrier_used_before_a_barrier(sim, seed):
         sim.run(kernel(body.format(""), ".shared .align 8 .b64 bar;"), np.zeros(1, np.uint32), block=64)
 
 
-def mn_major(sim, swap: bool) -> None:
+def mn_major(sim, lbo=2048, sbo=1024, mode=1) -> None:
     """D [64, 128] = A [64, 16] * B [16, 128], both bf16 and loaded by TMA, B with N contiguous in two panels of 64."""
     a, b = bf16(RNG.standard_normal((64, 16))), bf16(RNG.standard_normal((16, 128)))
     out = np.zeros((64, 128), np.float32)
@@ -319,8 +319,7 @@ def mn_major(sim, swap: bool) -> None:
         TensorMap(sim, "bf16", a.ctypes.data, [16, 64], [32], [16, 64], 32),
         TensorMap(sim, "bf16", b.ctypes.data, [128, 16], [256], [64, 16], 128),
     )
-    lbo, sbo = (1024, 2048) if swap else (2048, 1024)
-    high = [16 >> 4 << 16 | 256 >> 4 << 32 | 3 << 62, lbo >> 4 << 16 | sbo >> 4 << 32 | 1 << 62]
+    high = [16 >> 4 << 16 | 256 >> 4 << 32 | 3 << 62, lbo >> 4 << 16 | sbo >> 4 << 32 | mode << 62]
     tma = "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
     acc = ", ".join(f"%a{i}" for i in range(64))
     body = f""".reg .b32 %a<64>; .shared .align 1024 .b8 m[8192]; .shared .align 8 .b64 bar; mov.u32 %r1, m; add.u32 %r2, %r1, 4096;
@@ -341,13 +340,24 @@ def mn_major(sim, swap: bool) -> None:
 
 
 @pytest.mark.parametrize("timing", ["early", "late"])
-def test_swapped_strides_of_an_mn_major_operand(sim, timing):
+def test_descriptor_of_an_mn_major_operand(sim, timing):
+    """N is contiguous in panels of 64 columns, LBO apart; SBO is the step of eight rows of k."""
     sim.option(timing=timing)
-    mn_major(sim, swap=False)
-    with pytest.raises(
-        SimError, match=r"operand B of a wgmma .*LBO 1024, SBO 2048.*with LBO and SBO swapped it would be"
-    ):
-        mn_major(sim, swap=True)
+    mn_major(sim)
+    irregular = r"operand B of a wgmma is no regular part of the tensor.*"
+    for text, wrong in {
+        irregular + "LBO 1024, SBO 2048.*with LBO and SBO swapped it would be": {"lbo": 1024, "sbo": 2048},
+        irregular + "are read twice .*LBO 2048, SBO 2048.*with SBO 1024 it would be": {"sbo": 2048},
+        irregular + "are read twice .*LBO 1024, SBO 1024": {"lbo": 1024},
+        irregular + "LBO 2048, SBO 512.*with SBO 1024 it would be": {"sbo": 512},
+        # Spans of 64 bytes: the last panel is past the operand, where the mbarrier is.
+        irregular + "swizzle mode 2|race on shared memory.*asynchronous read.*mbarrier.init": {"mode": 2},
+        irregular + "swizzle mode 0": {"mode": 0},
+    }.items():
+        with pytest.raises(SimError, match=text):
+            mn_major(sim, **wrong)
+    with pytest.raises(SimError, match=r"reaches shared offset|uninitialised|mbarrier.init"):  # there is no panel
+        mn_major(sim, lbo=4096)
 
 
 def test_tensor_map_proxy(sim):
@@ -379,3 +389,17 @@ def test_launch_limits(sim):
     }.items():
         with pytest.raises(SimError, match=text):
             k.launch(out, **launch)
+    many = sim.load(kernel("mov.u32 %r1, s;").replace(") {", ") .maxnreg 128 {", 1))
+    many.launch(out, block=512)
+    with pytest.raises(SimError, match="128 registers for each of 544 threads; an SM has 65536"):
+        many.launch(out, block=544)
+
+
+def test_matrix_rows_are_aligned(sim):
+    for load in (
+        "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r3}, [%r2];",
+        "stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r2], {%r0};",
+    ):
+        fill = "mov.u32 %r1, s; mad.lo.u32 %r2, %r0, 16, %r1; st.shared.v4.u32 [%r2], {%r0, %r0, %r0, %r0}; bar.sync 0;"
+        sim.run(kernel(fill + load), np.zeros(1, np.uint32))
+        expect(sim, "misaligned shared (read|write) of 16 bytes", fill + "add.u32 %r2, %r2, 8;" + load)

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 
+import numpy as np
 import probes
 import pytest
 from simulator import HEADER, LIBRARY, SimError
@@ -46,6 +47,66 @@ def test_a_disagreement_is_told(device, monkeypatch):
         "agrees",
     ]
     assert all(map(probes.disagrees, results.values()))
+
+
+# ---- answers of hardware become fixtures
+
+
+def test_hardware_answered_the_same(results):
+    for path in sorted(probes.HARDWARE.glob("*.json")):
+        assert "simulator" not in json.loads(path.read_text())["machine"]["gpu"].lower()
+        wrong, compared = probes.contradictions(path, results)
+        assert wrong == {}, path
+        assert compared > len(results) / 2, path
+
+
+@pytest.fixture
+def recorded(device, results, tmp_path):
+    """The fixture that comes of lines as a GPU leaves them: here the simulator's answers, some of them changed."""
+
+    def make(**changes):
+        changed = [{"probe": n, **r, **changes.get(n.replace(" ", "_"), {})} for n, r in results.items()]
+        lines = tmp_path / "probes.jsonl"
+        lines.write_text("".join(json.dumps(row) + "\n" for row in [device.machine(), *changed]))
+        return probes.fixture(lines, tmp_path / "hardware")
+
+    return make
+
+
+def test_a_fixture_of_the_same_answers(recorded, results):
+    path = recorded()
+    machine = json.loads(path.read_text())["machine"]
+    assert machine["gpu"] == "PTX simulator (sm_90a)" and machine["driver"].startswith("CUDA 13") and machine["date"]
+    assert path.name == "ptx_simulator_sm_90a.json"
+    assert probes.contradictions(path, results) == ({}, len(results))
+    with pytest.raises(ValueError, match="the simulator's answers, not a GPU's"):
+        probes.fixture(path.parents[1] / "probes.jsonl")
+
+
+def other_values(result: dict, factor: float) -> dict:
+    """The answer of a float32 product, off by a factor."""
+    *unchanged, values = result["values"]
+    assert unchanged == [None, None]
+    changed = np.frombuffer(probes.unpacked(values), np.float32) * np.float32(factor)
+    return {"answer": "other", "values": [*unchanged, probes.packed(changed.tobytes())]}
+
+
+def test_a_contradiction_is_told(recorded, results):
+    name = "wgmma bf16, A in registers"
+    assert not results[name]["exact"] and results["redux"]["exact"]
+    path = recorded(redux={"answer": "other"})
+    assert probes.contradictions(path, results)[0] == {
+        "redux": f"hardware answered other, the simulator {results['redux']['answer']}"
+    }
+    rounding = other_values(results[name], 1 + 2.0**-23)
+    assert probes.contradictions(recorded(**{name.replace(" ", "_"): rounding}), results) == ({}, len(results))
+    wrong = other_values(results[name], 1 + 2.0**-9)
+    assert list(probes.contradictions(recorded(**{name.replace(" ", "_"): wrong}), results)[0]) == [name]
+    model = recorded(vote={"model": "12 lanes differ"})
+    assert probes.contradictions(model, results)[0] == {"vote": "the hardware's answer: 12 lanes differ"}
+    assert probes.contradictions(path, {n: r for n, r in results.items() if n != "elect, activemask"})[0][
+        "elect, activemask"
+    ] == ("there is no such probe any more")
 
 
 def test_the_assembler_takes_them(device, results, tmp_path):
