@@ -41,7 +41,7 @@ def mla_decode(
         softmax_scale: factor on the scores. DeepSeek-V3: 192^-0.5 (0.1 ln 40 + 1)^2 = 0.1352338, not 576^-0.5.
         plan: of `mla_decode_plan`, for the kernels; the eager backend needs none.
         out: where to write: the output, or `(output, lse)`.
-        latent: width of the latent, 512; other widths in the eager backend with float caches only.
+        latent: width of the latent, 512; others with float caches only, in the eager and Triton backends.
 
     Returns:
         `out [B, Sq, H, 512]` in q's dtype; `lse [B, Sq, H]`, log-sum-exp in base e of the scaled scores, float32
