@@ -50,7 +50,7 @@ OPS: dict[str, Op] = {
     "mla_prefill_backward": Op("mla", module="mla_prefill", cuda=True, triton=True, internal=True),
     "mla_decode": Op("mla", cuda=True, triton=True, out=True),
     "mla_decode_plan": Op("mla", cuda=True, triton=True),
-    "mla_prologue": Op("mla", cuda=True),
+    "mla_prologue": Op("mla", cuda=True, triton=True),
     "mla_absorb": Op("mla", cuda=True, triton=True, out=True),
     "mla_cache_append": Op("mla", cuda=True, triton=True),
     "mla_cache_gather": Op("mla", cuda=True, triton=True),

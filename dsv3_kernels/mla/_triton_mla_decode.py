@@ -1,14 +1,15 @@
 """mla_decode in Triton: a program takes a split of one request's keys for a block of rows (queries x heads); a second
 kernel joins a request's splits.
 
-A latent row is read once, in four blocks of 128: transposed it is the key, as it lies it is the value. The codes of an
+A latent row is read once, in blocks of columns: transposed it is the key, as it lies it is the value. The codes of an
 FP8 cache are multiplied as they are (16 bits hold them exactly): scores take the scales afterwards, weights before.
 """
 
-# mypy: disable-error-code=no-untyped-def
+# mypy: disable-error-code="no-untyped-def, assignment"
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -18,18 +19,19 @@ from torch import Tensor
 
 from .. import _triton
 from ._cache import LATENT, ROPE
+from ._triton_cache import cannot
 
 LN2 = tl.constexpr(0.6931471805599453)
 SPLIT = 512  # keys that are worth a split of their own where no plan says; unmeasured
 
 
-def _blocks(rows: int, keys: int, warps: int) -> dict[str, int]:
-    return {"BH": rows, "BN": keys, "num_warps": warps, "num_stages": 2}
+def _blocks(rows: int, keys: int, warps: int, stages: int = 2) -> dict[str, int]:
+    return {"BH": rows, "BN": keys, "num_warps": warps, "num_stages": stages}
 
 
 # By rows of a request and bytes of the cache's numbers. The float32 sum of BH x 512 is in registers: at 64 rows and 8
 # warps 128 of a thread. Shared memory holds q and one or two blocks of BN x 576: 163 KB on sm_80, 99 KB on sm_89 (and
-# sm_86), 227 KB on sm_90. All of it follows from that and is unmeasured; float32 spills.
+# sm_86), 227 KB on sm_90. All of it follows from that and is unmeasured.
 CONFIGS = _triton.Table(
     "mla_decode",
     ({"bytes": 1, "rows": 16, "sm": 89}, _blocks(16, 32, 8)),
@@ -44,15 +46,21 @@ CONFIGS = _triton.Table(
     ({"bytes": 2, "sm": 80}, _blocks(64, 32, 8)),
     ({"bytes": 2, "sm": 89}, _blocks(32, 32, 8)),
     ({"bytes": 2}, _blocks(64, 64, 8)),
-    ({}, _blocks(16, 16, 8)),
+    ({}, _blocks(16, 16, 8, 1)),
     candidates=tuple(
-        {**_blocks(h, n, w), "num_stages": s}
-        for h in (16, 32, 64)
-        for n in (16, 32, 64)
-        for w in (4, 8)
-        for s in (1, 2, 3)
+        _blocks(h, n, w, s) for h in (16, 32, 64) for n in (16, 32, 64) for w in (4, 8) for s in (1, 2, 3)
     ),
 )
+
+
+@triton.jit
+def _columns(pointer, row, there, first: tl.constexpr, end: tl.constexpr, WIDE: tl.constexpr):
+    """WIDE columns from `first` on of the rows that begin at `row`; zeros past `end`, and where not `there`."""
+    column = first + tl.arange(0, WIDE)
+    inside = there[:, None]
+    if first + WIDE > end:
+        inside = inside & (column < end)[None, :]
+    return tl.load(pointer + (row[:, None] + column[None, :]), mask=inside, other=0.0)
 
 
 @triton.jit
@@ -70,20 +78,6 @@ def _add_values(total, p, k, scale, precision: tl.constexpr):
     if scale is not None:
         p = p * scale[None, :]
     return tl.dot(p.to(k.dtype), k, total, input_precision=precision)
-
-
-@triton.jit
-def _latent(cache, row, seen, block: tl.constexpr, unit: tl.constexpr, dtype: tl.constexpr):
-    """Block `block` of 128 of the latent rows [BN, 128]. `row` counts 16 bytes, `unit` elements."""
-    at = (row * unit)[:, None] + (128 * block + tl.arange(0, 128))[None, :]
-    codes = cache.to(tl.pointer_type(tl.float8e4nv)) if cache.dtype.element_ty == tl.uint8 else cache
-    return tl.load(codes + at, mask=seen[:, None], other=0.0).to(dtype)
-
-
-@triton.jit
-def _scale(cache, row, seen, block: tl.constexpr):
-    """The scales of that block in an FP8 cache [BN]."""
-    return tl.load(cache.to(tl.pointer_type(tl.float32)) + 128 + block + row * 4, mask=seen, other=0.0)
 
 
 @triton.jit(
@@ -111,13 +105,20 @@ def triton_mla_decode(
     Q,
     H,
     SPLITS,
+    LATENT: tl.constexpr,
+    ROPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    WIDE_ROPE: tl.constexpr,
     UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BH: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """page_stride counts 16 bytes, which are UNIT elements of the cache. `scale` is that of scores to the base 2."""
+    """Rows of the cache begin at multiples of UNIT of its elements, in which page_stride counts. `scale` is that of
+    scores to the base 2."""
     FP8: tl.constexpr = cache.dtype.element_ty == tl.uint8
+    BLOCKS: tl.constexpr = (LATENT + WIDE - 1) // WIDE
+    BY_BLOCK: tl.constexpr = q.dtype.element_ty == tl.float32  # whose blocks side by side are too many registers
     row_blocks = tl.cdiv(Q * H, BH)
     item, block = tl.program_id(0) // row_blocks, tl.program_id(0) % row_blocks
     if work is None:
@@ -135,74 +136,68 @@ def triton_mla_decode(
         length = tl.load(seqlens + request)
 
     r = block * BH + tl.arange(0, BH)
-    query, head = r // H, r % H
-    inside = (r < Q * H)[:, None]
+    query, head, inside = r // H, r % H, r < Q * H
     limit = tl.minimum(length - causal * (Q - 1 - query), last)  # keys that a row sees
-    d, e = tl.arange(0, 128), tl.arange(0, 64)
     q += request.to(tl.int64) * q_request
-    row_at = (query.to(tl.int64) * q_query + head.to(tl.int64) * q_head)[:, None]
-    q_at = row_at + d[None, :]
-    q0 = tl.load(q + q_at, mask=inside, other=0.0)
-    q1 = tl.load(q + 128 + q_at, mask=inside, other=0.0)
-    q2 = tl.load(q + 256 + q_at, mask=inside, other=0.0)
-    q3 = tl.load(q + 384 + q_at, mask=inside, other=0.0)
-    qr = tl.load(q + 512 + row_at + e[None, :], mask=inside, other=0.0)
-    rotary = cache.to(tl.pointer_type(tl.bfloat16)) + 264 if FP8 else cache + 512
+    q_row = query.to(tl.int64) * q_query + head.to(tl.int64) * q_head
+    q_rotary = _columns(q, q_row, inside, LATENT, LATENT + ROPE, WIDE_ROPE)
+    q_blocks, o_blocks = (), ()
+    for i in tl.static_range(BLOCKS):
+        q_blocks += (_columns(q, q_row, inside, WIDE * i, LATENT, WIDE),)
+        o_blocks += (tl.zeros((BH, WIDE), tl.float32),)
+    codes = cache.to(tl.pointer_type(tl.float8e4nv)) if FP8 else cache
+    scales = cache.to(tl.pointer_type(tl.float32)) + LATENT // 4
+    rotary = cache.to(tl.pointer_type(tl.bfloat16)) + LATENT // 2 + LATENT // 64 if FP8 else cache + LATENT
     table += request.to(tl.int64) * table_stride
 
     top = tl.full((BH,), -float("inf"), tl.float32)
     total = tl.zeros((BH,), tl.float32)
-    o0 = tl.zeros((BH, 128), tl.float32)
-    o1 = tl.zeros((BH, 128), tl.float32)
-    o2 = tl.zeros((BH, 128), tl.float32)
-    o3 = tl.zeros((BH, 128), tl.float32)
     for start in range(first, last, BN):
         key = start + tl.arange(0, BN)
         seen = key < last
         number = tl.load(table + (key >> page_bits), mask=seen, other=0)
-        row = number.to(tl.int64) * page_stride + (key & ((1 << page_bits) - 1)) * (41 if FP8 else 576 // UNIT)
-        k0 = _latent(cache, row, seen, 0, UNIT, q0.dtype)
-        c0 = _scale(cache, row, seen, 0) if FP8 else None
-        k1 = _latent(cache, row, seen, 1, UNIT, q0.dtype)
-        c1 = _scale(cache, row, seen, 1) if FP8 else None
-        k2 = _latent(cache, row, seen, 2, UNIT, q0.dtype)
-        c2 = _scale(cache, row, seen, 2) if FP8 else None
-        k3 = _latent(cache, row, seen, 3, UNIT, q0.dtype)
-        c3 = _scale(cache, row, seen, 3) if FP8 else None
-        kr = tl.load(rotary + (row * (8 if FP8 else UNIT))[:, None] + e[None, :], mask=seen[:, None], other=0.0).to(
-            q0.dtype
+        row = number.to(tl.int64) * page_stride + (key & ((1 << page_bits) - 1)) * (
+            41 if FP8 else (LATENT + ROPE) // UNIT
         )
         s = tl.zeros((BH, BN), tl.float32)
-        s = _add_scores(s, q0, k0, c0, PRECISION)
-        s = _add_scores(s, q1, k1, c1, PRECISION)
-        s = _add_scores(s, q2, k2, c2, PRECISION)
-        s = _add_scores(s, q3, k3, c3, PRECISION)
-        s = tl.dot(qr, tl.trans(kr), s, input_precision=PRECISION)
+        k_blocks, k_scales = (), ()
+        for i in tl.static_range(BLOCKS):
+            k_blocks += (_columns(codes, row * UNIT, seen, WIDE * i, LATENT, WIDE).to(q.dtype.element_ty),)
+            if FP8:
+                k_scales += (tl.load(scales + i + row * 4, mask=seen, other=0.0),)
+            if BY_BLOCK:
+                s = _add_scores(s, q_blocks[i], k_blocks[i], k_scales[i] if FP8 else None, PRECISION)
+        k_rotary = _columns(rotary, row * (8 if FP8 else UNIT), seen, 0, ROPE, WIDE_ROPE).to(q.dtype.element_ty)
+        for i in tl.static_range(BLOCKS):
+            if not BY_BLOCK:
+                s = _add_scores(s, q_blocks[i], k_blocks[i], k_scales[i] if FP8 else None, PRECISION)
+        s = _add_scores(s, q_rotary, k_rotary, None, PRECISION)
         s = tl.where(key[None, :] < limit[:, None], s * scale, -float("inf"))
         new = tl.maximum(top, tl.max(s, 1))
         base = tl.where(new == -float("inf"), 0.0, new)
         p, shrink = tl.exp2(s - base[:, None]), tl.exp2(top - base)
         top, total = new, total * shrink + tl.sum(p, 1)
-        o0 = _add_values(o0 * shrink[:, None], p, k0, c0, PRECISION)
-        o1 = _add_values(o1 * shrink[:, None], p, k1, c1, PRECISION)
-        o2 = _add_values(o2 * shrink[:, None], p, k2, c2, PRECISION)
-        o3 = _add_values(o3 * shrink[:, None], p, k3, c3, PRECISION)
+        sums = ()
+        for i in tl.static_range(BLOCKS):
+            scale_i = k_scales[i] if FP8 else None
+            sums += (_add_values(o_blocks[i] * shrink[:, None], p, k_blocks[i], scale_i, PRECISION),)
+        o_blocks = sums
 
     norm = 1 / tl.where(total == 0, 1.0, total)[:, None]
     top += tl.log2(total)
-    part += item.to(tl.int64) * (Q * H * 512)
-    at = r[:, None] * 512 + d[None, :]
-    tl.store(part + at, o0 * norm, mask=inside)
-    tl.store(part + 128 + at, o1 * norm, mask=inside)
-    tl.store(part + 256 + at, o2 * norm, mask=inside)
-    tl.store(part + 384 + at, o3 * norm, mask=inside)
-    tl.store(part_lse + item.to(tl.int64) * (Q * H) + r, top, mask=r < Q * H)
+    part += item.to(tl.int64) * (Q * H * LATENT)
+    for i in tl.static_range(BLOCKS):
+        column = WIDE * i + tl.arange(0, WIDE)
+        at, there = r[:, None] * LATENT + column[None, :], inside[:, None] & (column < LATENT)[None, :]
+        tl.store(part + at, o_blocks[i] * norm, mask=there)
+    tl.store(part_lse + item.to(tl.int64) * (Q * H) + r, top, mask=inside)
 
 
 @triton.jit(do_not_specialize=["seqlens", "splits", "lse", "part_lse", "Q", "H", "SPLITS"])
 def triton_mla_decode_join(
-    part, part_lse, seqlens, splits, out, out_request, out_query, out_head, lse, Q, H, SPLITS, CHUNK: tl.constexpr
-):
+    part, part_lse, seqlens, splits, out, out_request, out_query, out_head, lse, Q, H, SPLITS, LATENT: tl.constexpr,
+    WIDE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """One row of a request: its splits in order, CHUNK at a time. Log-sum-exps of splits are to the base 2."""
     request, r = tl.program_id(0) // (Q * H), tl.program_id(0) % (Q * H)
     if splits is None:
@@ -211,15 +206,16 @@ def triton_mla_decode_join(
         last = first + tl.maximum(tl.cdiv(length, tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), 64), 1) * 64), 1)
     else:
         first, last = tl.load(splits + request), tl.load(splits + request + 1)
-    d = tl.arange(0, 512)
+    d = tl.arange(0, WIDE)
     top = tl.full((), -float("inf"), tl.float32)
     total = tl.zeros((), tl.float32)
-    mean = tl.zeros((512,), tl.float32)
+    mean = tl.zeros((WIDE,), tl.float32)
     for start in range(first, last, CHUNK):
         item = start + tl.arange(0, CHUNK)
         row = item.to(tl.int64) * (Q * H) + r
         each = tl.load(part_lse + row, mask=item < last, other=-float("inf"))
-        values = tl.load(part + row[:, None] * 512 + d[None, :], mask=(item < last)[:, None], other=0.0)
+        there = (item < last)[:, None] & (d < LATENT)[None, :]
+        values = tl.load(part + row[:, None] * LATENT + d[None, :], mask=there, other=0.0)
         new = tl.maximum(top, tl.max(each, 0))
         base = tl.where(new == -float("inf"), 0.0, new)
         weights, shrink = tl.exp2(each - base), tl.exp2(top - base)
@@ -227,26 +223,20 @@ def triton_mla_decode_join(
         mean = mean * shrink + tl.sum(values * weights[:, None], 0)
     mean /= tl.where(total == 0, 1.0, total)
     out += request.to(tl.int64) * out_request + (r // H).to(tl.int64) * out_query + (r % H).to(tl.int64) * out_head
-    tl.store(out + d, mean.to(out.dtype.element_ty))
+    tl.store(out + d, mean.to(out.dtype.element_ty), mask=d < LATENT)
     tl.store(lse + request.to(tl.int64) * (Q * H) + r, (top + tl.log2(total)) * LN2)
 
 
 def mla_decode_cannot(q: Tensor, kv_cache: Tensor, *rest: Any) -> str | None:
     latent = rest[-1]
-    if (latent, q.shape[3]) != (LATENT, LATENT + ROPE):
-        return f"takes a latent of {LATENT} and a rotary part of {ROPE}, got {latent} and {q.shape[3] - latent}"
+    rope = q.shape[3] - latent
+    if latent > LATENT or rope > ROPE:
+        return f"takes a latent of up to {LATENT} and a rotary part of up to {ROPE}, got {latent} and {rope}"
     if q.dtype == torch.float64:
         return "takes no float64"
-    if kv_cache.stride(0) * kv_cache.itemsize % 16 and kv_cache.shape[0] > 1:
-        return "takes pages that begin multiples of 16 bytes apart"
-    if kv_cache.dtype == torch.uint8:
-        if q.dtype == torch.float16:
-            return "takes no float16 queries on an FP8 cache, whose scales can be too small for it"
-        if kv_cache.data_ptr() % 16:
-            return "takes an FP8 cache that begins at a multiple of 16 bytes"
-        if _triton.sm(q) < 89:
-            return f"an FP8 cache needs compute capability 8.9, got {_triton.sm(q) / 10}"
-    return None
+    if kv_cache.dtype == torch.uint8 and q.dtype == torch.float16:
+        return "takes no float16 queries on an FP8 cache, whose scales can be too small for it"
+    return cannot(kv_cache)
 
 
 @functools.cache
@@ -268,7 +258,7 @@ def mla_decode(
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    (requests, queries, heads, _), page = q.shape, kv_cache.shape[1]
+    (requests, queries, heads, width), (_, page, row) = q.shape, kv_cache.shape
     rows = queries * heads
     if not requests * rows:
         return
@@ -280,9 +270,10 @@ def mla_decode(
         items = requests * count
     else:
         count, items = 1, work.shape[0]
-    part = q.new_empty(items, rows, LATENT, dtype=torch.float32)
+    part = q.new_empty(items, rows, latent, dtype=torch.float32)
     part_lse = q.new_empty(items, rows, dtype=torch.float32)
-    unit = 16 // kv_cache.itemsize
+    unit = math.gcd(16 // kv_cache.itemsize, row, kv_cache.stride(0))
+    wide = min(64 if q.dtype == torch.float32 else 128, max(16, _triton.next_power_of_2(latent)))
     _triton.launch(
         triton_mla_decode,
         (items * row_blocks,),
@@ -302,6 +293,10 @@ def mla_decode(
         queries,
         heads,
         count,
+        latent,
+        width - latent,
+        wide,
+        max(16, _triton.next_power_of_2(width - latent)),
         unit,
         "tf32x3" if q.dtype == torch.float32 else "tf32",
         **config,
@@ -319,6 +314,8 @@ def mla_decode(
         queries,
         heads,
         count,
+        latent,
+        max(128, _triton.next_power_of_2(latent)),
         8,
         num_warps=4,
     )

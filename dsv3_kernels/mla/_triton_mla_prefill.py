@@ -47,7 +47,7 @@ QUERIES = _triton.Table(
 KEYS = _triton.Table(
     "mla_prefill_backward_keys",
     ({"sm": 89}, _tile(64, 32, 8, 2)),
-    ({}, _tile(64, 64, 8, 2)),
+    ({}, _tile(32, 64, 8, 2)),
     candidates=tuple(_tile(m, n, w, s) for m in (32, 64) for n in (32, 64, 128) for w in (4, 8) for s in (1, 2, 3)),
 )
 

@@ -44,7 +44,7 @@ def mla_decode(
             balanced plan of its own otherwise. How a request is cut then depends on the number of requests and on the
             table's width.
         out: where to write: the output, or `(output, lse)`.
-        latent: width of the latent, 512; other widths in the eager backend with float caches only.
+        latent: width of the latent, 512; others with float caches only, in the eager and Triton backends.
 
     Returns:
         `out [B, Sq, H, 512]` in q's dtype; `lse [B, Sq, H]`, log-sum-exp in base e of the scaled scores, float32

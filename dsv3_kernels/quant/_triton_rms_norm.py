@@ -74,16 +74,22 @@ def row_roots(x, residual, row, rows, columns, x_stride, residual_stride, eps, C
 
 
 @triton.jit
+def norm(value, weight, column, columns, rms):
+    """The norm of a chunk [ROWS, CHUNK], rounded to its dtype."""
+    factor = tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32)
+    return (value.to(tl.float32) * rms * factor[None, :]).to(value.dtype)
+
+
+@triton.jit
 def store_normed(x, residual, weight, normed, total, row, column, rows, columns, x_stride, residual_stride, rms):
     """Stores a chunk of the norm, and of x + residual; returns the norm, rounded."""
     value, inside = load_sum(x, residual, row, column, rows, columns, x_stride, residual_stride)
     place = row[:, None] * columns + column[None, :]
     if residual is not None:
         tl.store(total + place, value, mask=inside)
-    factor = tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32)
-    result = (value.to(tl.float32) * rms * factor[None, :]).to(normed.dtype.element_ty)
+    result = norm(value, weight, column, columns, rms)
     tl.store(normed + place, result, mask=inside)
-    return result, place, inside
+    return result
 
 
 @triton.jit(do_not_specialize=["rows", "eps"])

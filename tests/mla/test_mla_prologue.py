@@ -6,9 +6,10 @@ import pytest
 import torch
 from checks import close, compiles, opcheck, same_bits
 from latent_cache import FP8, empty
-from simulated import coverage, launches, needs_simulator
+from simulated import SCHEDULES, coverage, launches, needs_simulator, schedule
 
 import dsv3_kernels as dk
+from dsv3_kernels import _simulator
 from dsv3_kernels.mla import _cuda
 
 OP = "mla_prologue"
@@ -76,13 +77,24 @@ def test_zeros_nan_and_infinity_stay_in_their_place(backend, device):
     assert same_bits(rows[0][:, :528], rows[1][:, :528])
 
 
+PORTABLE = ["eager", "sim:triton"] if _simulator.missing() is None else ["eager"]  # not CUDA: it is bfloat16's
+
+
+@pytest.mark.parametrize("where", PORTABLE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_other_dtypes(device, dtype):
-    check(device, inputs(5, dtype, dtype))
-    check(device, inputs(5, FP8, dtype))
+def test_other_dtypes(device, dtype, where):
+    with dk.backend(where if device.type == "cpu" else None):
+        check(device, inputs(5, dtype, dtype))
+        check(device, inputs(5, FP8, dtype))
 
 
-def test_toy_widths(device):
+@pytest.mark.parametrize("where", PORTABLE)
+def test_toy_widths(device, where):
+    with dk.backend(where if device.type == "cpu" else None):
+        toy_widths()
+
+
+def toy_widths():
     x, cache = torch.randn(3, 21 + 14 + 6), torch.full((1, 16, 20), torch.nan)
     weights, table = (torch.randn(21), torch.randn(14)), torch.randn(9, 6)
     at, slots = torch.tensor([8, 0, 2]), torch.tensor([3, -1, 0])
@@ -99,6 +111,34 @@ def test_no_tokens(device):
     assert q.shape == (0, RANK) and scale.shape == (0, 12) and args[5].isnan().all()
 
 
+@needs_simulator
+@pytest.mark.parametrize("options", SCHEDULES.values(), ids=SCHEDULES)
+def test_triton_under_any_schedule(options):
+    """Long rows too, a few columns of a last chunk, and every block of the kernel."""
+    with coverage(TRITON) as seen, dk.backend("sim:triton"):
+        for rank, cache_dtype in ((2100, torch.bfloat16), (136, FP8)):
+            args = inputs(3, cache_dtype, rank=rank)
+            before = dk.launch_counts()[TRITON]
+            with schedule(**options):
+                check(torch.device("cpu"), args)
+            assert dk.launch_counts()[TRITON] == before + 2
+        no_latent(options)
+    never = {"a, b = tl.split(": "the loop over the latent without a turn, and an FP8 cache's is 512 wide"}
+    assert seen.unreached(unreachable=never) == []
+
+
+def no_latent(options):
+    """A cache of rotary keys alone: the loop over the latent has no turn."""
+    x, weights = torch.randn(2, 3 + 64).bfloat16(), (torch.randn(3), torch.randn(0))
+    rest = torch.tensor([4, 0]), torch.randn(5, 64), torch.zeros(1, 16, 64).bfloat16(), torch.tensor([9, -1])
+    with schedule(**options):
+        got = *dk.mla_prologue(x, *weights, *rest, eps=EPS), rest[2].clone()
+    rest[2].zero_()
+    with dk.backend("eager"):
+        assert same_bits(got, (*dk.mla_prologue(x, *weights, *rest, eps=EPS), rest[2]))
+
+
+TRITON = "triton_mla_prologue"
 CACHES = {torch.bfloat16: "mla_prologue_bf16", FP8: "mla_prologue_fp8"}
 
 
@@ -112,13 +152,19 @@ def launch(args, keys):
     return q, scale, latent, k_rope
 
 
+def launch_triton(args, keys):
+    with dk.backend("sim:triton"):
+        return dk.mla_prologue(*args, eps=EPS, keys=keys)
+
+
 @needs_simulator
+@pytest.mark.parametrize("run", [launch, launch_triton])
 @pytest.mark.parametrize("cache_dtype", CACHES)
-def test_kernels_skip_what_lies_outside(cache_dtype):
+def test_kernels_skip_what_lies_outside(cache_dtype, run):
     """A slot outside the cache is skipped, a position outside the table gives NaN; eager refuses both."""
     args = inputs(5, cache_dtype)
     args[3][2], args[3][3], args[6] = 40, -1, torch.tensor([64, -5, 7, 2**40, 63])
-    q, _, latent, k_rope = launch(args, True)
+    q, _, latent, k_rope = run(args, True)
     args[3][2:4] = args[3][0]
     wanted = composed(*args[:5], empty(4, 16, 576, cache_dtype), torch.tensor([-1, -1, 7, -1, 63]))
     assert same_bits([q, latent], [wanted[0], wanted[2]])

@@ -62,6 +62,18 @@ def absorb(tokens: int, latent: bool, dtype: torch.dtype = torch.bfloat16) -> ob
     return dk.mla_absorb(torch.empty(tokens, 128, 512, dtype=dtype), kv_b[:, 128:])
 
 
+def prologue(fp8: bool) -> object:
+    tokens, slots = 4096, torch.zeros(4096, dtype=torch.int64)
+    weights = bf16(1536), bf16(512)
+    return dk.mla_prologue(bf16(tokens, 2112), *weights, i32(tokens), f32(4096, 64), cache_of(fp8), slots, eps=1e-6)
+
+
+def decode_of(latent: int, dtype: torch.dtype) -> object:
+    """A few heads, a latent of another width."""
+    q, cache = torch.empty(128, 1, 16, latent + 64, dtype=dtype), torch.empty(8192, 64, latent + 64, dtype=dtype)
+    return dk.mla_decode(q, cache, i32(128, 64), i32(128), softmax_scale=1.0, latent=latent)
+
+
 VECTORS = (r"ld\.global\.v4",)
 KERNELS = ("triton_mla_decode", "triton_mla_decode_join")
 CALLS = {
@@ -72,6 +84,12 @@ CALLS = {
     "mla_cache_append": [
         Call(lambda: append(False), ("triton_mla_cache_append",), VECTORS),
         Call(lambda: append(True), ("triton_mla_cache_append_fp8",), (r"cvt\.rn\.satfinite\.e4m3x2\.f32",), 89),
+    ],
+    "mla_prologue": [
+        Call(
+            lambda fp8=fp8: prologue(fp8), ("triton_mla_prologue",), (*VECTORS, r"cvt\.rn\.satfinite\.e4m3x2\.f32"), 89
+        )
+        for fp8 in (False, True)
     ],
     "mla_cache_gather": [
         Call(
@@ -99,6 +117,8 @@ CALLS = {
         Call(decode(16, False, False), KERNELS, (MMA,)),
         Call(decode(128, True, True), KERNELS, (WGMMA,), 89),
         Call(decode(16, True, False), KERNELS, (MMA,), 89),
+        Call(lambda: decode_of(512, torch.float32), KERNELS, (r"mma\.sync\.aligned\.m16n8k8\.row\.col\.f32\.tf32",)),
+        Call(lambda: decode_of(256, torch.bfloat16), KERNELS, (MMA,)),
     ],
     "mla_prefill": [Call(lambda: prefill(False), ("triton_mla_prefill",), (WGMMA,))],
     "mla_prefill_backward": [
