@@ -1,4 +1,5 @@
-"""mla_prefill in Triton, forward and backward: heads of 192 are 128 and a rotary 64, whose key all heads share.
+"""mla_prefill in Triton, forward and backward: a head's key is its own part and a rotary part that all share, 128
+and 64 columns in DeepSeek-V3.
 
 A program has a tile of the queries or keys of one sequence and head, and walks over the other side; the bounds of the
 sequences stay on the device. The backward pass forms the weights anew from the log-sum-exp, twice: once for the
@@ -20,6 +21,7 @@ from .. import _triton
 from .._triton_segments import segment_of, tiles
 
 LOG2E = 1.4426950408889634
+WIDTHS = (16, 32, 64, 128), (16, 32, 64), (16, 32, 64, 128)  # of a head's key, the shared rotary key, a value
 LN2 = tl.constexpr(0.6931471805599453)
 RUNTIME = ["cu_q", "cu_k", "lse", "row_sums", "parts", "scale", "causal", "T", "S", "H", "B"]
 
@@ -46,6 +48,7 @@ QUERIES = _triton.Table(
 )
 KEYS = _triton.Table(
     "mla_prefill_backward_keys",
+    ({"sm": 89, "nope": 64}, _tile(32, 32, 8, 2)),
     ({"sm": 89}, _tile(64, 32, 8, 2)),
     ({}, _tile(32, 64, 8, 2)),
     candidates=tuple(_tile(m, n, w, s) for m in (32, 64) for n in (32, 64, 128) for w in (4, 8) for s in (1, 2, 3)),
@@ -95,6 +98,9 @@ def triton_mla_prefill(
     T,
     H,
     B,
+    NOPE: tl.constexpr,
+    ROPE: tl.constexpr,
+    VALUE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -111,36 +117,38 @@ def triton_mla_prefill(
     # A row sees the keys before its limit.
     limit = tl.minimum(keys, tl.where(causal != 0, keys - queries + first - query0 + 1 + m, keys))
     last = tl.max(tl.where(inside, limit, 0), 0)
-    x = _rows(q + head * q_head, first, q_row, m, 128, inside)
-    x_rotary = _rows(q + head * q_head + 128, first, q_row, m, 64, inside)
+    x = _rows(q + head * q_head, first, q_row, m, NOPE, inside)
+    x_rotary = _rows(q + head * q_head + NOPE, first, q_row, m, ROPE, inside)
     top = tl.full((BM,), -float("inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
-    mean = tl.zeros((BM, 128), tl.float32)
+    mean = tl.zeros((BM, VALUE), tl.float32)
     for start in range(0, last, BN):
         seen = start + n < last
-        y = _rows(k_nope + head * k_nope_head, key0 + start, k_nope_row, n, 128, seen)
-        y_rotary = _rows(k_rope, key0 + start, k_rope_row, n, 64, seen)
+        y = _rows(k_nope + head * k_nope_head, key0 + start, k_nope_row, n, NOPE, seen)
+        y_rotary = _rows(k_rope, key0 + start, k_rope_row, n, ROPE, seen)
         s = _scores(x, x_rotary, y, y_rotary)
         s = tl.where((start + n)[None, :] < limit[:, None], s * scale, -float("inf"))
         new = tl.maximum(top, tl.max(s, 1))
         base = tl.where(new == -float("inf"), 0.0, new)
         p, shrink = tl.exp2(s - base[:, None]), tl.exp2(top - base)
         top, total = new, total * shrink + tl.sum(p, 1)
-        z = _rows(v + head * v_head, key0 + start, v_row, n, 128, seen)
+        z = _rows(v + head * v_head, key0 + start, v_row, n, VALUE, seen)
         mean = tl.dot(p.to(z.dtype), z, mean * shrink[:, None])
     mean /= tl.where(total == 0, 1.0, total)[:, None]
-    out += (first.to(tl.int64) * H + head) * 128
+    out += (first.to(tl.int64) * H + head) * VALUE
     tl.store(
-        out + (m * (H * 128))[:, None] + tl.arange(0, 128)[None, :], mean.to(out.dtype.element_ty), mask=inside[:, None]
+        out + (m * (H * VALUE))[:, None] + tl.arange(0, VALUE)[None, :],
+        mean.to(out.dtype.element_ty),
+        mask=inside[:, None],
     )
     tl.store(lse + (first.to(tl.int64) * H + head) + m * H, (top + tl.log2(total)) * LN2, mask=inside)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def triton_mla_prefill_backward_row_sums(grad, out, row_sums, T, ROWS: tl.constexpr):
-    """rowsum(dO * O) of T rows of 128."""
+def triton_mla_prefill_backward_row_sums(grad, out, row_sums, T, VALUE: tl.constexpr, ROWS: tl.constexpr):
+    """rowsum(dO * O) of T rows."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    at = row[:, None] * 128 + tl.arange(0, 128)[None, :]
+    at = row[:, None] * VALUE + tl.arange(0, VALUE)[None, :]
     x = tl.load(grad + at, mask=(row < T)[:, None], other=0.0).to(tl.float32)
     y = tl.load(out + at, mask=(row < T)[:, None], other=0.0).to(tl.float32)
     tl.store(row_sums + row, tl.sum(x * y, 1), mask=row < T)
@@ -170,6 +178,9 @@ def triton_mla_prefill_backward_queries(
     T,
     H,
     B,
+    NOPE: tl.constexpr,
+    ROPE: tl.constexpr,
+    VALUE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -185,29 +196,29 @@ def triton_mla_prefill_backward_queries(
     inside = m < end - first
     limit = tl.minimum(keys, tl.where(causal != 0, keys - queries + first - query0 + 1 + m, keys))
     last = tl.max(tl.where(inside, limit, 0), 0)
-    x = _rows(q + head * q_head, first, q_row, m, 128, inside)
-    x_rotary = _rows(q + head * q_head + 128, first, q_row, m, 64, inside)
-    g = _rows(grad + head * 128, first, H * 128, m, 128, inside)
+    x = _rows(q + head * q_head, first, q_row, m, NOPE, inside)
+    x_rotary = _rows(q + head * q_head + NOPE, first, q_row, m, ROPE, inside)
+    g = _rows(grad + head * VALUE, first, H * VALUE, m, VALUE, inside)
     at = first.to(tl.int64) * H + head
     top = tl.load(lse + at + m * H, mask=inside, other=0.0) / LN2  # never read where a row sees no key
     row_sum = tl.load(row_sums + at + m * H, mask=inside, other=0.0)
-    total = tl.zeros((BM, 128), tl.float32)
-    total_rotary = tl.zeros((BM, 64), tl.float32)
+    total = tl.zeros((BM, NOPE), tl.float32)
+    total_rotary = tl.zeros((BM, ROPE), tl.float32)
     for start in range(0, last, BN):
         seen = start + n < last
-        y = _rows(k_nope + head * k_nope_head, key0 + start, k_nope_row, n, 128, seen)
-        y_rotary = _rows(k_rope, key0 + start, k_rope_row, n, 64, seen)
-        z = _rows(v + head * v_head, key0 + start, v_row, n, 128, seen)
+        y = _rows(k_nope + head * k_nope_head, key0 + start, k_nope_row, n, NOPE, seen)
+        y_rotary = _rows(k_rope, key0 + start, k_rope_row, n, ROPE, seen)
+        z = _rows(v + head * v_head, key0 + start, v_row, n, VALUE, seen)
         s = _scores(x, x_rotary, y, y_rotary) * (scale / LN2) - top[:, None]
         p = tl.where((start + n)[None, :] < limit[:, None], tl.exp2(s), 0.0)
         ds = (p * (tl.dot(g, tl.trans(z)) - row_sum[:, None])).to(y.dtype)
         total = tl.dot(ds, y, total)
         total_rotary = tl.dot(ds, y_rotary, total_rotary)
-    at = (m * (H * 192))[:, None] + tl.arange(0, 128)[None, :]
-    at_rotary = (m * (H * 192))[:, None] + tl.arange(0, 64)[None, :]
-    grad_q += (first.to(tl.int64) * H + head) * 192
+    at = (m * (H * (NOPE + ROPE)))[:, None] + tl.arange(0, NOPE)[None, :]
+    at_rotary = (m * (H * (NOPE + ROPE)))[:, None] + tl.arange(0, ROPE)[None, :]
+    grad_q += (first.to(tl.int64) * H + head) * (NOPE + ROPE)
     tl.store(grad_q + at, (total * scale).to(grad_q.dtype.element_ty), mask=inside[:, None])
-    tl.store(grad_q + 128 + at_rotary, (total_rotary * scale).to(grad_q.dtype.element_ty), mask=inside[:, None])
+    tl.store(grad_q + NOPE + at_rotary, (total_rotary * scale).to(grad_q.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -236,10 +247,13 @@ def triton_mla_prefill_backward_keys(
     S,
     H,
     B,
+    NOPE: tl.constexpr,
+    ROPE: tl.constexpr,
+    VALUE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """dV = P^T dO, dK = dS^T Q; of the rotary key the head's part, float32, in parts [S, H, 64]."""
+    """dV = P^T dO, dK = dS^T Q; of the rotary key the head's part, float32, in parts [S, H, ROPE]."""
     row_tiles = S // BN + B + 2
     tile, head = tl.program_id(0) % row_tiles, (tl.program_id(0) // row_tiles).to(tl.int64)
     sequence, first, end = segment_of(cu_k, B, S, tile, BN)  # the first tiles of a sequence are seen by most queries
@@ -250,17 +264,17 @@ def triton_mla_prefill_backward_keys(
     m, n = tl.arange(0, BM), tl.arange(0, BN)
     inside = n < end - first
     nearest = tl.where(causal != 0, first - key0 + n - (keys - queries), 0)  # the first query that sees a key
-    y = _rows(k_nope + head * k_nope_head, first, k_nope_row, n, 128, inside)
-    y_rotary = _rows(k_rope, first, k_rope_row, n, 64, inside)
-    z = _rows(v + head * v_head, first, v_row, n, 128, inside)
-    total = tl.zeros((BN, 128), tl.float32)
-    total_rotary = tl.zeros((BN, 64), tl.float32)
-    total_v = tl.zeros((BN, 128), tl.float32)
+    y = _rows(k_nope + head * k_nope_head, first, k_nope_row, n, NOPE, inside)
+    y_rotary = _rows(k_rope, first, k_rope_row, n, ROPE, inside)
+    z = _rows(v + head * v_head, first, v_row, n, VALUE, inside)
+    total = tl.zeros((BN, NOPE), tl.float32)
+    total_rotary = tl.zeros((BN, ROPE), tl.float32)
+    total_v = tl.zeros((BN, VALUE), tl.float32)
     for start in range(tl.maximum(tl.min(nearest, 0), 0), queries, BM):
         sees = start + m < queries
-        x = _rows(q + head * q_head, query0 + start, q_row, m, 128, sees)
-        x_rotary = _rows(q + head * q_head + 128, query0 + start, q_row, m, 64, sees)
-        g = _rows(grad + head * 128, query0 + start, H * 128, m, 128, sees)
+        x = _rows(q + head * q_head, query0 + start, q_row, m, NOPE, sees)
+        x_rotary = _rows(q + head * q_head + NOPE, query0 + start, q_row, m, ROPE, sees)
+        g = _rows(grad + head * VALUE, query0 + start, H * VALUE, m, VALUE, sees)
         at = (query0 + start).to(tl.int64) * H + head
         top = tl.load(lse + at + m * H, mask=sees, other=0.0) / LN2
         row_sum = tl.load(row_sums + at + m * H, mask=sees, other=0.0)
@@ -271,28 +285,29 @@ def triton_mla_prefill_backward_keys(
         total = tl.dot(ds, x, total)
         total_rotary = tl.dot(ds, x_rotary, total_rotary)
     row = first.to(tl.int64) * H + head
-    at = (n * (H * 128))[:, None] + tl.arange(0, 128)[None, :]
-    at_rotary = (n * (H * 64))[:, None] + tl.arange(0, 64)[None, :]
-    tl.store(grad_k_nope + row * 128 + at, (total * scale).to(grad_k_nope.dtype.element_ty), mask=inside[:, None])
-    tl.store(grad_v + row * 128 + at, total_v.to(grad_v.dtype.element_ty), mask=inside[:, None])
-    tl.store(parts + row * 64 + at_rotary, total_rotary * scale, mask=inside[:, None])
+    at = (n * (H * NOPE))[:, None] + tl.arange(0, NOPE)[None, :]
+    at_v = (n * (H * VALUE))[:, None] + tl.arange(0, VALUE)[None, :]
+    at_rotary = (n * (H * ROPE))[:, None] + tl.arange(0, ROPE)[None, :]
+    tl.store(grad_k_nope + row * NOPE + at, (total * scale).to(grad_k_nope.dtype.element_ty), mask=inside[:, None])
+    tl.store(grad_v + row * VALUE + at_v, total_v.to(grad_v.dtype.element_ty), mask=inside[:, None])
+    tl.store(parts + row * ROPE + at_rotary, total_rotary * scale, mask=inside[:, None])
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def triton_mla_prefill_backward_join(parts, grad_k_rope, S, H, ROWS: tl.constexpr):
+def triton_mla_prefill_backward_join(parts, grad_k_rope, S, H, ROPE: tl.constexpr, ROWS: tl.constexpr):
     """The rotary key's gradient: its parts, head by head."""
-    row, d = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, 64)
+    row, d = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, ROPE)
     inside = (row < S)[:, None]
-    total = tl.zeros((ROWS, 64), tl.float32)
+    total = tl.zeros((ROWS, ROPE), tl.float32)
     for head in range(H):
-        total += tl.load(parts + ((row * H + head) * 64)[:, None] + d[None, :], mask=inside, other=0.0)
-    tl.store(grad_k_rope + row[:, None] * 64 + d[None, :], total.to(grad_k_rope.dtype.element_ty), mask=inside)
+        total += tl.load(parts + ((row * H + head) * ROPE)[:, None] + d[None, :], mask=inside, other=0.0)
+    tl.store(grad_k_rope + row[:, None] * ROPE + d[None, :], total.to(grad_k_rope.dtype.element_ty), mask=inside)
 
 
 def mla_prefill_cannot(q: Tensor, k_nope: Tensor, k_rope: Tensor, v: Tensor, *_: Any) -> str | None:
-    widths = k_nope.shape[2], k_rope.shape[1], v.shape[2]
-    if widths != (128, 64, 128):
-        return f"takes heads of 128 and 64 and values of 128, got {widths[0]}, {widths[1]} and {widths[2]}"
+    widths = _widths(k_nope, k_rope, v)
+    if any(width not in allowed for width, allowed in zip(widths, WIDTHS, strict=True)):
+        return f"takes widths of 16, 32, 64 and (not rotary) 128, got {widths[0]}, {widths[1]} and {widths[2]}"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"takes bfloat16 and float16, got {q.dtype}"
     return _triton.far(q.stride(0), k_nope.stride(0), k_rope.stride(0), v.stride(0))
@@ -315,12 +330,16 @@ def mla_prefill(
     grid = (tiles(rows, sequences, config["BM"]) * heads if rows else 0,)
     operands = *_operands(q, k_nope, k_rope, v), cu_q, cu_k
     sizes = scale * LOG2E, int(causal), rows, heads, sequences
-    _triton.launch(triton_mla_prefill, grid, *operands, out, lse, *sizes, **config)
+    _triton.launch(triton_mla_prefill, grid, *operands, out, lse, *sizes, *_widths(k_nope, k_rope, v), **config)
 
 
 def _operands(q: Tensor, k_nope: Tensor, k_rope: Tensor, v: Tensor) -> tuple[Any, ...]:
     """Each with its strides of rows and heads."""
     return q, *q.stride()[:2], k_nope, *k_nope.stride()[:2], k_rope, k_rope.stride(0), v, *v.stride()[:2]
+
+
+def _widths(k_nope: Tensor, k_rope: Tensor, v: Tensor) -> tuple[int, int, int]:
+    return k_nope.shape[2], k_rope.shape[1], v.shape[2]
 
 
 def mla_prefill_backward_cannot(grad_out: Tensor, *rest: Any) -> str | None:
@@ -346,18 +365,20 @@ def mla_prefill_backward(
 ) -> None:
     (rows, heads), keys, sequences = lse.shape, k_rope.shape[0], cu_q.shape[0] - 1
     operands = grad_out, *_operands(q, k_nope, k_rope, v), cu_q, cu_k, lse
-    row_sums = torch.empty_like(lse)
+    row_sums, widths = torch.empty_like(lse), _widths(k_nope, k_rope, v)
     grid = (_triton.cdiv(rows * heads, 32),)
-    _triton.launch(triton_mla_prefill_backward_row_sums, grid, grad_out, out, row_sums, rows * heads, 32, num_warps=4)
+    _triton.launch(
+        triton_mla_prefill_backward_row_sums, grid, grad_out, out, row_sums, rows * heads, widths[2], 32, num_warps=4
+    )
     config = QUERIES(q)
     grid = (tiles(rows, sequences, config["BM"]) * heads if rows else 0,)
     sizes = scale, int(causal), rows, heads, sequences
-    _triton.launch(triton_mla_prefill_backward_queries, grid, *operands, row_sums, grad_q, *sizes, **config)
-    config = KEYS(q)
+    _triton.launch(triton_mla_prefill_backward_queries, grid, *operands, row_sums, grad_q, *sizes, *widths, **config)
+    config = KEYS(q, nope=widths[0])
     grid = (tiles(keys, sequences, config["BN"]) * heads if keys else 0,)
     sizes = scale, int(causal), keys, heads, sequences
-    parts = q.new_empty(keys, heads, 64, dtype=torch.float32)
+    parts = q.new_empty(keys, heads, widths[1], dtype=torch.float32)
     grads = grad_k_nope, grad_v, parts
-    _triton.launch(triton_mla_prefill_backward_keys, grid, *operands, row_sums, *grads, *sizes, **config)
+    _triton.launch(triton_mla_prefill_backward_keys, grid, *operands, row_sums, *grads, *sizes, *widths, **config)
     grid = (_triton.cdiv(keys, 16),)
-    _triton.launch(triton_mla_prefill_backward_join, grid, parts, grad_k_rope, keys, heads, 16, num_warps=4)
+    _triton.launch(triton_mla_prefill_backward_join, grid, parts, grad_k_rope, keys, heads, widths[1], 16, num_warps=4)

@@ -34,7 +34,7 @@ def mla_prefill(
     Args:
         q: `[T, H, 192]` bfloat16, float16, float32 or float64: 128 without and 64 with rotary embedding.
         k_nope: `[S, H, 128]`, k_rope: `[S, 64]`, v: `[S, H, 128]`, all of q's dtype. All four may be strided, the last
-            dimension contiguous. The eager backend takes any widths.
+            dimension contiguous. The eager backend takes any widths, Triton's powers of two from 16 up to these.
         cu_seqlens_q, cu_seqlens_k: `[B + 1]` int32, non-decreasing, from 0 on.
         softmax_scale: factor on the scores. DeepSeek-V3: 192^-0.5 (0.1 ln 40 + 1)^2 = 0.1352338.
         causal: mask the keys after each query.

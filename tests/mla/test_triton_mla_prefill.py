@@ -21,7 +21,7 @@ BACKWARD = [f"{FORWARD}_backward_{part}" for part in ("row_sums", "queries", "ke
 def run(tensors, cu_q, cu_k, grad_out, causal):
     """Results and gradients, and that every kernel ran once."""
     before = dk.launch_counts()
-    ours = [t.detach().clone().requires_grad_() for t in tensors]
+    ours = [t.detach().requires_grad_() for t in tensors]
     with dk.backend("sim:triton"):
         out, lse = dk.mla_prefill(*ours, cu_q, cu_k, softmax_scale=SCALE, causal=causal)
     grads = torch.autograd.grad(out, ours, grad_out)
@@ -53,6 +53,30 @@ def test_any_schedule(causal, options) -> None:
     assert [missed for kernel in seen for missed in kernel.unreached()] == []
 
 
+@pytest.mark.parametrize("widths", [(64, 32, 64), (32, 16, 128), (128, 64, 16)], ids=str)
+def test_other_widths(widths) -> None:
+    """Queries, keys and values lie in wider rows of NaN."""
+    cu_q, cu_k = bounds_of([70, 0, 3]), bounds_of([100, 5, 0])
+    apart = [
+        torch.full((*t.shape[:-1], t.shape[-1] + 8), torch.nan).bfloat16() for t in inputs(73, 105, 2, BF16, widths)
+    ]
+    tensors = [wide[..., :-8] for wide in apart]
+    for t, values in zip(tensors, inputs(73, 105, 2, BF16, widths), strict=True):
+        t.copy_(values)
+    args = tensors, cu_q, cu_k, torch.randn(73, 2, widths[2]).bfloat16(), True
+    with contextlib.ExitStack() as stack:
+        seen = [stack.enter_context(coverage(kernel)) for kernel in (FORWARD, *BACKWARD)]
+        got = run(*args)
+        with schedule(**SCHEDULES["late"]):
+            again = run(*args)
+        check(got, *args)
+        tensors[0][1, 0, 0] = torch.nan
+        poisoned = run(*args)[0]
+    assert poisoned[1, 0].isnan().all() and int(poisoned.isnan().sum()) == widths[2]
+    assert same_bits(got, again) and [missed for kernel in seen for missed in kernel.unreached()] == []
+    assert all(wide[..., -8:].isnan().all() for wide in apart)
+
+
 @pytest.mark.slow  # five kernels compile for it
 def test_float16() -> None:
     cu = bounds_of([20, 9])
@@ -73,13 +97,15 @@ def test_nothing_to_attend_to(queries, keys, sequences) -> None:
     assert not out.any() and lse.isneginf().all() and not any(g.any() for g in grads)
 
 
+BF16 = torch.bfloat16
 FAR = torch.empty(2 << 24, dtype=torch.bfloat16).as_strided((2, 1, 192), (1 << 24, 192, 1))
 
 
 @pytest.mark.parametrize(
     ("words", "tensors"),
     [
-        ("takes heads of 128 and 64 and values of 128, got 16, 8 and 16", inputs(2, 2, 1, torch.bfloat16, (16, 8, 16))),
+        (r"takes widths of 16, 32, 64 and \(not rotary\) 128, got 16, 8 and 16", inputs(2, 2, 1, BF16, (16, 8, 16))),
+        (r"takes widths .* got 128, 128 and 64", inputs(2, 2, 1, BF16, (128, 128, 64))),
         ("takes bfloat16 and float16, got torch.float32", inputs(2, 2, 1)),
         (
             "takes rows less than 16777216 elements apart, got 16777216",

@@ -24,15 +24,15 @@ def decode(heads: int, fp8: bool, plan: bool) -> Callable[[], object]:
     return run
 
 
-def prefill(backward: bool) -> object:
+def prefill(backward: bool, nope: int = 128, rope: int = 64, value: int = 128) -> object:
     """Two sequences of 4096 tokens; keys and values as the up-projection leaves them."""
     tokens, heads = 8192, 128
-    kv, bounds = bf16(tokens, heads, 256), i32(3)
-    inputs = bf16(tokens, heads, 192), kv[..., :128], bf16(tokens, 64), kv[..., 128:]
+    kv, bounds = bf16(tokens, heads, nope + value), i32(3)
+    inputs = bf16(tokens, heads, nope + rope), kv[..., :nope], bf16(tokens, rope), kv[..., nope:]
     forward = dk.mla_prefill  # its module registers the backward op
     if not backward:
         return forward(*inputs, bounds, bounds, softmax_scale=1.0)
-    given = bf16(tokens, heads, 128), *inputs, bf16(tokens, heads, 128), f32(tokens, heads)
+    given = bf16(tokens, heads, value), *inputs, bf16(tokens, heads, value), f32(tokens, heads)
     return torch.ops.dsv3_kernels.mla_prefill_backward(*given, bounds, bounds, 1.0, True)
 
 
@@ -75,6 +75,7 @@ def decode_of(latent: int, dtype: torch.dtype) -> object:
 
 
 VECTORS = (r"ld\.global\.v4",)
+HEADS = ((128, 64, 128), (64, 32, 64))  # own key, rotary key, value
 KERNELS = ("triton_mla_decode", "triton_mla_decode_join")
 CALLS = {
     "rope": [
@@ -120,13 +121,16 @@ CALLS = {
         Call(lambda: decode_of(512, torch.float32), KERNELS, (r"mma\.sync\.aligned\.m16n8k8\.row\.col\.f32\.tf32",)),
         Call(lambda: decode_of(256, torch.bfloat16), KERNELS, (MMA,)),
     ],
-    "mla_prefill": [Call(lambda: prefill(False), ("triton_mla_prefill",), (WGMMA,))],
+    "mla_prefill": [
+        Call(lambda widths=widths: prefill(False, *widths), ("triton_mla_prefill",), (WGMMA,)) for widths in HEADS
+    ],
     "mla_prefill_backward": [
         Call(
-            lambda: prefill(True),
+            lambda widths=widths: prefill(True, *widths),
             tuple(f"triton_mla_prefill_backward_{part}" for part in ("row_sums", "queries", "keys", "join")),
             (WGMMA,),
         )
+        for widths in HEADS
     ],
     "mla_decode_plan": [
         Call(lambda: dk.mla_decode_plan(i32(128), num_queries=1, num_heads=128), ("triton_mla_decode_plan",)),
