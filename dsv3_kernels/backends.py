@@ -226,7 +226,10 @@ def launch_counts() -> Counter[str]:
 
 def implementation(op: str, args: tuple[Any, ...]) -> tuple[str, Callable[..., Any]]:
     """The backend that serves this call, and its function."""
-    device = _device_of(args)
+    try:
+        device = args[0].device  # nearly always a tensor
+    except (AttributeError, IndexError):
+        device = _device_of(args)
     name = _local.name or _process_wide()
     eager = name == "eager" or (name is None and device.type == "cpu")
     checked = _local.check_values
@@ -236,22 +239,26 @@ def implementation(op: str, args: tuple[Any, ...]) -> tuple[str, Callable[..., A
         _values.check(op, args)
     if eager:
         return "eager", _function(op, "eager")
-    settled = _settled.get((op, name, device))
-    if settled is not None and (settled[2] is None or settled[2](*args) is None):
-        return settled[:2]
+    served, cannot = _settled.get((op, name, device), _OPEN)
+    if served is not None and (cannot is None or cannot(*args) is None):
+        return served
     chosen, _, passed_over = _choose(op, args, device)
     kind = chosen.removeprefix("sim:")
     function = _function(op, kind)
     if kind == chosen and not passed_over:  # what a GPU's first choice lacks does not change; the simulator may appear
-        _settled[op, name, device] = chosen, function, _check_of(op, kind)
+        _settled[op, name, device] = (chosen, function), _check_of(op, kind)
     return chosen, function
 
 
-_settled: dict[tuple[str, str | None, Any], tuple[str, Callable[..., Any], Callable[..., Any] | None]] = {}
+_Served = tuple[str, Callable[..., Any]]
+_OPEN: tuple[_Served | None, Callable[..., Any] | None] = None, None
+_settled: dict[tuple[str, str | None, Any], tuple[_Served | None, Callable[..., Any] | None]] = {}
 
 
 def launch(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """Run a kernel backend's function with its device current (a launcher in C++ takes the device itself)."""
+    if name == "cuda":
+        return function(*args)
     if name == "triton":
         import torch
 
@@ -260,12 +267,10 @@ def launch(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> No
             return function(*args)
         with torch.cuda.device(device):
             return function(*args)
-    if name.startswith("sim"):
-        from . import _simulator
+    from . import _simulator
 
-        with _simulator.active(name.removeprefix("sim:")):
-            return function(*args)
-    function(*args)
+    with _simulator.active(name.removeprefix("sim:")):
+        return function(*args)
 
 
 def _choose(op: str, args: tuple[Any, ...], device: Any) -> tuple[str, str, dict[str, str]]:

@@ -227,7 +227,7 @@ EXPORT CUresult cuMemsetD32Async(CUdeviceptr address, unsigned value, size_t cou
 }
 
 EXPORT CUresult dsv3SimDeclareBuffer(const void* address, size_t bytes, unsigned access) {
-  declared.push_back({address, bytes, access});
+  if (recording) declared.push_back({address, bytes, access});
   return CUDA_SUCCESS;
 }
 

@@ -12,6 +12,8 @@ from .._arguments import target
 from . import mla_decode_plan as _planning
 from ._cache import LATENT, ROPE
 
+_WIDTH = LATENT + ROPE
+
 
 def mla_decode_plan(
     lengths: Tensor, parts: int, start_cost: int, fixed: bool, work: Tensor, splits: Tensor, bounds: Tensor
@@ -32,8 +34,8 @@ def mla_decode_cannot(
 ) -> str | None:
     if q.dtype is not torch.bfloat16:
         return f"q: {q.dtype}: the kernels take bfloat16"
-    if q.shape[3] != LATENT + ROPE:
-        return f"q: a width of {q.shape[3]}: the kernels take {LATENT + ROPE}"
+    if q.shape[3] != _WIDTH:
+        return f"q: a width of {q.shape[3]}: the kernels take {_WIDTH}"
     if kv_cache.data_ptr() % 16 or kv_cache.stride(0) * kv_cache.element_size() % 16:
         return "kv_cache: a page does not start at a multiple of 16 bytes"
     if not softmax_scale > 0:
@@ -58,7 +60,7 @@ def mla_decode_choice(
 ) -> dict[str, Any]:
     """What a call launches, for `dk.explain`; nothing where that is nothing, or the kernels do not take it."""
     requests, queries, heads, width = q.shape
-    if requests == 0 or queries * heads == 0 or q.dtype is not torch.bfloat16 or width != LATENT + ROPE:
+    if requests == 0 or queries * heads == 0 or q.dtype is not torch.bfloat16 or width != _WIDTH:
         return {}
     fp8, row_blocks = kv_cache.dtype is torch.uint8, -(-queries * heads // _planning.ROW_BLOCK)
     cluster = _cluster(q, kv_cache, block_table) if work is None else 0

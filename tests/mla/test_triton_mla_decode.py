@@ -84,8 +84,9 @@ def test_other_widths(dtype, latent, rope) -> None:
         poisoned = run()
     assert same_bits(got, again) and (out[..., latent:] == 7).all()
     assert all(t[2, 1, 2].isnan().all() and int(t.isnan().sum()) == t[2, 1, 2].numel() for t in poisoned)
-    # A request has a split at least: where the joining loop would not run, some versions have code before the store.
-    assert seen.unreached() == [] and [m for m in joined.unreached() if "tl.store(out + d" not in m] == []
+    # One version sets up the store where the joining loop does not run.
+    loopless = {"tl.store(out + d": "a request has one split at least"} if latent == 128 else {}
+    assert seen.unreached() == [] and joined.unreached(unreachable=loopless) == []
 
 
 @pytest.mark.parametrize("causal", [True, False])
