@@ -87,8 +87,8 @@ __device__ __forceinline__ void initialise_barriers(uint32_t shared, uint32_t fu
   }
 }
 
-// Last thing, by the producer: a CTA of a cluster stays until the other one's warps have arrived on its barriers for the
-// last time. (The other one's last copies into it are what its own warps wait for.)
+// Last thing, by the producer: a CTA of a cluster stays until the other one's warps have arrived on its barriers for
+// the last time. (The other one's last copies into it are what its own warps wait for.)
 template <int kCtas>
 __device__ __forceinline__ void drain(uint32_t shared, Slot& slot) {
   if constexpr (kCtas > 1) {
