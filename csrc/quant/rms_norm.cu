@@ -3,7 +3,8 @@
 //
 // Roles     forward: a warp per aligned row of up to 2048 columns (_warp), else a CTA of 8 warps (_row): the row stays
 //           in registers between its two uses. Backward: CTA s takes rows s, s + 256, ... and holds the weight's
-//           gradient of its rows in registers; a second kernel adds the 256 sums of each column up, a warp per 32 slots.
+//           gradient of its rows in registers; a second kernel adds up the 256 sums of each column, a warp per 32
+//           slots.
 // Barriers  a CTA's row: one __syncthreads for its sums; in the backward loop a second one, before the next row writes
 //           where this one still reads.
 // Budget    bytes per element, bf16: forward 2 + 2, with a residual 4 + 4; backward 4 + 2, with a gradient of the sum
