@@ -97,7 +97,7 @@ def mla_decode(
                     return f"mla_decode: request {b} is off"
         return None
 
-    peers = {} if fp8 else {"flash_mla": flash_mla}
+    peers = {} if fp8 else {"flash_mla": flash_mla, "flashinfer": flashinfer}
     if not fp8 and requests * heads * keys * WIDTH * 2 <= EXPANDED_BYTES:
         peers["torch sdpa"] = expanded_sdpa
     return Case(
@@ -119,6 +119,23 @@ def mla_decode(
 
 def flash_mla(q: Tensor, cache: Tensor, table: Tensor, seqlens: Tensor, plan: Any, out: Any) -> Call:
     return peer_flash_mla.decode(q, cache, table, seqlens, SCALE)
+
+
+def flashinfer(q: Tensor, cache: Tensor, table: Tensor, seqlens: Tensor, plan: Any, out: Any) -> Call:
+    """Its plan waits for the device, so that it is made beforehand: an easier problem."""
+    from flashinfer.mla import BatchMLAPagedAttentionWrapper
+
+    requests, queries, heads, _ = q.shape
+    pages = (seqlens + PAGE - 1) // PAGE
+    used = torch.arange(table.shape[1], device=q.device) < pages[:, None]
+    starts = torch.arange(requests + 1, dtype=torch.int32, device=q.device) * queries
+    wrapper = BatchMLAPagedAttentionWrapper(torch.empty(1 << 27, dtype=torch.uint8, device=q.device), backend="fa3")
+    page_starts = torch.nn.functional.pad(pages.cumsum(0), (1, 0)).int()
+    wrapper.plan(
+        starts, page_starts, table[used], seqlens, heads, 512, 64, PAGE, True, SCALE, q.dtype, cache.dtype
+    )  # fmt: skip
+    q_parts, cache_parts = q.flatten(0, 1).split([512, 64], dim=-1), cache.split([512, 64], dim=-1)
+    return lambda: wrapper.run(*q_parts, *cache_parts, return_lse=True)
 
 
 def expanded_sdpa(q: Tensor, cache: Tensor, table: Tensor, seqlens: Tensor, plan: Any, out: Any) -> Call:
