@@ -17,7 +17,7 @@ Check = Callable[..., None]
 _CHECKS: dict[str, Check] = {}
 
 
-def check(op: str, args: tuple[Any, ...]) -> None:
+def check(op: str, args: tuple[Any, ...], device: torch.device) -> None:
     """ValueError when an index tensor among the arguments of `torch.ops.dsv3_kernels.<op>` holds what it must not.
 
     RuntimeError inside a CUDA graph's capture, which cannot read the device.
@@ -25,7 +25,7 @@ def check(op: str, args: tuple[Any, ...]) -> None:
     function = _CHECKS.get(op)
     if function is None:
         return
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"{op}: check_values: reads the device, which the capture of a CUDA graph cannot do")
     function(op, *args)
 

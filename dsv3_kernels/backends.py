@@ -236,7 +236,7 @@ def implementation(op: str, args: tuple[Any, ...]) -> tuple[str, Callable[..., A
     if (_values_are_checked() if checked is None else checked) or (eager and device.type == "cpu"):
         from . import _values
 
-        _values.check(op, args)
+        _values.check(op, args, device)
     if eager:
         return "eager", _function(op, "eager")
     served, cannot = _settled.get((op, name, device), _OPEN)

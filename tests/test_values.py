@@ -223,7 +223,9 @@ def test_the_environment_asks_for_the_process() -> None:
 
 
 def test_a_capture_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    """Where its tensors are on the GPU; CPU tensors are read as ever, and nobody asks CUDA about them."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    rope(0, 1)
+    args = torch.ones(2, 4), ints(0, 1), torch.ones(5, 4), True, False
     with pytest.raises(RuntimeError, match=r"^rope: check_values: reads the device, which the capture of a CUDA graph"):
-        rope(0, 1)
+        _values.check("rope", args, torch.device("cuda"))
