@@ -68,9 +68,7 @@ void set_operands(Params& params, Driver& driver, const char* op, const char* a_
 }
 
 // Bytes moved per element of an output.
-inline int64_t output_bytes(const GemmOutput& out) {
-  return (out.is_float32 ? 4 : 2) * (out.accumulate ? 2 : 1);
-}
+inline int64_t output_bytes(const GemmOutput& out) { return (out.is_float32 ? 4 : 2) * (out.accumulate ? 2 : 1); }
 
 // Bytes from the first element to the last.
 inline size_t span(int64_t groups, int64_t group_stride, int64_t rows, int64_t row_stride, int64_t columns,

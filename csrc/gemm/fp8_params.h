@@ -15,9 +15,7 @@ constexpr uint32_t fp8_output_bytes(uint32_t rows, uint32_t columns) {
   return rows >= 128 ? 8 * 2048 : 7 * rows * columns / 8 * 4 + 8 * 8;
 }
 // A stage: two operands, their scales, two barriers.
-constexpr uint32_t fp8_stage_bytes(uint32_t rows, uint32_t columns) {
-  return (rows + columns) * (128 + 4) + 16;
-}
+constexpr uint32_t fp8_stage_bytes(uint32_t rows, uint32_t columns) { return (rows + columns) * (128 + 4) + 16; }
 // As many as fit.
 constexpr uint32_t fp8_stages(uint32_t rows, uint32_t columns) {
   return (232448 - fp8_output_bytes(rows, columns)) / fp8_stage_bytes(rows, columns);

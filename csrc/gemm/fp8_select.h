@@ -112,9 +112,7 @@ constexpr double kLatencyCycles = 2500;
 constexpr double kExchangeCycles = 1500;
 constexpr double kShown = 0.1;
 
-inline int64_t tiles_along(int64_t extent, int64_t tile) {
-  return (extent + tile - 1) / tile;
-}
+inline int64_t tiles_along(int64_t extent, int64_t tile) { return (extent + tile - 1) / tile; }
 
 // Cycles of one tile by the budget in gemm/fp8_tile.cuh: shared memory at 128 bytes a cycle for each of `blocks`
 // k-blocks (wgmma reads 64 rows of its left operand and all of its right one per warpgroup and wave; the copies write
@@ -127,9 +125,7 @@ inline int64_t tile_cycles(TileSize tile, int64_t blocks, int64_t out_bytes) {
 
 // Clusters that run at the same time: pairs fill every GPC of an H100 or H200, which has 16 or 18 SMs; of larger ones a
 // GPC is taken to hold what 16 SMs do.
-inline int64_t resident_clusters(int64_t size, int64_t sms) {
-  return size <= 2 ? sms / size : sms / 16 * (16 / size);
-}
+inline int64_t resident_clusters(int64_t size, int64_t sms) { return size <= 2 ? sms / size : sms / 16 * (16 / size); }
 
 inline Fp8Plan predict(const Fp8Kernel& kernel, int64_t split, const Fp8Product& x, int64_t sms) {
   const TileSize tile = kernel.tile;
@@ -244,8 +240,7 @@ inline Fp8Plan plan_fp8(Fp8Op op, const Fp8Sizes& x, const GemmChoice& choice, i
     case Fp8Op::kGroupedWgrad:
       product.blocks = tiles_along(blocks, x.groups);
       return plan(kFp8GroupedWgrad, choice.policy, product, sms);
-    default:
-      return plan(kFp8Gemm, choice.policy, product, sms);
+    default: return plan(kFp8Gemm, choice.policy, product, sms);
   }
 }
 

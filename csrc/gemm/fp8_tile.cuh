@@ -142,9 +142,7 @@ __device__ __forceinline__ TilePlace rasterise(int tile, int m_tiles, int n_tile
 }
 
 // Role of this warp, in a register that is the same for all its lanes.
-__device__ __forceinline__ int warp_index() {
-  return __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0);
-}
+__device__ __forceinline__ int warp_index() { return __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0); }
 
 // First thing in the kernel, by all threads. Without k-blocks there are no tensor maps. A launch that may start before
 // its predecessor has ended waits here; warp 0 lets its own successor start when the last copy is under way.

@@ -45,9 +45,7 @@ py::dict driver_info(const std::string& path) {
   return info;
 }
 
-void preload(int device) {
-  Driver::of("preload", {device, 0}).preload(device);
-}
+void preload(int device) { Driver::of("preload", {device, 0}).preload(device); }
 
 // `with use_driver(path):` leads this thread's launches to a drop-in driver.
 class UseDriver {

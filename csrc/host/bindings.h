@@ -12,9 +12,7 @@ namespace py = pybind11;
 using Unlocked = py::call_guard<py::gil_scoped_release>;
 
 // Addresses come from Tensor.data_ptr().
-inline void* pointer(uintptr_t address) {
-  return reinterpret_cast<void*>(address);
-}
+inline void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 // A tensor of up to four dimensions, right-aligned: missing leading ones have size 1 and stride 0.
 struct TensorArgument {

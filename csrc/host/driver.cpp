@@ -24,9 +24,7 @@ std::atomic<uint64_t> counts[kNumKernels] = {};
 std::atomic<bool> initialised{false};  // some driver of this process is
 std::atomic<bool> forked{false};       // ... and this process is a child of the one that did it
 
-size_t index_of(const Kernel& kernel) {
-  return static_cast<size_t>(&kernel - kKernels);
-}
+size_t index_of(const Kernel& kernel) { return static_cast<size_t>(&kernel - kKernels); }
 
 void refuse_fork(const char* op) {
   if (forked.load(std::memory_order_relaxed)) {
@@ -94,13 +92,9 @@ Driver& Driver::at(const std::string& path) {
   return *driver;
 }
 
-Driver* Driver::use(Driver* driver) {
-  return std::exchange(chosen, driver);
-}
+Driver* Driver::use(Driver* driver) { return std::exchange(chosen, driver); }
 
-bool Driver::launch_early(bool early) {
-  return std::exchange(early_launches, early);
-}
+bool Driver::launch_early(bool early) { return std::exchange(early_launches, early); }
 
 Driver& Driver::of(const char* op, const Target& target) {
   refuse_fork(op);
@@ -344,9 +338,7 @@ void Driver::preload(int device) {
   for (const Kernel& kernel : kKernels) prepare("preload", kernel, ordinal);
 }
 
-uint64_t launch_count(const Kernel& kernel) {
-  return counts[index_of(kernel)].load(std::memory_order_relaxed);
-}
+uint64_t launch_count(const Kernel& kernel) { return counts[index_of(kernel)].load(std::memory_order_relaxed); }
 
 void reset_launch_counts() {
   for (auto& count : counts) count.store(0, std::memory_order_relaxed);

@@ -243,9 +243,7 @@ EXPORT void nullReset() {
 }
 
 // Off: calls and launches are not written down, so that only the caller's own time is left.
-EXPORT void nullRecord(int on) {
-  recording = on != 0;
-}
+EXPORT void nullRecord(int on) { recording = on != 0; }
 
 EXPORT void nullFail(const char* function, CUresult error) {
   const std::lock_guard<std::mutex> lock(mutex);

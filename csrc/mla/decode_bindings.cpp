@@ -12,9 +12,7 @@ DecodeCache decode_cache(const TensorArgument& t) {
   return {t.data, t.sizes[1], t.sizes[2], t.strides[1], t.element_bytes == 1};
 }
 
-DecodeTable decode_table(const TensorArgument& t) {
-  return {t.data, t.sizes[2], t.sizes[3], t.strides[2]};
-}
+DecodeTable decode_table(const TensorArgument& t) { return {t.data, t.sizes[2], t.sizes[3], t.strides[2]}; }
 
 }  // namespace
 

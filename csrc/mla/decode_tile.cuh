@@ -59,9 +59,7 @@ struct Slot {
   __device__ __forceinline__ uint32_t empty(int half) const { return kEmpty + 16 * stage + 8 * half; }
 };
 
-__device__ __forceinline__ int warp_index() {
-  return __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0);
-}
+__device__ __forceinline__ int warp_index() { return __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0); }
 
 // First thing in a kernel, by all threads.
 template <int kCtas>

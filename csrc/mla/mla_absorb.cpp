@@ -28,9 +28,7 @@ constexpr AbsorbTile kNarrow = absorb_tile(64, 64, "mla_absorb_64x64_k", "mla_ab
 constexpr AbsorbTile kFew = absorb_tile(64, 128, "mla_absorb_64x128_k", "mla_absorb_64x128_n");
 constexpr AbsorbTile kMany = absorb_tile(128, 128, "mla_absorb_128x128_k", "mla_absorb_128x128_n");
 
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // 128 tokens where there are more than 64; the weights of few, in pieces half as wide where there are multiprocessors
 // for them.

@@ -21,9 +21,7 @@ struct MlaAbsorbParams {
 
 // What the table of kernels says of a tile of `rows` tokens and `columns` of N: a stage is 64 of K of both operands and
 // two barriers, the output goes through shared memory too, and there are as many stages as fit beside it.
-constexpr uint32_t absorb_threads(uint32_t rows) {
-  return 128 + 2 * rows;
-}
+constexpr uint32_t absorb_threads(uint32_t rows) { return 128 + 2 * rows; }
 constexpr uint32_t absorb_stages(uint32_t rows, uint32_t columns) {
   return (232448 - rows * columns * 2) / ((rows + columns) * 128 + 16);
 }

@@ -23,9 +23,7 @@ __device__ __forceinline__ uint8_t* slot_of(const MlaCacheAppendParams& p, uint3
   return cache_row(p.cache, page, slot - (page << p.page_shift), p.page_stride, p.row_bytes);
 }
 
-__device__ __forceinline__ uint32_t token_of_warp() {
-  return blockIdx.x * kCacheTokens + threadIdx.x / 32;
-}
+__device__ __forceinline__ uint32_t token_of_warp() { return blockIdx.x * kCacheTokens + threadIdx.x / 32; }
 
 template <class T, bool kVectors>
 __device__ __forceinline__ void append_fp8(const MlaCacheAppendParams& p) {

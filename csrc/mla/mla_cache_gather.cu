@@ -15,9 +15,7 @@
 namespace dsv3 {
 namespace {
 
-__device__ __forceinline__ uint32_t row_of_warp() {
-  return blockIdx.x * kCacheTokens + threadIdx.x / 32;
-}
+__device__ __forceinline__ uint32_t row_of_warp() { return blockIdx.x * kCacheTokens + threadIdx.x / 32; }
 
 // The cache row of output row `row`, nullptr for none.
 __device__ __forceinline__ const uint8_t* source_of(const MlaCacheGatherParams& p, uint32_t row) {

@@ -32,9 +32,7 @@ bool aligned(const DecodeRows& x) {
          (x.queries == 1 || x.query_stride % 8 == 0) && (x.heads == 1 || x.head_stride % 8 == 0);
 }
 
-size_t words(int64_t count) {
-  return static_cast<size_t>(count) * 4;
-}
+size_t words(int64_t count) { return static_cast<size_t>(count) * 4; }
 
 // A call without its plan: what the kernels are told, and the memory that they touch.
 struct Call {

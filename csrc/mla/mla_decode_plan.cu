@@ -8,9 +8,7 @@ namespace {
 
 constexpr int kWarps = kPlanThreads / 32;
 
-__device__ __forceinline__ int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
+__device__ __forceinline__ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Inclusive prefix sum over the CTA's threads on top of `before`; `total` becomes the sum of all and `before`.
 __device__ __forceinline__ int64_t prefix_sum(int64_t value, int64_t before, int64_t (&sums)[kWarps], int64_t& total) {

@@ -11,15 +11,9 @@ struct alignas(sizeof(T) * kCount) Pack {
   T values[kCount];
 };
 
-__device__ __forceinline__ float widen(float x) {
-  return x;
-}
-__device__ __forceinline__ float widen(__nv_bfloat16 x) {
-  return __bfloat162float(x);
-}
-__device__ __forceinline__ float widen(__half x) {
-  return __half2float(x);
-}
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
 template <class T>
 __device__ __forceinline__ T narrow(float x);
 template <>

@@ -9,9 +9,7 @@ namespace dsv3 {
 
 enum class RowType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-constexpr int64_t element_bytes(RowType type) {
-  return type == RowType::kFloat32 ? 4 : 2;
-}
+constexpr int64_t element_bytes(RowType type) { return type == RowType::kFloat32 ? 4 : 2; }
 
 struct MlaRows {
   const void* data;
@@ -20,9 +18,7 @@ struct MlaRows {
   RowType type;
 };
 
-inline bool aligned(const void* address, int64_t to) {
-  return reinterpret_cast<uintptr_t>(address) % to == 0;
-}
+inline bool aligned(const void* address, int64_t to) { return reinterpret_cast<uintptr_t>(address) % to == 0; }
 
 // Whether every row starts at a multiple of `to` bytes. The stride of a dimension of one means nothing.
 inline bool rows_aligned(const MlaRows& x, int64_t to) {

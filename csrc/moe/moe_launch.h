@@ -8,9 +8,7 @@
 
 namespace dsv3 {
 
-inline bool aligned(const void* address, int64_t to) {
-  return reinterpret_cast<uintptr_t>(address) % to == 0;
-}
+inline bool aligned(const void* address, int64_t to) { return reinterpret_cast<uintptr_t>(address) % to == 0; }
 
 // Bytes from the first element to the last.
 inline size_t span(const MoeMatrix& x) {

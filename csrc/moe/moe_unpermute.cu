@@ -24,18 +24,10 @@ namespace {
 template <class T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-__device__ __forceinline__ float widen(float x) {
-  return x;
-}
-__device__ __forceinline__ double widen(double x) {
-  return x;
-}
-__device__ __forceinline__ float widen(__nv_bfloat16 x) {
-  return __bfloat162float(x);
-}
-__device__ __forceinline__ float widen(__half x) {
-  return __half2float(x);
-}
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
 template <class T>
 __device__ __forceinline__ T narrow(Wide<T> x) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
@@ -46,18 +38,10 @@ __device__ __forceinline__ T narrow(Wide<T> x) {
     return x;
   }
 }
-__device__ __forceinline__ float multiply(float a, float b) {
-  return __fmul_rn(a, b);
-}
-__device__ __forceinline__ double multiply(double a, double b) {
-  return __dmul_rn(a, b);
-}
-__device__ __forceinline__ float add(float a, float b) {
-  return __fadd_rn(a, b);
-}
-__device__ __forceinline__ double add(double a, double b) {
-  return __dadd_rn(a, b);
-}
+__device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double multiply(double a, double b) { return __dmul_rn(a, b); }
+__device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
+__device__ __forceinline__ double add(double a, double b) { return __dadd_rn(a, b); }
 
 // Elements of one access.
 template <class T, bool kVectors>

@@ -36,9 +36,7 @@ __device__ __forceinline__ float lane_sum(const float (&values)[kCount]) {
   return sum;
 }
 
-__device__ __forceinline__ float sigmoid(float logit) {
-  return __frcp_rn(__fadd_rn(1.0f, portable_exp(-logit)));
-}
+__device__ __forceinline__ float sigmoid(float logit) { return __frcp_rn(__fadd_rn(1.0f, portable_exp(-logit))); }
 
 // What softmax divides by; number 32 i + l of `logits` is value i of lane l, -inf beyond the last.
 struct Softmax {

@@ -97,9 +97,7 @@ __device__ __forceinline__ void setmaxnreg_dec() {
 }
 
 // griddepcontrol: wait until the grids this one depends on are complete and visible; let dependents start.
-__device__ __forceinline__ void griddepcontrol_wait() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
+__device__ __forceinline__ void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void griddepcontrol_launch_dependents() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }

@@ -13,9 +13,7 @@ __device__ __forceinline__ void fence_proxy_async_shared() {
 }
 
 // fence.proxy.async.global: the same for global memory, within one grid.
-__device__ __forceinline__ void fence_proxy_async_global() {
-  asm volatile("fence.proxy.async.global;" ::: "memory");
-}
+__device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // fence.mbarrier_init: initialised barriers are visible to the cluster and to the async proxy.
 __device__ __forceinline__ void fence_mbarrier_init() {
@@ -23,12 +21,8 @@ __device__ __forceinline__ void fence_mbarrier_init() {
 }
 
 // fence.acq_rel at GPU and at system scope.
-__device__ __forceinline__ void fence_acq_rel_gpu() {
-  asm volatile("fence.acq_rel.gpu;" ::: "memory");
-}
-__device__ __forceinline__ void fence_acq_rel_sys() {
-  asm volatile("fence.acq_rel.sys;" ::: "memory");
-}
+__device__ __forceinline__ void fence_acq_rel_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+__device__ __forceinline__ void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 // ld.acquire, st.release, red.release (PTX ISA, ld, st, red): flags between CTAs (gpu) and between GPUs (sys).
 __device__ __forceinline__ uint32_t ld_acquire_gpu(const uint32_t* flag) {

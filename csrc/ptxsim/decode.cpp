@@ -48,9 +48,7 @@ uint64_t globalAddress(Module& m, Var& v) {
 
 // ---- KernelBuilder
 
-static unsigned slotBytes(Type t) {
-  return t == Type::Pred ? 4 : std::max(2u, typeBytes(t));
-}
+static unsigned slotBytes(Type t) { return t == Type::Pred ? 4 : std::max(2u, typeBytes(t)); }
 
 Ref KernelBuilder::reg(const Func& f, int index, unsigned* bytes) {
   auto& table = regs[&f];
@@ -247,9 +245,7 @@ Ref Dec::srcWide(const Operand& o, Type t, unsigned* bytes) {
       return r;
     }
     case Operand::Int:
-    case Operand::Float:
-      *bytes = std::max(2u, want ? want : 4u);
-      return constant(immediateBits(o, t, *this), *bytes);
+    case Operand::Float: *bytes = std::max(2u, want ? want : 4u); return constant(immediateBits(o, t, *this), *bytes);
     case Operand::Special: {
       unsigned dimension;
       const Special* special = findSpecial(o.name, &dimension);
@@ -271,8 +267,7 @@ Ref Dec::srcWide(const Operand& o, Type t, unsigned* bytes) {
       if (v.space == Space::Local) return constant(kb.frameOffset(v) + (uint64_t)o.i, *bytes);
       return constant(globalAddress(kb.module, const_cast<Var&>(v)) + (uint64_t)o.i, 8);
     }
-    default:
-      fail("operand is not a value");
+    default: fail("operand is not a value");
   }
 }
 

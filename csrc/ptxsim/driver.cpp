@@ -367,10 +367,8 @@ int guarded(F f) {
 using namespace ptxsim;
 
 // ---- what has nothing to do here
-#define SIM_NOTHING(name, ...)    \
-  SIM_API int name(__VA_ARGS__) { \
-    return Success;               \
-  }
+#define SIM_NOTHING(name, ...) \
+  SIM_API int name(__VA_ARGS__) { return Success; }
 SIM_NOTHING(cuInit, unsigned)
 SIM_NOTHING(cuDevicePrimaryCtxRelease_v2, int)
 SIM_NOTHING(cuCtxSynchronize, void)
@@ -378,15 +376,11 @@ SIM_NOTHING(cuStreamSynchronize, void*)
 SIM_NOTHING(cuThreadExchangeStreamCaptureMode, int*)
 SIM_NOTHING(cuFuncSetCacheConfig, void*, int)
 
-SIM_API int cuDriverGetVersion(int* v) {
-  return *v = 13000, Success;
-}
+SIM_API int cuDriverGetVersion(int* v) { return *v = 13000, Success; }
 SIM_API int cuDeviceGet(int* d, int ordinal) {
   return ordinal ? report(InvalidDevice, "the simulator has one device") : (*d = 0, Success);
 }
-SIM_API int cuDeviceGetCount(int* n) {
-  return *n = 1, Success;
-}
+SIM_API int cuDeviceGetCount(int* n) { return *n = 1, Success; }
 SIM_API int cuDeviceGetName(char* name, int len, int) {
   return snprintf(name, (size_t)len, "PTX simulator (sm_90a)"), Success;
 }
@@ -409,25 +403,15 @@ SIM_API int cuDeviceGetAttribute(int* v, int attribute, int) {
     if (k.first == attribute) return *v = k.second, Success;
   return report(InvalidValue, "device attribute " + std::to_string(attribute) + " is not modelled");
 }
-SIM_API int cuDevicePrimaryCtxRetain(void** c, int) {
-  return *c = &options(), Success;
-}
-SIM_API int cuCtxGetCurrent(void** c) {
-  return *c = (void*)gContext, Success;
-}
-SIM_API int cuCtxSetCurrent(void* c) {
-  return gContext = (uint64_t)c, Success;
-}
-SIM_API int cuCtxPushCurrent_v2(void* c) {
-  return gContext = (uint64_t)c, Success;
-}
+SIM_API int cuDevicePrimaryCtxRetain(void** c, int) { return *c = &options(), Success; }
+SIM_API int cuCtxGetCurrent(void** c) { return *c = (void*)gContext, Success; }
+SIM_API int cuCtxSetCurrent(void* c) { return gContext = (uint64_t)c, Success; }
+SIM_API int cuCtxPushCurrent_v2(void* c) { return gContext = (uint64_t)c, Success; }
 SIM_API int cuCtxPopCurrent_v2(void** c) {
   if (c) *c = (void*)gContext;
   return gContext = 0, Success;
 }
-SIM_API int cuCtxGetDevice(int* d) {
-  return *d = 0, Success;
-}
+SIM_API int cuCtxGetDevice(int* d) { return *d = 0, Success; }
 SIM_API int cuGetErrorName(int e, const char** text) {
   static const std::pair<int, const char*> kNames[] = {
       {Success, "CUDA_SUCCESS"},
@@ -538,23 +522,12 @@ SIM_API int cuFuncGetAttribute(int* value, int attribute, void* f) {
   return guarded([&]() -> int {
     KernelHandle& h = *(KernelHandle*)f;
     switch (attribute) {
-      case 0:
-        *value = h.get().func->maxThreads ? (int)h.get().func->maxThreads : 1024;
-        break;
-      case 1:
-        *value = (int)h.get().staticShared;
-        break;
-      case 3:
-        *value = (int)h.get().localBytes;
-        break;
-      case 4:
-        *value = h.get().func->maxnreg ? (int)h.get().func->maxnreg : 255;
-        break;
-      case 8:
-        *value = h.maxDynamicShared;
-        break;
-      default:
-        return report(InvalidValue, "function attribute " + std::to_string(attribute) + " is not modelled");
+      case 0: *value = h.get().func->maxThreads ? (int)h.get().func->maxThreads : 1024; break;
+      case 1: *value = (int)h.get().staticShared; break;
+      case 3: *value = (int)h.get().localBytes; break;
+      case 4: *value = h.get().func->maxnreg ? (int)h.get().func->maxnreg : 255; break;
+      case 8: *value = h.maxDynamicShared; break;
+      default: return report(InvalidValue, "function attribute " + std::to_string(attribute) + " is not modelled");
     }
     return Success;
   });
@@ -605,9 +578,7 @@ static void written(uint64_t a, size_t bytes) {
 SIM_API int cuMemcpyHtoD_v2(uint64_t d, const void* s, size_t n) {
   return guarded([&]() -> int { return memcpy((void*)d, s, n), written(d, n), Success; });
 }
-SIM_API int cuMemcpyDtoH_v2(void* d, uint64_t s, size_t n) {
-  return memcpy(d, (void*)s, n), Success;
-}
+SIM_API int cuMemcpyDtoH_v2(void* d, uint64_t s, size_t n) { return memcpy(d, (void*)s, n), Success; }
 SIM_API int cuMemsetD8_v2(uint64_t d, unsigned char v, size_t n) {
   return guarded([&]() -> int { return memset((void*)d, v, n), written(d, n), Success; });
 }
@@ -642,9 +613,7 @@ SIM_API int dsv3SimDeclareBuffer(const void* address, size_t bytes, unsigned acc
   gDeclared.push_back({(uint64_t)address, bytes, access});
   return Success;
 }
-SIM_API const char* dsv3SimLastError() {
-  return gLastError.c_str();
-}
+SIM_API const char* dsv3SimLastError() { return gLastError.c_str(); }
 SIM_API int dsv3SimSetOption(const char* name, const char* value) {
   std::lock_guard<std::recursive_mutex> lock(gMutex);
   return setOption(name, value) ? Success : report(InvalidValue, std::string("no option ") + name + "=" + value);

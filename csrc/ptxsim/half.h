@@ -23,13 +23,9 @@ inline uint64_t bits(double f) {
   memcpy(&b, &f, 8);
   return b;
 }
-inline bool isNan32(uint32_t b) {
-  return (b & 0x7fffffffu) > 0x7f800000u;
-}
+inline bool isNan32(uint32_t b) { return (b & 0x7fffffffu) > 0x7f800000u; }
 constexpr uint32_t kNan32 = 0x7fffffffu;
-inline float canonical(float f) {
-  return f != f ? f32(kNan32) : f;
-}
+inline float canonical(float f) { return f != f ? f32(kNan32) : f; }
 inline float flush(float f) {
   uint32_t b = bits(f);
   return (b & 0x7f800000u) == 0 ? f32(b & 0x80000000u) : f;
@@ -116,9 +112,7 @@ inline float widen(uint32_t code, const Narrow& f) {
   return sign ? -v : v;
 }
 
-inline float fromBf16(uint16_t h) {
-  return f32((uint32_t)h << 16);
-}
+inline float fromBf16(uint16_t h) { return f32((uint32_t)h << 16); }
 inline uint16_t toBf16(float x) {  // nearest even; NaN becomes 0x7fff
   uint32_t b = bits(x);
   if (isNan32(b)) return 0x7fff;
@@ -127,11 +121,7 @@ inline uint16_t toBf16(float x) {  // nearest even; NaN becomes 0x7fff
 extern const float* const kHalfTable;  // 65536 values
 extern const float* const kE4m3Table;  // 256
 extern const float* const kE5m2Table;
-inline float fromF16(uint16_t h) {
-  return kHalfTable[h];
-}
-inline uint16_t toF16(float x) {
-  return (uint16_t)narrowFromFloat(x, kF16);
-}
+inline float fromF16(uint16_t h) { return kHalfTable[h]; }
+inline uint16_t toF16(float x) { return (uint16_t)narrowFromFloat(x, kF16); }
 
 }  // namespace ptxsim

@@ -12,12 +12,8 @@ namespace ptxsim {
 
 constexpr uint64_t kSharedWindow = 1ull << 32;  // generic address of shared::cluster address 0
 constexpr uint64_t kLocalWindow = 2ull << 32;
-inline bool inShared(uint64_t a) {
-  return (a >> 32) == 1;
-}
-inline bool inLocal(uint64_t a) {
-  return (a >> 32) == 2;
-}
+inline bool inShared(uint64_t a) { return (a >> 32) == 1; }
+inline bool inLocal(uint64_t a) { return (a >> 32) == 2; }
 
 // Bytes that start as zeros and take memory only where they are touched: calloc's, which `resize` leaves alone.
 template <class T>

@@ -77,9 +77,7 @@ void launchOp(Warp& w, const Inst& in, uint32_t mask, std::shared_ptr<AsyncOp> o
 void commitGroups(OpTrack& t, uint32_t m) {
   for (int i : lanesOf(m)) ++t.committed[i];
 }
-static std::string describeGroup(Warp&, const Inst&) {
-  return "waits for asynchronous operations that cannot finish";
-}
+static std::string describeGroup(Warp&, const Inst&) { return "waits for asynchronous operations that cannot finish"; }
 bool waitGroups(Warp& w, OpTrack& t, uint32_t m, uint32_t n, bool reads, bool all) {
   auto wanted = [&](const AsyncOp& op) {
     for (int i : lanesOf(op.mask & m)) {
@@ -334,8 +332,7 @@ void decodeMbarrier(Dec& d) {
       d.out.x[3] = parity;
       d.out.fn = waitBarrier;
       return;
-    default:
-      d.fail("unknown operation");
+    default: d.fail("unknown operation");
   }
 }
 
@@ -389,12 +386,8 @@ void cpAsync(Warp& w, const Inst& in, uint32_t m) {
   }
   launchOp(w, in, m, op, &w.cp);
 }
-void cpCommit(Warp& w, const Inst&, uint32_t m) {
-  commitGroups(w.cp, m);
-}
-void cpWait(Warp& w, const Inst& in, uint32_t m) {
-  waitGroups(w, w.cp, m, (uint32_t)in.imm, false, in.x[0]);
-}
+void cpCommit(Warp& w, const Inst&, uint32_t m) { commitGroups(w.cp, m); }
+void cpWait(Warp& w, const Inst& in, uint32_t m) { waitGroups(w, w.cp, m, (uint32_t)in.imm, false, in.x[0]); }
 
 struct CpArrive : AsyncOp {
   uint32_t address[kLanes], lanes = 0;
@@ -500,12 +493,8 @@ void decodeAsyncStore(Dec& d, bool reduce) {
 
 }  // namespace
 
-void decodeStAsync(Dec& d) {
-  decodeAsyncStore(d, false);
-}
-void decodeRedAsync(Dec& d) {
-  decodeAsyncStore(d, true);
-}
+void decodeStAsync(Dec& d) { decodeAsyncStore(d, false); }
+void decodeRedAsync(Dec& d) { decodeAsyncStore(d, true); }
 
 bool decodeBulk(Dec& d);  // cp.async.bulk...
 

@@ -21,26 +21,16 @@ static uint64_t integerResult(int op, uint64_t old64, uint64_t b64, uint64_t c64
   T o = (T)old64, b = (T)b64, c = (T)c64;
   using U = std::make_unsigned_t<T>;
   switch (op) {
-    case kAnd:
-      return (U)(o & b);
-    case kOr:
-      return (U)(o | b);
-    case kXor:
-      return (U)(o ^ b);
-    case kCas:
-      return (U)(o == b ? c : o);
-    case kExch:
-      return (U)b;
-    case kAdd:
-      return (U)((U)o + (U)b);
-    case kInc:
-      return (U)((U)o >= (U)b ? 0 : (U)o + 1);
-    case kDec:
-      return (U)((U)o == 0 || (U)o > (U)b ? (U)b : (U)o - 1);
-    case kMin:
-      return (U)std::min(o, b);
-    default:
-      return (U)std::max(o, b);
+    case kAnd: return (U)(o & b);
+    case kOr: return (U)(o | b);
+    case kXor: return (U)(o ^ b);
+    case kCas: return (U)(o == b ? c : o);
+    case kExch: return (U)b;
+    case kAdd: return (U)((U)o + (U)b);
+    case kInc: return (U)((U)o >= (U)b ? 0 : (U)o + 1);
+    case kDec: return (U)((U)o == 0 || (U)o > (U)b ? (U)b : (U)o - 1);
+    case kMin: return (U)std::min(o, b);
+    default: return (U)std::max(o, b);
   }
 }
 static uint16_t halfResult(int op, bool bf, uint16_t a, uint16_t b) {
@@ -68,35 +58,26 @@ uint64_t atomicResult(int op, Type t, uint64_t old, uint64_t b, uint64_t c) {
     }
     case Type::F64:
       return op == kAdd ? bits(bitsAs<double>(old) + bitsAs<double>(b)) : integerResult<uint64_t>(op, old, b, c);
-    case Type::F16:
-      return halfResult(op, false, (uint16_t)old, (uint16_t)b);
-    case Type::BF16:
-      return halfResult(op, true, (uint16_t)old, (uint16_t)b);
+    case Type::F16: return halfResult(op, false, (uint16_t)old, (uint16_t)b);
+    case Type::BF16: return halfResult(op, true, (uint16_t)old, (uint16_t)b);
     case Type::F16x2:
     case Type::BF16x2: {
       bool bf = t == Type::BF16x2;
       return halfResult(op, bf, (uint16_t)old, (uint16_t)b) |
              (uint32_t)halfResult(op, bf, (uint16_t)(old >> 16), (uint16_t)(b >> 16)) << 16;
     }
-    case Type::S32:
-      return (uint32_t)integerResult<int32_t>(op, old, b, c);
-    case Type::S64:
-      return integerResult<int64_t>(op, old, b, c);
+    case Type::S32: return (uint32_t)integerResult<int32_t>(op, old, b, c);
+    case Type::S64: return integerResult<int64_t>(op, old, b, c);
     case Type::B16:
-    case Type::U16:
-      return integerResult<uint16_t>(op, old, b, c);
+    case Type::U16: return integerResult<uint16_t>(op, old, b, c);
     case Type::U32:
-    case Type::B32:
-      return integerResult<uint32_t>(op, old, b, c);
-    default:
-      return integerResult<uint64_t>(op, old, b, c);
+    case Type::B32: return integerResult<uint32_t>(op, old, b, c);
+    default: return integerResult<uint64_t>(op, old, b, c);
   }
 }
 
 // Names the operation; -1: none there.
-int takeAtomOp(Dec& d) {
-  return d.takeOneOf({"and", "or", "xor", "cas", "exch", "add", "inc", "dec", "min", "max"});
-}
+int takeAtomOp(Dec& d) { return d.takeOneOf({"and", "or", "xor", "cas", "exch", "add", "inc", "dec", "min", "max"}); }
 
 namespace {
 

@@ -7,9 +7,7 @@
 namespace ptxsim {
 namespace {
 
-void bra(Warp& w, const Inst& in, uint32_t m) {
-  w.jump(m, (uint32_t)in.imm, w.frag().mask);
-}
+void bra(Warp& w, const Inst& in, uint32_t m) { w.jump(m, (uint32_t)in.imm, w.frag().mask); }
 
 // brx.idx: every lane to its own entry of the list
 void brx(Warp& w, const Inst& in, uint32_t m) {
@@ -69,12 +67,8 @@ void ret(Warp& w, const Inst&, uint32_t m) {
   copyFrame(w, top.call->rets, m);
   enter(w, m, (uint32_t)top.returnPc, std::move(stack));
 }
-void exitThread(Warp& w, const Inst&, uint32_t m) {
-  w.exitLanes(m);
-}
-void trap(Warp& w, const Inst& in, uint32_t m) {
-  w.fail(in, firstLane(m), "trap");
-}
+void exitThread(Warp& w, const Inst&, uint32_t m) { w.exitLanes(m); }
+void trap(Warp& w, const Inst& in, uint32_t m) { w.fail(in, firstLane(m), "trap"); }
 void nothing(Warp&, const Inst&, uint32_t) {}
 
 const char* cstring(Warp& w, const Inst& in, int lane, uint64_t a) {
@@ -205,9 +199,7 @@ void setmaxnreg(Warp& w, const Inst& in, uint32_t m) {
   w.launch->progress();
 }
 
-void fence(Warp& w, const Inst& in, uint32_t m) {
-  raceFence(w, in, m);
-}
+void fence(Warp& w, const Inst& in, uint32_t m) { raceFence(w, in, m); }
 
 void decodeFence(Dec& d) {
   Inst& o = d.out;

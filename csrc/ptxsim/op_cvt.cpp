@@ -18,39 +18,26 @@ struct Plan {  // packed into Inst::x: x[0] dst type, x[1] src type, x[2] roundi
 
 double roundIntegral(double x, Round r) {
   switch (r) {
-    case Round::Nearest:
-      return std::nearbyint(x);
-    case Round::Zero:
-      return std::trunc(x);
-    case Round::Down:
-      return std::floor(x);
-    case Round::Up:
-      return std::ceil(x);
-    default:
-      return std::round(x);
+    case Round::Nearest: return std::nearbyint(x);
+    case Round::Zero: return std::trunc(x);
+    case Round::Down: return std::floor(x);
+    case Round::Up: return std::ceil(x);
+    default: return std::round(x);
   }
 }
 double toDouble(Type t, uint64_t v) {
   switch (t) {
-    case Type::F64:
-      return bitsAs<double>(v);
-    case Type::F32:
-      return f32((uint32_t)v);
-    case Type::F16:
-      return fromF16((uint16_t)v);
-    default:
-      return fromBf16((uint16_t)v);
+    case Type::F64: return bitsAs<double>(v);
+    case Type::F32: return f32((uint32_t)v);
+    case Type::F16: return fromF16((uint16_t)v);
+    default: return fromBf16((uint16_t)v);
   }
 }
 int64_t signExtend(uint64_t v, unsigned bytes) {
   return bytes == 8 ? (int64_t)v : (int64_t)(v << (64 - 8 * bytes)) >> (64 - 8 * bytes);
 }
-uint64_t zeroExtend(uint64_t v, unsigned bytes) {
-  return bytes == 8 ? v : v & ((1ull << (8 * bytes)) - 1);
-}
-const Narrow& format(Type t) {
-  return t == Type::F32 ? kF32 : t == Type::F16 ? kF16 : kBf16;
-}
+uint64_t zeroExtend(uint64_t v, unsigned bytes) { return bytes == 8 ? v : v & ((1ull << (8 * bytes)) - 1); }
+const Narrow& format(Type t) { return t == Type::F32 ? kF32 : t == Type::F16 ? kF16 : kBf16; }
 
 uint64_t fromFloatTo(Type dt, double x, const Inst& in) {
   const Round r = (Round)in.x[2];
@@ -308,8 +295,6 @@ void decodeCvt(Dec& d) {
 
 }  // namespace
 
-void addConvertOps(OpTable& t) {
-  t["cvt"] = decodeCvt;
-}
+void addConvertOps(OpTable& t) { t["cvt"] = decodeCvt; }
 
 }  // namespace ptxsim

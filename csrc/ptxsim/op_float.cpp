@@ -100,9 +100,7 @@ LANE(double, RsqrtSeed, (double a), bitsAs<double>(bits(1.0 / std::sqrt(a)) & 0x
 
 // Directed rounding: the inner handler runs under the host's rounding mode. Its loads and stores cannot move across the
 // calls.
-int hostMode(int r) {
-  return r == 1 ? FE_TOWARDZERO : r == 2 ? FE_DOWNWARD : FE_UPWARD;
-}
+int hostMode(int r) { return r == 1 ? FE_TOWARDZERO : r == 2 ? FE_DOWNWARD : FE_UPWARD; }
 template <Handler H>
 void directed(Warp& w, const Inst& in, uint32_t m) {
   std::fesetround(hostMode(in.x[4]));

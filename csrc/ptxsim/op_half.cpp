@@ -65,12 +65,9 @@ uint16_t two(const Inst& in, uint16_t a, uint16_t b) {
   a = source<H>(in, a), b = source<H>(in, b);
   float x = H::get(a), y = H::get(b);
   switch (Op) {
-    case kAdd:
-      return finish<H>(in, H::put((double)x + (double)y));
-    case kSub:
-      return finish<H>(in, H::put((double)x - (double)y));
-    case kMul:
-      return finish<H>(in, H::put((double)x * (double)y));
+    case kAdd: return finish<H>(in, H::put((double)x + (double)y));
+    case kSub: return finish<H>(in, H::put((double)x - (double)y));
+    case kMul: return finish<H>(in, H::put((double)x * (double)y));
     default: {
       bool nx = x != x, ny = y != y;
       if ((nx && ny) || (in.x[3] && (nx || ny))) return H::nan;
@@ -90,14 +87,10 @@ uint16_t two(const Inst& in, uint16_t a, uint16_t b) {
 template <class H, int Op>
 uint16_t one(const Inst& in, uint16_t a) {
   switch (Op) {
-    case kNeg:
-      return source<H>(in, a) ^ 0x8000;
-    case kAbs:
-      return source<H>(in, a) & 0x7fff;
-    case kEx2:
-      return finish<H>(in, H::put(std::exp2((double)H::get(source<H>(in, a)))));
-    default:
-      return finish<H>(in, H::put(std::tanh((double)H::get(a))));
+    case kNeg: return source<H>(in, a) ^ 0x8000;
+    case kAbs: return source<H>(in, a) & 0x7fff;
+    case kEx2: return finish<H>(in, H::put(std::exp2((double)H::get(source<H>(in, a)))));
+    default: return finish<H>(in, H::put(std::tanh((double)H::get(a))));
   }
 }
 template <class H>

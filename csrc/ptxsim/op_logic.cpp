@@ -34,27 +34,13 @@ struct Prmt {
     uint32_t sel[4];
     const int s = (int)(c & 3);
     for (int i = 0; i < 4; ++i) switch (in.x[0]) {
-        case 0:
-          sel[i] = (c >> (4 * i)) & 15;
-          break;
-        case 1:
-          sel[i] = (uint32_t)((s + i) & 7);
-          break;  // f4e
-        case 2:
-          sel[i] = (uint32_t)((s - i) & 7);
-          break;  // b4e
-        case 3:
-          sel[i] = (uint32_t)s;
-          break;  // rc8
-        case 4:
-          sel[i] = (uint32_t)std::max(s, i);
-          break;  // ecl
-        case 5:
-          sel[i] = (uint32_t)std::min(s, i);
-          break;  // ecr
-        default:
-          sel[i] = (uint32_t)((s & 1) * 2 + (i & 1));
-          break;  // rc16
+        case 0: sel[i] = (c >> (4 * i)) & 15; break;
+        case 1: sel[i] = (uint32_t)((s + i) & 7); break;             // f4e
+        case 2: sel[i] = (uint32_t)((s - i) & 7); break;             // b4e
+        case 3: sel[i] = (uint32_t)s; break;                         // rc8
+        case 4: sel[i] = (uint32_t)std::max(s, i); break;            // ecl
+        case 5: sel[i] = (uint32_t)std::min(s, i); break;            // ecr
+        default: sel[i] = (uint32_t)((s & 1) * 2 + (i & 1)); break;  // rc16
       }
     uint32_t r = 0;
     for (int i = 0; i < 4; ++i) {
@@ -175,30 +161,19 @@ CompareFn pickCompare(int c) {
 CompareFn pickCompare(Type t, int c, bool ftz) {
   switch (t) {
     case Type::B16:
-    case Type::U16:
-      return pickCompare<uint16_t, uint16_t>(c);
-    case Type::S16:
-      return pickCompare<int16_t, int16_t>(c);
+    case Type::U16: return pickCompare<uint16_t, uint16_t>(c);
+    case Type::S16: return pickCompare<int16_t, int16_t>(c);
     case Type::B32:
-    case Type::U32:
-      return pickCompare<uint32_t, uint32_t>(c);
-    case Type::S32:
-      return pickCompare<int32_t, int32_t>(c);
+    case Type::U32: return pickCompare<uint32_t, uint32_t>(c);
+    case Type::S32: return pickCompare<int32_t, int32_t>(c);
     case Type::B64:
-    case Type::U64:
-      return pickCompare<uint64_t, uint64_t>(c);
-    case Type::S64:
-      return pickCompare<int64_t, int64_t>(c);
-    case Type::F32:
-      return ftz ? pickCompare<AsF32Ftz, float>(c) : pickCompare<float, float>(c);
-    case Type::F64:
-      return pickCompare<double, double>(c);
-    case Type::F16:
-      return pickCompare<AsF16, float>(c);
-    case Type::BF16:
-      return pickCompare<AsBf16, float>(c);
-    default:
-      return nullptr;
+    case Type::U64: return pickCompare<uint64_t, uint64_t>(c);
+    case Type::S64: return pickCompare<int64_t, int64_t>(c);
+    case Type::F32: return ftz ? pickCompare<AsF32Ftz, float>(c) : pickCompare<float, float>(c);
+    case Type::F64: return pickCompare<double, double>(c);
+    case Type::F16: return pickCompare<AsF16, float>(c);
+    case Type::BF16: return pickCompare<AsBf16, float>(c);
+    default: return nullptr;
   }
 }
 int takeCompare(Dec& d) {
@@ -234,9 +209,7 @@ void setpHalf2(Warp& w, const Inst& in, uint32_t m) {  // p|q = the two halves
   w.setPred(in.d, m, low, v);
   w.setPred(in.ext->refs[0], m, high, v);
 }
-int takeBoolOp(Dec& d) {
-  return d.take("and") ? 1 : d.take("or") ? 2 : d.take("xor") ? 3 : 0;
-}
+int takeBoolOp(Dec& d) { return d.take("and") ? 1 : d.take("or") ? 2 : d.take("xor") ? 3 : 0; }
 
 void decodeSetp(Dec& d) {
   int c = takeCompare(d);
@@ -414,20 +387,11 @@ void decodeMov(Dec& d) {
   }
   d.out.a = d.src(from, t);
   switch (bytes) {
-    case 2:
-      d.out.fn = mov<uint16_t>;
-      break;
-    case 4:
-      d.out.fn = mov<uint32_t>;
-      break;
-    case 8:
-      d.out.fn = mov<uint64_t>;
-      break;
-    case 16:
-      d.out.fn = mov<B128>;
-      break;
-    default:
-      break;
+    case 2: d.out.fn = mov<uint16_t>; break;
+    case 4: d.out.fn = mov<uint32_t>; break;
+    case 8: d.out.fn = mov<uint64_t>; break;
+    case 16: d.out.fn = mov<B128>; break;
+    default: break;
   }
 }
 
@@ -470,20 +434,11 @@ void isspacep(Warp& w, const Inst& in, uint32_t m) {
     uint64_t a = lane64(w, in.a, i);
     bool t = false;
     switch (in.x[0]) {
-      case 0:
-        t = !inShared(a) && !inLocal(a) && (a >> 32) != 0;
-        break;
-      case 1:
-        t = inShared(a) && ((uint32_t)a >> 24) == w.cta->rank;
-        break;
-      case 2:
-        t = inShared(a);
-        break;
-      case 3:
-        t = inLocal(a);
-        break;
-      default:
-        break;
+      case 0: t = !inShared(a) && !inLocal(a) && (a >> 32) != 0; break;
+      case 1: t = inShared(a) && ((uint32_t)a >> 24) == w.cta->rank; break;
+      case 2: t = inShared(a); break;
+      case 3: t = inLocal(a); break;
+      default: break;
     }
     r |= (uint32_t)t << i;
   }

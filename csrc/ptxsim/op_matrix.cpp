@@ -9,9 +9,7 @@ namespace {
 
 // ---- 8x8 matrices of 16-bit elements. Lanes 8i..8i+7 give the row addresses of matrix i; a lane holds two neighbours
 // of row lane/4.
-uint32_t addressing(unsigned matrices) {
-  return matrices == 4 ? kAll : (1u << (8 * matrices)) - 1;
-}
+uint32_t addressing(unsigned matrices) { return matrices == 4 ? kAll : (1u << (8 * matrices)) - 1; }
 template <bool Trans>
 void ldmatrix(Warp& w, const Inst& in, uint32_t) {
   uint64_t a[kLanes];
@@ -138,16 +136,11 @@ void mmaCore(Warp& w, const Inst& in, Get get, Acc* acc, uint32_t* valid) {
 
 float element(Type t, uint32_t reg, unsigned e) {
   switch (t) {
-    case Type::F16:
-      return fromF16((uint16_t)(reg >> (16 * e)));
-    case Type::BF16:
-      return fromBf16((uint16_t)(reg >> (16 * e)));
-    case Type::E4M3:
-      return kE4m3Table[(reg >> (8 * e)) & 0xff];
-    case Type::E5M2:
-      return kE5m2Table[(reg >> (8 * e)) & 0xff];
-    default:
-      return f32(reg & 0xffffe000u);  // tf32: the low 13 bits are ignored
+    case Type::F16: return fromF16((uint16_t)(reg >> (16 * e)));
+    case Type::BF16: return fromBf16((uint16_t)(reg >> (16 * e)));
+    case Type::E4M3: return kE4m3Table[(reg >> (8 * e)) & 0xff];
+    case Type::E5M2: return kE5m2Table[(reg >> (8 * e)) & 0xff];
+    default: return f32(reg & 0xffffe000u);  // tf32: the low 13 bits are ignored
   }
 }
 // x[0], x[1] registers of A and B; x[2], x[3] their types; x[4] float16 accumulator, or .satfinite for integers;

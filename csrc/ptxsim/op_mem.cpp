@@ -7,9 +7,7 @@ namespace ptxsim {
 
 void decodeStAsync(Dec&);
 
-static const char* verb(Kind k) {
-  return k == Kind::Read ? "read" : k == Kind::Write ? "write" : "atomic";
-}
+static const char* verb(Kind k) { return k == Kind::Read ? "read" : k == Kind::Write ? "write" : "atomic"; }
 static std::string hex(uint64_t v) {
   char s[32];
   snprintf(s, sizeof s, "0x%llx", (unsigned long long)v);
@@ -272,8 +270,7 @@ Handler pick(Type t, unsigned reg) {
     ROW(Type::U64, uint64_t)
     ROW(Type::F64, uint64_t)
     ROW(Type::S64, int64_t)
-    default:
-      return nullptr;
+    default: return nullptr;
   }
 #undef ROW
 }

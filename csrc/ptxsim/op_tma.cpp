@@ -316,12 +316,8 @@ void bulk(Warp& w, const Inst& in, uint32_t m) {
     }
   }
 }
-void bulkCommit(Warp& w, const Inst&, uint32_t m) {
-  commitGroups(w.bulk, m);
-}
-void bulkWait(Warp& w, const Inst& in, uint32_t m) {
-  waitGroups(w, w.bulk, m, (uint32_t)in.imm, in.x[0], false);
-}
+void bulkCommit(Warp& w, const Inst&, uint32_t m) { commitGroups(w.bulk, m); }
+void bulkWait(Warp& w, const Inst& in, uint32_t m) { waitGroups(w, w.bulk, m, (uint32_t)in.imm, in.x[0], false); }
 
 // ---- tensormap.replace: x[0] field, x[1] bytes of the value; a address, b value, v[0] ordinal
 const char* kFields[] = {"global_address", "rank",     "box_dim",           "global_dim",   "global_stride",
@@ -542,8 +538,6 @@ bool decodeBulk(Dec& d) {
   return true;
 }
 
-void addTmaOps(OpTable& t) {
-  t["tensormap"] = decodeTensormap;
-}
+void addTmaOps(OpTable& t) { t["tensormap"] = decodeTensormap; }
 
 }  // namespace ptxsim

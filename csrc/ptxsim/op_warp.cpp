@@ -127,24 +127,12 @@ void redux(Warp& w, const Inst& in, uint32_t m) {
     for (int j : lanesOf(group & (group - 1))) {
       const uint32_t x = lane32(w, in.a, (unsigned)j);
       switch (in.x[0]) {
-        case 0:
-          acc += x;
-          break;
-        case 1:
-          acc = in.x[1] ? (uint32_t)std::min((int32_t)acc, (int32_t)x) : std::min(acc, x);
-          break;
-        case 2:
-          acc = in.x[1] ? (uint32_t)std::max((int32_t)acc, (int32_t)x) : std::max(acc, x);
-          break;
-        case 3:
-          acc &= x;
-          break;
-        case 4:
-          acc |= x;
-          break;
-        default:
-          acc ^= x;
-          break;
+        case 0: acc += x; break;
+        case 1: acc = in.x[1] ? (uint32_t)std::min((int32_t)acc, (int32_t)x) : std::min(acc, x); break;
+        case 2: acc = in.x[1] ? (uint32_t)std::max((int32_t)acc, (int32_t)x) : std::max(acc, x); break;
+        case 3: acc &= x; break;
+        case 4: acc |= x; break;
+        default: acc ^= x; break;
       }
     }
     r[i] = acc;
@@ -183,9 +171,7 @@ void activemask(Warp& w, const Inst& in, uint32_t m) {
 
 }  // namespace
 
-bool gatherLanes(Warp& w, const Inst& in, Ref maskRef, uint32_t m) {
-  return gather(w, in, maskRef, m);
-}
+bool gatherLanes(Warp& w, const Inst& in, Ref maskRef, uint32_t m) { return gather(w, in, maskRef, m); }
 
 void decodeWarpSync(Dec& d) {  // bar.warp.sync
   d.wantArgs(1, 1);

@@ -48,23 +48,13 @@ inline float value(Type t, const uint8_t* p) {
   uint16_t h;
   uint32_t u;
   switch (t) {
-    case Type::E4M3:
-      return kE4m3Table[*p];
-    case Type::E5M2:
-      return kE5m2Table[*p];
-    case Type::S8:
-      return (float)(int8_t)*p;
-    case Type::U8:
-      return (float)*p;
-    case Type::BF16:
-      memcpy(&h, p, 2);
-      return fromBf16(h);
-    case Type::F16:
-      memcpy(&h, p, 2);
-      return fromF16(h);
-    default:
-      memcpy(&u, p, 4);
-      return f32(u & 0xffffe000u);
+    case Type::E4M3: return kE4m3Table[*p];
+    case Type::E5M2: return kE5m2Table[*p];
+    case Type::S8: return (float)(int8_t)*p;
+    case Type::U8: return (float)*p;
+    case Type::BF16: memcpy(&h, p, 2); return fromBf16(h);
+    case Type::F16: memcpy(&h, p, 2); return fromF16(h);
+    default: memcpy(&u, p, 4); return f32(u & 0xffffe000u);
   }
 }
 
@@ -348,9 +338,7 @@ void mmaAsync(Warp& w, const Inst& in, uint32_t m) {
     order.issued.pop_front(), ++order.base;
   w.launch->issue(op);
 }
-void commit(Warp& w, const Inst&, uint32_t m) {
-  commitGroups(w.wgmma, m);
-}
+void commit(Warp& w, const Inst&, uint32_t m) { commitGroups(w.wgmma, m); }
 void waitGroup(Warp& w, const Inst& in, uint32_t m) {
   if (!waitGroups(w, w.wgmma, m, (uint32_t)in.imm, false, false)) return;
   // What is still in flight keeps its registers; the rest is free.
@@ -365,9 +353,7 @@ void waitGroup(Warp& w, const Inst& in, uint32_t m) {
         if (e.refs2[r].id && !w.inflight[e.refs2[r].id]) w.inflight[e.refs2[r].id] = 2, ++w.numInflight;
   }
 }
-void fence(Warp& w, const Inst&, uint32_t) {
-  std::fill(w.unfenced.begin(), w.unfenced.end(), 0);
-}
+void fence(Warp& w, const Inst&, uint32_t) { std::fill(w.unfenced.begin(), w.unfenced.end(), 0); }
 
 void decodeWgmma(Dec& d) {
   d.out.convergeAll = true;
@@ -448,8 +434,6 @@ void decodeWgmma(Dec& d) {
 
 }  // namespace
 
-void addWgmmaOps(OpTable& t) {
-  t["wgmma"] = decodeWgmma;
-}
+void addWgmmaOps(OpTable& t) { t["wgmma"] = decodeWgmma; }
 
 }  // namespace ptxsim

@@ -98,15 +98,9 @@ inline void loadLanes(Warp& w, Ref r, unsigned bytes, uint64_t* out) {
 inline void putLanes(Warp& w, Ref d, unsigned bytes, const uint64_t* v, uint32_t m) {
   for (int i : lanesOf(m)) setLaneBits(w, d, bytes, i, v[i]);
 }
-inline uint32_t lane32(Warp& w, Ref r, unsigned lane) {
-  return w.ptr<const uint32_t>(r)[lane];
-}
-inline uint64_t lane64(Warp& w, Ref r, unsigned lane) {
-  return w.ptr<const uint64_t>(r)[lane];
-}
-inline int firstLane(uint32_t m) {
-  return __builtin_ctz(m);
-}
+inline uint32_t lane32(Warp& w, Ref r, unsigned lane) { return w.ptr<const uint32_t>(r)[lane]; }
+inline uint64_t lane64(Warp& w, Ref r, unsigned lane) { return w.ptr<const uint64_t>(r)[lane]; }
+inline int firstLane(uint32_t m) { return __builtin_ctz(m); }
 template <class T, class U>
 inline T bitsAs(U u) {
   static_assert(sizeof(T) == sizeof(U), "same size");

@@ -25,9 +25,7 @@ struct Token {
   int line = 0;
 };
 
-bool isIdent(char c) {
-  return isalnum((unsigned char)c) || c == '_' || c == '$' || c == '%';
-}
+bool isIdent(char c) { return isalnum((unsigned char)c) || c == '_' || c == '$' || c == '%'; }
 
 class Parser {
  public:
@@ -630,12 +628,8 @@ class Parser {
 
 }  // namespace
 
-unsigned typeBytes(Type t) {
-  return kTypes[(int)t].bytes;
-}
-const char* typeName(Type t) {
-  return kTypes[(int)t].name;
-}
+unsigned typeBytes(Type t) { return kTypes[(int)t].bytes; }
+const char* typeName(Type t) { return kTypes[(int)t].name; }
 Type typeFromName(const std::string& s) {
   static const auto* map = [] {
     auto* m = new std::unordered_map<std::string, Type>;

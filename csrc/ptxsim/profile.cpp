@@ -62,9 +62,7 @@ struct Block {
   const char* kind = "code";
 };
 
-bool guarded(const Inst& in) {
-  return in.guard != kNoGuard;
-}
+bool guarded(const Inst& in) { return in.guard != kNoGuard; }
 
 std::vector<Block> blocksOf(const Kernel& k) {
   const uint32_t n = (uint32_t)k.code.size();

@@ -62,12 +62,8 @@ enum class Type : uint8_t {
 unsigned typeBytes(Type t);
 Type typeFromName(const std::string& s);  // without the dot; None if it is no type
 const char* typeName(Type t);
-inline bool isSigned(Type t) {
-  return t == Type::S8 || t == Type::S16 || t == Type::S32 || t == Type::S64;
-}
-inline bool isFloat(Type t) {
-  return t >= Type::F16 && t <= Type::E5M2x2;
-}
+inline bool isSigned(Type t) { return t == Type::S8 || t == Type::S16 || t == Type::S32 || t == Type::S64; }
+inline bool isFloat(Type t) { return t >= Type::F16 && t <= Type::E5M2x2; }
 
 enum class Space : uint8_t { Generic, Global, Shared, Local, Param, Const, Reg };
 

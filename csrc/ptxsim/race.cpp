@@ -108,9 +108,7 @@ RaceState* raceCreate(Launch& l) {
   s->launch = &l;
   return s;
 }
-void raceDestroy(RaceState* s) {
-  delete s;
-}
+void raceDestroy(RaceState* s) { delete s; }
 
 void raceStart(Launch& l, Cluster& c, uint64_t index) {
   if (!l.race) return;
@@ -148,9 +146,7 @@ struct Side {
   bool isOp, unchanged = false;
 };
 
-const char* verb(bool write) {
-  return write ? "write" : "read";
-}
+const char* verb(bool write) { return write ? "write" : "read"; }
 
 // "": ordered. Otherwise what is missing.
 const char* ordered(RaceState& s, const Side& me, const Entry& e) {
@@ -380,9 +376,7 @@ void laneAsync(Warp& w, const Inst& in, int lane, Cta& cta, uint32_t offset, uin
     offset += n;
   }
 }
-uint32_t raceAgent(const Warp& w) {
-  return w.race->self;
-}
+uint32_t raceAgent(const Warp& w) { return w.race->self; }
 
 void racePlace(Warp& w, const Inst& in, const Place& p, uint32_t bytes, Kind kind) {
   RaceState* s = w.launch->race;

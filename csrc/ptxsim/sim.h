@@ -123,9 +123,7 @@ struct LanesOf {
   LanesOf begin() const { return *this; }
   LanesOf end() const { return {0}; }
 };
-inline LanesOf lanesOf(uint32_t mask) {
-  return {mask};
-}
+inline LanesOf lanesOf(uint32_t mask) { return {mask}; }
 
 std::string where(const Warp& w, const Inst& in, int lane);
 

@@ -27,8 +27,6 @@ inline constexpr uint32_t kDequantizeRows = 8;
 inline constexpr uint32_t kDequantizeSteps = 8;
 inline constexpr uint32_t kDequantizeThreads = 32 * kDequantizeRows;
 
-constexpr uint32_t dequantize_columns(uint32_t element_bytes) {
-  return kDequantizeSteps * 512 / element_bytes;
-}
+constexpr uint32_t dequantize_columns(uint32_t element_bytes) { return kDequantizeSteps * 512 / element_bytes; }
 
 }  // namespace dsv3

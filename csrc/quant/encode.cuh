@@ -17,9 +17,7 @@ constexpr float kAmaxFloor = 1e-4f;
 constexpr uint32_t kNan = 0x7FC00000;  // the NaN that PyTorch writes; instructions would make 0x7FFFFFFF
 
 // Element i of consecutive ones in 32-bit words.
-__device__ __forceinline__ float element(const uint32_t* words, int i, float) {
-  return __uint_as_float(words[i]);
-}
+__device__ __forceinline__ float element(const uint32_t* words, int i, float) { return __uint_as_float(words[i]); }
 __device__ __forceinline__ float element(const uint32_t* words, int i, __nv_bfloat16) {
   return __uint_as_float(i % 2 ? words[i / 2] & 0xFFFF0000u : words[i / 2] << 16);
 }

@@ -25,8 +25,6 @@ inline constexpr uint32_t kQuantizeRows = 8;
 inline constexpr uint32_t kQuantizeSteps = 4;
 inline constexpr uint32_t kQuantizeThreads = 32 * kQuantizeRows;
 
-constexpr uint32_t quantize_columns(uint32_t element_bytes) {
-  return kQuantizeSteps * 512 / element_bytes;
-}
+constexpr uint32_t quantize_columns(uint32_t element_bytes) { return kQuantizeSteps * 512 / element_bytes; }
 
 }  // namespace dsv3

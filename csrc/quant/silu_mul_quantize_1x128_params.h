@@ -26,8 +26,6 @@ inline constexpr uint32_t kSiluRows = 8;
 inline constexpr uint32_t kSiluSteps = 4;
 inline constexpr uint32_t kSiluThreads = 32 * kSiluRows;
 
-constexpr uint32_t silu_columns(uint32_t element_bytes) {
-  return kSiluSteps * 512 / element_bytes;
-}
+constexpr uint32_t silu_columns(uint32_t element_bytes) { return kSiluSteps * 512 / element_bytes; }
 
 }  // namespace dsv3

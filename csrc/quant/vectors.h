@@ -7,13 +7,9 @@
 
 namespace dsv3 {
 
-constexpr int64_t bytes_of(ElementType type) {
-  return type == ElementType::kFloat32 ? 4 : 2;
-}
+constexpr int64_t bytes_of(ElementType type) { return type == ElementType::kFloat32 ? 4 : 2; }
 
-inline bool aligned(const void* address, int64_t to) {
-  return reinterpret_cast<uintptr_t>(address) % to == 0;
-}
+inline bool aligned(const void* address, int64_t to) { return reinterpret_cast<uintptr_t>(address) % to == 0; }
 
 // All rows begin and end at multiples of 16 bytes.
 inline bool rows_are_vectors(const void* x, ElementType type, int64_t rows, int64_t row_stride, int64_t columns) {

@@ -28,9 +28,7 @@ __device__ __forceinline__ float e4m3(uint8_t code) {
 }
 
 // Byte `at` of row `row` under a tensor map's 128-byte swizzle.
-__device__ __forceinline__ int swizzled(int row, int at) {
-  return row * 128 + (at ^ row % 8 << 4);
-}
+__device__ __forceinline__ int swizzled(int row, int at) { return row * 128 + (at ^ row % 8 << 4); }
 
 struct Gemm {
   uint32_t m, n, k;
@@ -212,9 +210,7 @@ struct CombineParams {
 
 namespace {
 
-__device__ __forceinline__ float bf16(uint16_t bits) {
-  return __uint_as_float(static_cast<uint32_t>(bits) << 16);
-}
+__device__ __forceinline__ float bf16(uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
 
 // One part of one row of queries: 64 threads; `q` and the pages come through the maps.
 __device__ __forceinline__ void attend(const DecodeParams& p, const MapParams& maps, uint32_t ready, uint32_t& phase,

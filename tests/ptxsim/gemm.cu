@@ -30,18 +30,14 @@ enum Bug {
 
 constexpr int kStages = 3, kStageBytes = 2 * 128 * 64 * 2;
 
-__device__ uint32_t shared(const void* p) {
-  return (uint32_t)__cvta_generic_to_shared(p);
-}
+__device__ uint32_t shared(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 __device__ void wait(uint32_t bar, uint32_t parity) {
   asm volatile(
       "{ .reg .pred p; L: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra D; bra L; D: }" ::"r"(bar),
       "r"(parity)
       : "memory");
 }
-__device__ void arrive(uint32_t bar) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
+__device__ void arrive(uint32_t bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory"); }
 __device__ void load(uint32_t to, const Map* map, uint32_t bar, int x, int y) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::

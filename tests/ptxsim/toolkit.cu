@@ -98,23 +98,12 @@ extern "C" __global__ void calls(const unsigned* in, unsigned* out) {
   unsigned s = 0;
   for (int i = 0; i < 8; ++i) s = s * 31 + local[(i * 5 + in[0]) & 7];
   switch (in[threadIdx.x] % 6) {
-    case 0:
-      s += 1;
-      break;
-    case 1:
-      s ^= 0x5555;
-      break;
-    case 2:
-      s *= 7;
-      break;
-    case 3:
-      s = ~s;
-      break;
-    case 4:
-      s = __brev(s);
-      break;
-    default:
-      s = s << 3 | s >> 29;
+    case 0: s += 1; break;
+    case 1: s ^= 0x5555; break;
+    case 2: s *= 7; break;
+    case 3: s = ~s; break;
+    case 4: s = __brev(s); break;
+    default: s = s << 3 | s >> 29;
   }
   out[threadIdx.x] = s;
 }
