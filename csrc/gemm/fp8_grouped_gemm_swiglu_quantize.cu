@@ -200,7 +200,7 @@ __device__ __forceinline__ void gemm(const Fp8SwigluParams& p) {
   };
   // visit(group, row of A, rows left in the group, column of F): this CTA's tiles, in the same order for every warp.
   const auto for_each_tile = [&](auto visit) {
-    GroupWalk<Gate> walk;
+    GroupWalk<Gate::kRows> walk;
     GroupTile tile;
     for (int t = blockIdx.x; walk.find(t, p.groups, p.n_tiles, rows_of, tile); t += gridDim.x) {
       const TilePlace at = rasterise<Gate>(tile.tile, (tile.rows.count + 127) / 128, p.n_tiles);

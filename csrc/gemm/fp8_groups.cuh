@@ -31,7 +31,7 @@ __device__ __forceinline__ void multiply_groups(const Fp8GroupedGemmParams& p) {
   // visit(group, plane of A and D, row in it, rows left in the group, column): this CTA's tiles, in the same order for
   // every warp.
   const auto for_each_tile = [&](auto visit) {
-    GroupWalk<Tile> walk;
+    GroupWalk<Tile::kRows> walk;
     GroupTile tile;
     for (int t = first_tile<Tile>(); walk.find(t, p.groups, p.n_tiles, rows_of, tile); t += tile_step<Tile>()) {
       const TilePlace at = rasterise<Tile>(tile.tile, (tile.rows.count + Tile::kRows - 1) / Tile::kRows, p.n_tiles);

@@ -36,6 +36,7 @@
 #include "ptx/cp_async.cuh"
 #include "ptx/fence.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/ring.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
 
@@ -98,18 +99,8 @@ struct Tile {
   static_assert(kBytes <= 232448, "shared memory of one CTA on sm_90");
 };
 
-// A place in the ring. The producers wait for a stage's parity ^ 1, so that a fresh stage counts as empty.
 template <class Tile>
-struct Slot {
-  uint32_t stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == Tile::kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
+struct Slot : ptx::RingSlot<Tile::kStages> {};
 
 // The CTAs of a cluster walk over the same tiles, of the cluster's columns: its number among the clusters, their
 // number, and the CTA's place in it.

@@ -3,8 +3,6 @@
 
 #include <cstdint>
 
-#include "gemm/fp8_tile.cuh"
-
 namespace dsv3 {
 
 struct RowRange {
@@ -19,7 +17,7 @@ struct GroupTile {
 
 // Tiles are numbered group by group; an empty group has none. A warp walks with rising tile numbers, 32 groups at a
 // time, each lane knowing one: no search starts over, and no table has to be written before the first tile runs.
-template <class Tile>
+template <int kRows>
 class GroupWalk {
  public:
   // Whether there is such a tile. `rows_of(group)` is called by one lane per group. The whole warp takes part.
@@ -33,13 +31,13 @@ class GroupWalk {
         found.group = next_ - 32 + owner;
         found.rows.begin = __shfl_sync(~0u, rows_.begin, owner);
         found.rows.count = __shfl_sync(~0u, rows_.count, owner);
-        const int tiles = (found.rows.count + Tile::kRows - 1) / Tile::kRows * n_tiles;
+        const int tiles = (found.rows.count + kRows - 1) / kRows * n_tiles;
         found.tile = tile - (__shfl_sync(~0u, end_, owner) - tiles);
         return true;
       }
       if (next_ >= groups) return false;
       rows_ = next_ + lane < groups ? rows_of(next_ + lane) : RowRange{0, 0};
-      int sum = (rows_.count + Tile::kRows - 1) / Tile::kRows * n_tiles;
+      int sum = (rows_.count + kRows - 1) / kRows * n_tiles;
 #pragma unroll
       for (int distance = 1; distance < 32; distance *= 2) {
         const int below = __shfl_up_sync(~0u, sum, distance);

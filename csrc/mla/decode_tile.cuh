@@ -18,6 +18,7 @@
 #include "ptx/convert.cuh"
 #include "ptx/fence.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/ring.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
 
@@ -46,14 +47,7 @@ static_assert(kDecodeStages == 2,
 // Named barriers of the consumers; 0 is __syncthreads.
 enum NamedBarrier : int { kAllConsumers = 1, kOneWarpgroup = 2 };  // + warpgroup
 
-// A place in the ring. The producer waits for parity ^ 1, so that a fresh stage counts as empty.
-struct Slot {
-  uint32_t stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void advance() {
-    stage ^= 1;
-    parity ^= stage == 0;
-  }
+struct Slot : ptx::RingSlot<kDecodeStages> {
   __device__ __forceinline__ uint32_t tile() const { return kTiles + stage * kTile; }
   __device__ __forceinline__ uint32_t full(int half) const { return kFull + 16 * stage + 8 * half; }
   __device__ __forceinline__ uint32_t empty(int half) const { return kEmpty + 16 * stage + 8 * half; }

@@ -27,6 +27,7 @@
 #include "ptx/convert.cuh"
 #include "ptx/fence.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/ring.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
 
@@ -65,18 +66,8 @@ struct Tile {
   static_assert(kBytes <= 232448, "shared memory of one CTA on sm_90");
 };
 
-// A place in the ring; the producer waits for its parity ^ 1, so that a fresh stage counts as empty.
 template <class Tile>
-struct Slot {
-  uint32_t stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == Tile::kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
+struct Slot : ptx::RingSlot<Tile::kStages> {};
 
 struct Place {
   int head, token, column;  // first ones

@@ -27,6 +27,7 @@
 #include "ptx/convert.cuh"
 #include "ptx/fence.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/ring.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
 
@@ -66,15 +67,7 @@ static_assert(kBytes <= 232448, "shared memory of one CTA on sm_90");
 static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * 168, "setmaxnreg.inc would wait for ever");
 static_assert(kPrefillThreads == 128 + 32 * kConsumerWarps, "one warpgroup for the producer, two consumers");
 
-// A place in a ring; the producer waits for its parity ^ 1, so that a fresh stage counts as empty.
-struct Slot {
-  uint32_t stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void advance() {
-    stage ^= 1;
-    if (stage == 0) parity ^= 1;
-  }
-};
+using Slot = ptx::RingSlot<kStages>;
 
 // What a CTA works on.
 struct Work {
@@ -92,9 +85,10 @@ struct Work {
 template <class Visit>
 __device__ __forceinline__ void for_each_tile(const MlaPrefillParams& p, Visit visit) {
   const Sequences queries{p.cu_q, p.sequences, p.queries}, keys{p.cu_k, p.sequences, p.keys};
-  SequenceWalk<kRows> walk;
-  SequenceTile tile;
-  for (int t = blockIdx.x; walk.find(t, queries, p.heads, tile); t += gridDim.x) {
+  const auto rows_of = [&](int group) { return dsv3::rows_of(queries, group); };
+  GroupWalk<kRows> walk;
+  GroupTile tile;
+  for (int t = blockIdx.x; walk.find(t, p.sequences + 2, p.heads, rows_of, tile); t += gridDim.x) {
     const RowRange own = partners_of(keys, tile.group);
     const int row_tiles = (tile.rows.count + kRows - 1) / kRows;
     const int section_heads = min(p.heads, max(1, 65536 / max(own.count, 1)));

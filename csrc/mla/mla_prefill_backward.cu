@@ -31,6 +31,7 @@
 #include "ptx/cp_async.cuh"
 #include "ptx/fence.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/ring.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
 
@@ -71,17 +72,7 @@ static_assert(kBackwardThreads == 128 + 32 * kConsumerWarps, "one warpgroup for 
 
 enum class Keep { kKeys, kQueries };
 
-// A place in the ring; the producers wait for its parity ^ 1, so that a fresh stage counts as empty.
-struct Slot {
-  uint32_t stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
+using Slot = ptx::RingSlot<kStages>;
 
 // What a CTA works on: rows that stay, from a sequence, and the blocks of 64 that pass by.
 struct Work {
@@ -100,9 +91,10 @@ __device__ __forceinline__ void for_each_tile(const MlaPrefillBackwardParams& p,
   const Sequences queries{p.cu_q, p.sequences, p.queries}, keys{p.cu_k, p.sequences, p.keys};
   constexpr bool kKeys = kKeep == Keep::kKeys;
   const int columns = kKeys ? p.head_groups : p.heads;
-  SequenceWalk<kKept> walk;
-  SequenceTile tile;
-  for (int t = blockIdx.x; walk.find(t, kKeys ? keys : queries, columns, tile); t += gridDim.x) {
+  const auto rows_of = [&](int group) { return dsv3::rows_of(kKeys ? keys : queries, group); };
+  GroupWalk<kKept> walk;
+  GroupTile tile;
+  for (int t = blockIdx.x; walk.find(t, p.sequences + 2, columns, rows_of, tile); t += gridDim.x) {
     const RowRange other = partners_of(kKeys ? queries : keys, tile.group);
     const int row_tiles = (tile.rows.count + kKept - 1) / kKept;
     const int column = tile.tile / row_tiles, place = tile.tile % row_tiles;
