@@ -5,26 +5,22 @@
 
 namespace ptxsim {
 
-const OpTable& opTable() {
-  static const OpTable* table = [] {
-    auto* t = new OpTable;
-    addIntegerOps(*t);
-    addLogicOps(*t);
-    addFloatOps(*t);
-    addConvertOps(*t);
-    addMemoryOps(*t);
-    addAtomicOps(*t);
-    addWarpOps(*t);
-    addControlOps(*t);
-    addBarrierOps(*t);
-    addAsyncOps(*t);
-    addTmaOps(*t);
-    addMatrixOps(*t);
-    addWgmmaOps(*t);
-    return t;
-  }();
-  return *table;
+OpTable& opTable() {
+  static OpTable table;
+  return table;
 }
+Forms::Forms(std::initializer_list<Form> forms) {
+  for (auto f = forms.end(); f-- != forms.begin();) {
+    auto& known = opTable().unordered_map::operator[](f->name);
+    known.insert(known.begin(), *f);
+  }
+}
+static const bool kOthers = [] {
+  for (auto add :
+       {addMemoryOps, addAtomicOps, addWarpOps, addBarrierOps, addAsyncOps, addTmaOps, addMatrixOps, addWgmmaOps})
+    add(opTable());
+  return true;
+}();
 
 // ---- module variables
 
@@ -94,12 +90,24 @@ uint32_t KernelBuilder::frameOffset(const Var& v) {
 
 // ---- Dec
 
-bool Dec::has(const char* mod) const {
+// The text up to the separator, which `text` loses with it.
+static std::string_view cut(std::string_view& text, char separator) {
+  const std::string_view first = text.substr(0, text.find(separator));
+  text.remove_prefix(std::min(text.size(), first.size() + 1));
+  return first;
+}
+static bool dropEnd(std::string_view& text, std::string_view end) {
+  if (text.size() < end.size() || text.substr(text.size() - end.size()) != end) return false;
+  text.remove_suffix(end.size());
+  return true;
+}
+
+bool Dec::has(std::string_view mod) const {
   for (size_t i = 1; i < p.op.size(); ++i)
     if (!used[i] && p.op[i] == mod) return true;
   return false;
 }
-bool Dec::take(const char* mod) {
+bool Dec::take(std::string_view mod) {
   for (size_t i = 1; i < p.op.size(); ++i)
     if (!used[i] && p.op[i] == mod) {
       used[i] = true;
@@ -115,6 +123,77 @@ int Dec::takeOneOf(std::initializer_list<const char*> mods) {
   }
   return -1;
 }
+int Dec::takeOneOf(std::string_view mods) {
+  for (int n = 0; !mods.empty(); ++n)
+    if (take(cut(mods, '|'))) return n;
+  return -1;
+}
+
+std::string Dec::choose(const Form& form) {
+  unsigned next = 0;
+  for (std::string_view words = form.modifiers; !words.empty();) {
+    std::string_view word = cut(words, ' ');
+    const bool any = word == "type", integer = word == "int", half = word == "half";
+    if (const Type wanted = typeFromName(std::string(word)); any || integer || half || wanted != Type::None) {
+      const Type t = takeType();
+      if (t == Type::None) return "a type is missing";
+      types.push_back(t);
+      if (integer ? isFloat(t) : half ? t < Type::F16 || t > Type::BF16x2 : !any && t != wanted)
+        return "this type is not supported";
+      continue;
+    }
+    if (word[0] == '(') {
+      takeOneOf(word.substr(1, word.size() - 2));
+      continue;
+    }
+    const bool optional = dropEnd(word, "?"), several = word.find('|') != word.npos;
+    const int which = takeOneOf(word);
+    if (which < 0 && !optional) return cat(several ? "one of ." : ".", std::string(word), " is missing");
+    if (optional || several) out.x[next++] = (uint8_t)(which + optional);
+  }
+  if (!form.operands) return "";
+  const std::string_view words = form.operands;
+  const size_t most = words.empty() ? 0 : 1 + (size_t)std::count(words.begin(), words.end(), ' '),
+               least = most - (size_t)std::count(words.begin(), words.end(), '?');
+  if (argc() < least || argc() > most) return cat("takes ", least, " to ", most, " operands, got ", argc());
+  operands(words);
+  return "";
+}
+
+void Dec::operands(std::string_view words) {
+  for (size_t i = 0; !words.empty(); ++i) {
+    std::string_view word = cut(words, ' ');
+    if (word == "imm") out.imm = intArg(i);
+    if (word == "[a]") out.a = address(arg(i), &out.imm);
+    if (word == "imm" || word == "[a]") continue;
+    const bool absent = dropEnd(word, "?") && i >= argc(), pair = dropEnd(word, "|p"), list = dropEnd(word, "}");
+    const std::string_view slot = cut(word, ':');
+    const char name = slot[list];
+    const Type t = word.empty()       ? types.at(0)
+                   : isdigit(word[0]) ? types.at((size_t)(word[0] - '0'))
+                   : word == "wide"   ? (Type)((int)types.at(0) + 1)
+                                      : typeFromName(std::string(word));
+    auto ref = [&](const Operand& o) {
+      if (name == 'd') return t == Type::Pred ? predDst(o) : dst(o, std::max(2u, typeBytes(t)));
+      return t == Type::Pred ? pred(o) : src(o, t);
+    };
+    if (list) {
+      const Operand& o = arg(i);
+      const std::vector<Operand> parts = o.kind == Operand::Vector ? o.sub : std::vector<Operand>{o};
+      if (parts.size() != out.vec) fail("wrong number of registers: ", out.vec, " are expected");
+      for (auto& part : parts) extra()->refs.push_back(ref(part));
+      continue;
+    }
+    const bool two = pair && arg(i).kind == Operand::Pair;
+    const Ref r = absent ? Ref() : ref(two ? arg(i).sub[0] : arg(i));
+    if (name == 'e')
+      extra()->refs.push_back(r);
+    else
+      (name == 'd' ? out.d : name == 'a' ? out.a : name == 'b' ? out.b : out.c) = r;
+    if (pair) extra()->refs.push_back(two ? predDst(arg(i).sub[1]) : Ref());
+  }
+}
+
 Type Dec::takeType() {
   for (size_t i = 1; i < p.op.size(); ++i)
     if (!used[i]) {
@@ -283,6 +362,12 @@ Ref Dec::src(const Operand& o, Type t) {
   return r;
 }
 
+Ref Dec::pred(const Operand& o) {
+  bool negated;
+  Ref r = pred(o, &negated);
+  if (negated) r.off |= Ref::kNegated;
+  return r;
+}
 Ref Dec::pred(const Operand& o, bool* negate) {
   if (negate)
     *negate = o.negate;
@@ -346,6 +431,25 @@ static void collectCalls(const Module& m, const Func& f, std::vector<const Func*
   stack.pop_back();
 }
 
+static void decodeInst(Dec& d) {
+  auto it = opTable().find(d.p.op[0]);
+  if (it == opTable().end()) d.fail("no such instruction here");
+  const Dec fresh = d;
+  std::string misfit;
+  for (const Form& form : it->second) {
+    d.out = fresh.out, d.used = fresh.used, d.types.clear();
+    misfit = d.choose(form);
+    if (!misfit.empty()) continue;
+    d.out.fn = form.fn;
+    if (form.decode) form.decode(d);
+    break;
+  }
+  if (!misfit.empty()) d.fail(misfit);
+  if (!d.out.fn) d.fail("this form is not supported");
+  for (size_t j = 0; j < d.used.size(); ++j)
+    if (!d.used[j]) d.fail("modifier .", d.p.op[j], " is not supported here");
+}
+
 static void decodeFunction(KernelBuilder& kb, const Func& f) {
   Kernel& k = kb.k;
   size_t first = k.code.size();
@@ -356,9 +460,7 @@ static void decodeFunction(KernelBuilder& kb, const Func& f) {
     for (auto& l : sc.labels) leader[(size_t)l.second] = true;
   for (size_t i = 0; i < f.code.size(); ++i) {
     const PInst& p = f.code[i];
-    auto it = opTable().find(p.op[0]);
     Dec d(kb, f, p);
-    if (it == opTable().end()) d.fail("no such instruction here");
     if (p.guard >= 0) {
       if (f.regs[(size_t)p.guard].type != Type::Pred) d.fail("the guard is not a predicate");
       Ref g = kb.reg(f, p.guard, nullptr);
@@ -366,10 +468,7 @@ static void decodeFunction(KernelBuilder& kb, const Func& f) {
       d.out.guardId = g.id;
       d.out.guardNegate = p.guardNegate;
     }
-    it->second(d);
-    if (!d.out.fn) d.fail("this form is not supported");
-    for (size_t j = 0; j < d.used.size(); ++j)
-      if (!d.used[j]) d.fail("modifier .", p.op[j], " is not supported here");
+    decodeInst(d);
     k.code.push_back(d.out);
     k.source.push_back({p.ptxLine, p.loc, p.text()});
     k.leader.push_back(leader[i] || (i && (f.code[i - 1].op[0] == "bra" || f.code[i - 1].op[0] == "ret" ||
@@ -382,7 +481,7 @@ static void decodeFunction(KernelBuilder& kb, const Func& f) {
     return r;
   }();
   Dec d(kb, f, kRet);
-  opTable().at("ret")(d);
+  decodeInst(d);
   k.code.push_back(d.out);
   k.source.push_back({f.code.empty() ? 0 : f.code.back().ptxLine, 0, "ret"});
   k.leader.push_back(false);

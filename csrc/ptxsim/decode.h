@@ -6,16 +6,51 @@ namespace ptxsim {
 
 struct Dec;
 using DecodeFn = void (*)(Dec&);
-using OpTable = std::unordered_map<std::string, DecodeFn>;
-const OpTable& opTable();
-void addIntegerOps(OpTable&);
-void addFloatOps(OpTable&);
-void addConvertOps(OpTable&);
-void addLogicOps(OpTable&);
+
+// One form of an instruction: its modifiers in any order, its operands in order, and the handler, or the function that
+// chooses one. Of the forms of a mnemonic the first is taken whose modifiers and number of operands fit. Words of the
+// modifiers:
+//   cc                 must be there
+//   lo|hi|wide         one of them must be there; the next of x[0], x[1], ... says which
+//   ftz?   l|r?        may be there; the next x is 0 when none is, else 1, 2, ...
+//   (uni)  (cta|gpu)   may be there and means nothing here
+//   type int half      the next type: any, an integer or bits, a float of 16 bits (or two); types[0], types[1], ...
+//   f32                the next type, which must be this one
+// and of the operands, where T is a type, the number of one of the types, or `wide`, which has twice the width of
+// types[0]; types[0] if it is left out:
+//   d:T                destination -> Inst::d
+//   d:T|p              destination and perhaps a predicate, as in d|p -> Inst::d, ext->refs (Ref() if there is none)
+//   a:T b:T c:T        source -> Inst::a, b, c
+//   e:T                source -> ext->refs
+//   {d:T} {e:T}        Inst::vec destinations or sources in braces -> ext->refs
+//   [a]                address -> Inst::a and imm
+//   imm                integer constant -> Inst::imm
+//   a:T?               may be left out
+// A source predicate may be negated: Warp::predicate reads it.
+struct Form {
+  const char *name, *modifiers = "", *operands = nullptr;  // operands nullptr: `decode` sees to them
+  DecodeFn decode = nullptr;
+  Handler fn = nullptr;
+  Form(const char* n, DecodeFn f) : name(n), decode(f) {}
+  Form(const char* n, const char* m, const char* o, DecodeFn f) : name(n), modifiers(m), operands(o), decode(f) {}
+  Form(const char* n, const char* m, const char* o, Handler h) : name(n), modifiers(m), operands(o), fn(h) {}
+};
+struct OpTable : std::unordered_map<std::string, std::vector<Form>> {
+  struct Slot {
+    std::vector<Form>& forms;
+    const char* name;
+    void operator=(DecodeFn f) { forms.emplace_back(name, f); }
+  };
+  Slot operator[](const char* name) { return {unordered_map::operator[](name), name}; }
+};
+OpTable& opTable();
+// A family's forms, which it adds to the table: `const Forms kWarpForms = {{"shfl", ...}, ...};`
+struct Forms {
+  Forms(std::initializer_list<Form> forms);
+};
 void addMemoryOps(OpTable&);
 void addAtomicOps(OpTable&);
 void addWarpOps(OpTable&);
-void addControlOps(OpTable&);
 void addBarrierOps(OpTable&);
 void addAsyncOps(OpTable&);
 void addTmaOps(OpTable&);
@@ -40,10 +75,15 @@ struct Dec {
   [[noreturn]] void fail(const Parts&... what) const {
     throw Error("PTX line ", p.ptxLine, ": ", p.text(), ": ", what...);
   }
-  bool has(const char* mod) const;
-  bool take(const char* mod);
-  int takeOneOf(std::initializer_list<const char*> mods);  // index or -1
-  Type takeType();                                         // next unused modifier that is a type; None if there is none
+  std::vector<Type> types;  // that the form names
+
+  std::string choose(const Form& form);  // takes its modifiers and operands; why not, if it does not fit
+  void operands(std::string_view words);
+  bool has(std::string_view mod) const;
+  bool take(std::string_view mod);
+  int takeOneOf(std::string_view mods);  // "lo|hi": index or -1
+  int takeOneOf(std::initializer_list<const char*> mods);
+  Type takeType();  // next unused modifier that is a type; None if there is none
   Type needType();
   void takePrefix(const char* prefix);  // drop every unused modifier that starts so
   size_t argc() const { return p.args.size(); }
@@ -56,6 +96,7 @@ struct Dec {
   Ref src(size_t i, Type t) { return src(arg(i), t); }
   Ref src(const Operand& o, Type t);                       // width must match; immediates become lane vectors
   Ref srcWide(const Operand& o, Type t, unsigned* bytes);  // register may be wider than t (ld, st, cvt)
+  Ref pred(const Operand& o);                              // Warp::predicate reads it
   Ref pred(const Operand& o, bool* negate);
   Ref predDst(const Operand& o);
   Ref constant(uint64_t bits, unsigned bytes);

@@ -222,7 +222,7 @@ void decodeFence(Dec& d) {
 
 }  // namespace
 
-void addControlOps(OpTable& t) {
+static void addControlOps(OpTable& t) {
   t["bra"] = [](Dec& d) {
     d.take("uni");
     d.wantArgs(1, 1);
@@ -278,4 +278,5 @@ void addControlOps(OpTable& t) {
   };
 }
 
+static const bool kAdded = (addControlOps(opTable()), true);
 }  // namespace ptxsim

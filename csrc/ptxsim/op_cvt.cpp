@@ -185,13 +185,13 @@ void cvtPack(Warp& w, const Inst& in, uint32_t m) {
   w.setValid(in.d, m, w.validOf(in.a) & w.validOf(in.b) & w.validOf(in.c));
 }
 
-LANE(float, Bf16ToF32, (uint16_t h), fromBf16(h));
-LANE(float, F16ToF32, (uint16_t h), fromF16(h));
-LANE(float, I32ToF32, (int32_t a), (float)a);
-LANE(float, U32ToF32, (uint32_t a), (float)a);
-LANE(uint16_t, F32ToBf16, (float a), toBf16(a));
-LANE(double, F32ToF64, (float a), a);
-TYPED(T, Same, (T a), a);
+LANE(float, Bf16ToF32, (uint16_t h)) { return fromBf16(h); }
+LANE(float, F16ToF32, (uint16_t h)) { return fromF16(h); }
+LANE(float, I32ToF32, (int32_t a)) { return (float)a; }
+LANE(float, U32ToF32, (uint32_t a)) { return (float)a; }
+LANE(uint16_t, F32ToBf16, (float a)) { return toBf16(a); }
+LANE(double, F32ToF64, (float a)) { return a; }
+TYPED(T, Same, (T a)) { return a; }
 
 Handler fastPath(Type dt, Type st, unsigned dreg, unsigned sreg, Round r, unsigned flags, bool integral) {
   if (flags || integral) return nullptr;
@@ -295,6 +295,7 @@ void decodeCvt(Dec& d) {
 
 }  // namespace
 
-void addConvertOps(OpTable& t) { t["cvt"] = decodeCvt; }
+static void addConvertOps(OpTable& t) { t["cvt"] = decodeCvt; }
 
+static const bool kAdded = (addConvertOps(opTable()), true);
 }  // namespace ptxsim

@@ -8,7 +8,6 @@
 
 namespace ptxsim {
 
-bool decodeIntegerArithmetic(Dec& d, const std::string& op);
 bool decodeHalfArithmetic(Dec& d, const std::string& op);
 
 namespace {
@@ -23,16 +22,20 @@ inline float out32(float f) {
   f = canonical(f);
   return Ftz ? flush(f) : f;
 }
-#define FLOAT32(name, ...)  \
-  template <bool Z, bool S> \
-  LANE(float, name, __VA_ARGS__)
-FLOAT32(AddF, (float a, float b), out32<Z, S>(in32<Z>(a) + in32<Z>(b)));
-FLOAT32(SubF, (float a, float b), out32<Z, S>(in32<Z>(a) - in32<Z>(b)));
-FLOAT32(MulF, (float a, float b), out32<Z, S>(in32<Z>(a) * in32<Z>(b)));
-FLOAT32(FmaF, (float a, float b, float c), out32<Z, S>(__builtin_fmaf(in32<Z>(a), in32<Z>(b), in32<Z>(c))));
-FLOAT32(DivF, (float a, float b), out32<Z, S>(in32<Z>(a) / in32<Z>(b)));
-FLOAT32(SqrtF, (float a), out32<Z, S>(std::sqrt(in32<Z>(a))));
-FLOAT32(RcpF, (float a), out32<Z, S>(1.0f / in32<Z>(a)));
+#define FLOAT32(name, parameters)      \
+  template <bool Z, bool S>            \
+  struct name {                        \
+    float operator() parameters const; \
+  };                                   \
+  template <bool Z, bool S>            \
+  inline float name<Z, S>::operator() parameters const
+FLOAT32(AddF, (float a, float b)) { return out32<Z, S>(in32<Z>(a) + in32<Z>(b)); }
+FLOAT32(SubF, (float a, float b)) { return out32<Z, S>(in32<Z>(a) - in32<Z>(b)); }
+FLOAT32(MulF, (float a, float b)) { return out32<Z, S>(in32<Z>(a) * in32<Z>(b)); }
+FLOAT32(FmaF, (float a, float b, float c)) { return out32<Z, S>(__builtin_fmaf(in32<Z>(a), in32<Z>(b), in32<Z>(c))); }
+FLOAT32(DivF, (float a, float b)) { return out32<Z, S>(in32<Z>(a) / in32<Z>(b)); }
+FLOAT32(SqrtF, (float a)) { return out32<Z, S>(std::sqrt(in32<Z>(a))); }
+FLOAT32(RcpF, (float a)) { return out32<Z, S>(1.0f / in32<Z>(a)); }
 template <bool Z, bool S>
 struct RsqrtF {
   float operator()(float a) const {
@@ -40,13 +43,13 @@ struct RsqrtF {
     return out32<Z, S>((float)(1.0 / std::sqrt((double)a)));
   }
 };
-FLOAT32(SinF, (float a), out32<Z, S>((float)std::sin((double)in32<Z>(a))));
-FLOAT32(CosF, (float a), out32<Z, S>((float)std::cos((double)in32<Z>(a))));
-FLOAT32(Lg2F, (float a), out32<Z, S>((float)std::log2((double)in32<Z>(a))));
-FLOAT32(Ex2F, (float a), out32<Z, S>((float)std::exp2((double)in32<Z>(a))));
-FLOAT32(TanhF, (float a), out32<Z, S>((float)std::tanh((double)a)));
-FLOAT32(AbsF, (float a), in32<Z>(f32(bits(a) & 0x7fffffffu)));
-FLOAT32(NegF, (float a), in32<Z>(f32(bits(a) ^ 0x80000000u)));
+FLOAT32(SinF, (float a)) { return out32<Z, S>((float)std::sin((double)in32<Z>(a))); }
+FLOAT32(CosF, (float a)) { return out32<Z, S>((float)std::cos((double)in32<Z>(a))); }
+FLOAT32(Lg2F, (float a)) { return out32<Z, S>((float)std::log2((double)in32<Z>(a))); }
+FLOAT32(Ex2F, (float a)) { return out32<Z, S>((float)std::exp2((double)in32<Z>(a))); }
+FLOAT32(TanhF, (float a)) { return out32<Z, S>((float)std::tanh((double)a)); }
+FLOAT32(AbsF, (float a)) { return in32<Z>(f32(bits(a) & 0x7fffffffu)); }
+FLOAT32(NegF, (float a)) { return in32<Z>(f32(bits(a) ^ 0x80000000u)); }
 
 // -0 is below +0; one NaN operand loses unless .NaN
 template <bool Min>
@@ -77,18 +80,22 @@ struct MinMaxXor {
   }
 };
 
-LANE(double, AddD, (double a, double b), a + b);
-LANE(double, SubD, (double a, double b), a - b);
-LANE(double, MulD, (double a, double b), (a * b));
-LANE(double, FmaD, (double a, double b, double c), __builtin_fma(a, b, c));
-LANE(double, DivD, (double a, double b), a / b);
-LANE(double, SqrtD, (double a), std::sqrt(a));
-LANE(double, RcpD, (double a), 1.0 / a);
-LANE(double, RsqrtD, (double a), 1.0 / std::sqrt(a));
-LANE(double, AbsD, (double a), std::fabs(a));
-LANE(double, NegD, (double a), -a);
-LANE(double, MinD, (double a, double b), a != a ? b : b != b ? a : a == b ? (std::signbit(a) ? a : b) : a < b ? a : b);
-LANE(double, MaxD, (double a, double b), a != a ? b : b != b ? a : a == b ? (std::signbit(a) ? b : a) : a > b ? a : b);
+LANE(double, AddD, (double a, double b)) { return a + b; }
+LANE(double, SubD, (double a, double b)) { return a - b; }
+LANE(double, MulD, (double a, double b)) { return (a * b); }
+LANE(double, FmaD, (double a, double b, double c)) { return __builtin_fma(a, b, c); }
+LANE(double, DivD, (double a, double b)) { return a / b; }
+LANE(double, SqrtD, (double a)) { return std::sqrt(a); }
+LANE(double, RcpD, (double a)) { return 1.0 / a; }
+LANE(double, RsqrtD, (double a)) { return 1.0 / std::sqrt(a); }
+LANE(double, AbsD, (double a)) { return std::fabs(a); }
+LANE(double, NegD, (double a)) { return -a; }
+LANE(double, MinD, (double a, double b)) {
+  return a != a ? b : b != b ? a : a == b ? (std::signbit(a) ? a : b) : a < b ? a : b;
+}
+LANE(double, MaxD, (double a, double b)) {
+  return a != a ? b : b != b ? a : a == b ? (std::signbit(a) ? b : a) : a > b ? a : b;
+}
 // The upper half of 1/x, as a seed for Newton steps.
 struct RcpSeed {
   double operator()(double a) const {
@@ -96,7 +103,7 @@ struct RcpSeed {
     return bitsAs<double>(b);
   }
 };
-LANE(double, RsqrtSeed, (double a), bitsAs<double>(bits(1.0 / std::sqrt(a)) & 0xffffffff00000000ull));
+LANE(double, RsqrtSeed, (double a)) { return bitsAs<double>(bits(1.0 / std::sqrt(a)) & 0xffffffff00000000ull); }
 
 // Directed rounding: the inner handler runs under the host's rounding mode. Its loads and stores cannot move across the
 // calls.
@@ -141,7 +148,7 @@ Handler byOrder(bool min, bool ftz, bool nan) {
 }
 
 void arithmetic(Dec& d, const std::string& op) {
-  if (decodeIntegerArithmetic(d, op) || decodeHalfArithmetic(d, op)) return;
+  if (decodeHalfArithmetic(d, op)) return;
   Mods m = takeMods(d);
   if (op == "fma" || op == "mad") {
     Type t = d.needType();
@@ -217,12 +224,14 @@ void testp(Warp& w, const Inst& in, uint32_t m) {
   }
   w.setPred(in.d, m, r, w.validOf(in.a));
 }
-LANE(uint32_t, Copysign32, (uint32_t a, uint32_t b), (a & 0x80000000u) | (b & 0x7fffffffu));
-LANE(uint64_t, Copysign64, (uint64_t a, uint64_t b), (a & 0x8000000000000000ull) | (b & 0x7fffffffffffffffull));
+LANE(uint32_t, Copysign32, (uint32_t a, uint32_t b)) { return (a & 0x80000000u) | (b & 0x7fffffffu); }
+LANE(uint64_t, Copysign64, (uint64_t a, uint64_t b)) {
+  return (a & 0x8000000000000000ull) | (b & 0x7fffffffffffffffull);
+}
 
 }  // namespace
 
-void addFloatOps(OpTable& t) {
+static void addFloatOps(OpTable& t) {
   t["add"] = [](Dec& d) { arithmetic(d, "add"); };
   t["sub"] = [](Dec& d) { arithmetic(d, "sub"); };
   t["mul"] = [](Dec& d) { arithmetic(d, "mul"); };
@@ -278,4 +287,5 @@ void addFloatOps(OpTable& t) {
   };
 }
 
+static const bool kAdded = (addFloatOps(opTable()), true);
 }  // namespace ptxsim

@@ -8,13 +8,13 @@
 namespace ptxsim {
 namespace {
 
-TYPED(T, And, (T a, T b), (a & b));
-TYPED(T, Or, (T a, T b), a | b);
-TYPED(T, Xor, (T a, T b), a ^ b);
-TYPED(T, Not, (T a), (T)~a);
-TYPED(T, Cnot, (T a), (T)(a == 0));
-TYPED(T, Shl, (T a, uint32_t n), (T)(n >= 8 * sizeof(T) ? 0 : a << n));
-TYPED(T, Shr, (T a, uint32_t n), (T)(a >> std::min<uint32_t>(n, 8 * sizeof(T) - 1) >> (n >= 8 * sizeof(T))));
+TYPED(T, And, (T a, T b)) { return (a & b); }
+TYPED(T, Or, (T a, T b)) { return a | b; }
+TYPED(T, Xor, (T a, T b)) { return a ^ b; }
+TYPED(T, Not, (T a)) { return (T)~a; }
+TYPED(T, Cnot, (T a)) { return (T)(a == 0); }
+TYPED(T, Shl, (T a, uint32_t n)) { return (T)(n >= 8 * sizeof(T) ? 0 : a << n); }
+TYPED(T, Shr, (T a, uint32_t n)) { return (T)(a >> std::min<uint32_t>(n, 8 * sizeof(T) - 1) >> (n >= 8 * sizeof(T))); }
 
 struct ShfL {
   uint32_t operator()(const Inst& in, uint32_t lo, uint32_t hi, uint32_t n) const {
@@ -395,10 +395,10 @@ void decodeMov(Dec& d) {
   }
 }
 
-LANE(uint64_t, Ident64, (uint64_t a), a);
-LANE(uint64_t, ToShared, (uint64_t a), a + kSharedWindow);
-LANE(uint64_t, ToLocal, (uint64_t a), a + kLocalWindow);
-LANE(uint64_t, FromShared, (uint64_t a), (uint32_t)a);
+LANE(uint64_t, Ident64, (uint64_t a)) { return a; }
+LANE(uint64_t, ToShared, (uint64_t a)) { return a + kSharedWindow; }
+LANE(uint64_t, ToLocal, (uint64_t a)) { return a + kLocalWindow; }
+LANE(uint64_t, FromShared, (uint64_t a)) { return (uint32_t)a; }
 
 void fromParam(Warp& w, const Inst& in, uint32_t m) {
   uint64_t r[kLanes];
@@ -447,7 +447,7 @@ void isspacep(Warp& w, const Inst& in, uint32_t m) {
 
 }  // namespace
 
-void addLogicOps(OpTable& t) {
+static void addLogicOps(OpTable& t) {
   t["and"] = logicOp<And, 0>;
   t["or"] = logicOp<Or, 1>;
   t["xor"] = logicOp<Xor, 2>;
@@ -571,4 +571,5 @@ void addLogicOps(OpTable& t) {
   };
 }
 
+static const bool kAdded = (addLogicOps(opTable()), true);
 }  // namespace ptxsim

@@ -16,18 +16,23 @@ inline void storeLanes(Warp& w, Ref d, const T* r, uint32_t m) {
   }
 }
 
-// A function of what one lane has: LANE(type, Name, (parameters), value) makes a type of it.
-#define LANE(type, name, parameters, ...)                    \
-  struct name {                                              \
-    type operator() parameters const { return __VA_ARGS__; } \
-  }
-#define TYPED(type, name, ...) \
-  template <class T>           \
-  LANE(type, name, __VA_ARGS__)
+// A function of what one lane has, as a type: LANE(type, Name, (parameters)) { body }
+#define LANE(type, name, parameters)  \
+  struct name {                       \
+    type operator() parameters const; \
+  };                                  \
+  inline type name::operator() parameters const
+#define TYPED(type, name, parameters) \
+  template <class T>                  \
+  struct name {                       \
+    type operator() parameters const; \
+  };                                  \
+  template <class T>                  \
+  inline type name<T>::operator() parameters const
 
 template <class F, class D, class... A, size_t... K>
 inline void lanewiseFrom(Warp& w, const Inst& in, uint32_t m, std::index_sequence<K...>) {
-  const Ref sources[] = {in.a, in.b, in.c};
+  const Ref sources[] = {in.a, in.b, in.c, sizeof...(A) > 3 ? in.ext->refs[0] : Ref()};
   const std::tuple<const A*...> from{w.ptr<const A>(sources[K])...};
   alignas(64) D r[kLanes];
   F f;
@@ -40,8 +45,8 @@ inline void lanewiseFrom(Warp& w, const Inst& in, uint32_t m, std::index_sequenc
   storeLanes(w, in.d, r, m);
   w.setValid(in.d, m, (w.validOf(sources[K]) & ...));
 }
-// d = f(a), f(a, b) or f(a, b, c) in every lane; f may ask for the instruction first. The result depends on every
-// source, so that a lane is valid where all of them are.
+// d = f(a), f(a, b), ... in every lane (a fourth source is ext->refs[0]); f may ask for the instruction first. The
+// result depends on every source, so that a lane is valid where all of them are.
 template <class F, class D, class... A>
 void lanewise(Warp& w, const Inst& in, uint32_t m) {
   lanewiseFrom<F, D, A...>(w, in, m, std::index_sequence_for<A...>());
@@ -60,7 +65,13 @@ template <class F>
 constexpr Handler lanes() {
   return lanesOfTypes(&F::operator());
 }
-// F<T> by the type or the width of the instruction.
+
+template <class T>
+constexpr Type typeOf() {
+  const int width = sizeof(T) == 1 ? 0 : sizeof(T) == 2 ? 1 : sizeof(T) == 4 ? 2 : 3;
+  if constexpr (std::is_floating_point<T>::value) return sizeof(T) == 4 ? Type::F32 : Type::F64;
+  return (Type)((int)(std::is_signed<T>::value ? Type::S8 : Type::U8) + width);
+}
 #define BY_TYPE(t, F)                        \
   ((t) == Type::U16   ? lanes<F<uint16_t>>() \
    : (t) == Type::S16 ? lanes<F<int16_t>>()  \
@@ -74,6 +85,29 @@ constexpr Handler lanes() {
    : typeBytes(t) == 4 ? lanes<F<uint32_t>>() \
    : typeBytes(t) == 8 ? lanes<F<uint64_t>>() \
                        : nullptr)
+inline Type bitsAsUnsigned(Type t) {
+  return t >= Type::B8 && t <= Type::B64 ? (Type)((int)t - (int)Type::B8 + (int)Type::U8) : t;
+}
+// handlerOf(T()) for the one of the T that the type is; bits count as unsigned; nullptr for any other.
+template <class... T, class F>
+Handler ofType(Type type, F handlerOf) {
+  Handler h = nullptr;
+  ((typeOf<T>() == bitsAsUnsigned(type) ? void(h = handlerOf(T())) : void()), ...);
+  return h;
+}
+// F<T> by the type of the instruction, of all of the integers unless some are named, or by its width.
+template <template <class> class F, class... T>
+void byType(Dec& d) {
+  if constexpr (sizeof...(T) == 0)
+    byType<F, uint16_t, int16_t, uint32_t, int32_t, uint64_t, int64_t>(d);
+  else
+    d.out.fn = ofType<T...>(d.types[0], [](auto t) { return lanes<F<decltype(t)>>(); });
+}
+template <template <class> class F>
+void byWidth(Dec& d) {
+  const unsigned n = typeBytes(d.types[0]);
+  d.out.fn = n == 2 ? lanes<F<uint16_t>>() : n == 4 ? lanes<F<uint32_t>>() : n == 8 ? lanes<F<uint64_t>>() : nullptr;
+}
 
 // One lane of a register of 2, 4 or 8 bytes.
 inline uint64_t laneBits(Warp& w, Ref r, unsigned bytes, int lane) {

@@ -29,9 +29,9 @@ struct RaceShadow;
 using Handler = void (*)(Warp&, const Inst&, uint32_t mask);
 
 // An operand: 32 lane values at `off` in the warp's registers, or in the kernel's constants when kConstBit is set.
-// `id` names the validity mask that goes with it; id 0 is "always valid".
+// kNegated: a source predicate with a `!`. `id` names the validity mask that goes with it; id 0 is "always valid".
 struct Ref {
-  static constexpr uint32_t kConstBit = 0x80000000u;
+  static constexpr uint32_t kConstBit = 0x80000000u, kNegated = 0x40000000u;
   uint32_t off = 0, id = 0;
 };
 
@@ -187,9 +187,10 @@ struct Warp {
 
   template <class T>
   T* ptr(Ref r) {
-    return reinterpret_cast<T*>(base[r.off >> 31] + (r.off & 0x7fffffffu));
+    return reinterpret_cast<T*>(base[r.off >> 31] + (r.off & ~(Ref::kConstBit | Ref::kNegated)));
   }
   uint32_t& pred(Ref r) { return *ptr<uint32_t>(r); }
+  uint32_t predicate(Ref r) { return pred(r) ^ (r.off & Ref::kNegated ? kAll : 0); }
   uint32_t validOf(Ref r) const { return valid[r.id]; }
   void setValid(Ref d, uint32_t m, uint32_t v) { valid[d.id] = (valid[d.id] & ~m) | (v & m); }
   void setPred(Ref d, uint32_t m, uint32_t value, uint32_t v) {
