@@ -331,7 +331,7 @@ Ref Dec::srcWide(const Operand& o, Type t, unsigned* bytes) {
     case Operand::Special: {
       unsigned dimension;
       const Special* special = findSpecial(o.name, &dimension);
-      if (!special || !special->value) fail("special register ", o.name, " is not supported here");
+      if (!special || special->changes) fail("special register ", o.name, " is not supported here");
       *bytes = want >= 8 ? 8 : want == 2 ? 2 : 4;
       return kb.special(*special, dimension, *bytes);
     }
