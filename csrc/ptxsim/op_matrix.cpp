@@ -156,8 +156,9 @@ uint32_t packed(const MatrixShape& s, const int64_t* x) {
 // one, or as float16 two.
 template <class Sum>
 void multiplyIn(Warp& w, const MatrixShape& s, const MatrixOperands& m, const Ref* c, const Ref* d, bool truncate) {
-  static thread_local Sum C[16][MatrixOperands::kMaxN];
-  const unsigned per = s.n / 2 / s.accumulators();
+  static thread_local Sum sums[16][MatrixOperands::kMaxN];
+  Sum(*const C)[MatrixOperands::kMaxN] = sums;
+  const unsigned n = s.n, per = n / 2 / s.accumulators();
   const bool half = per == 2, integer = s.integer(), anyBad = m.badRow.any() || m.badCol.any();
   auto sum = [&](unsigned q, unsigned l) { return &C[l / 4 + 8 * (q >> 1 & 1)][q / 4 * 8 + l % 4 * 2 + (q & 1)]; };
   uint32_t valid[128];
@@ -174,8 +175,9 @@ void multiplyIn(Warp& w, const MatrixShape& s, const MatrixOperands& m, const Re
       for (unsigned j = 0; j < s.n; ++j) C[i][j] = (Sum)truncated(m, i, j, s.k, (float)C[i][j]);
     else
       for (unsigned k = 0; k < s.k; ++k) {
-        const float a = m.A[i][k];
-        for (unsigned j = 0; j < s.n; ++j) C[i][j] = multiplyAdd(a, m.B[k][j], C[i][j]);
+        const float a = m.A[i][k], *b = m.B[k];
+        Sum* sum = C[i];
+        for (unsigned j = 0; j < n; ++j) sum[j] = multiplyAdd(a, b[j], sum[j]);
       }
   for (unsigned r = 0; r < s.accumulators(); ++r) {
     uint32_t* to = w.ptr<uint32_t>(d[r]);

@@ -39,10 +39,11 @@ struct SharedMatrix {
   bool mnMajor;  // the contiguous direction
   Type type;
   unsigned first, count, k;
+  unsigned es = typeBytes(type);
   unsigned outer() const { return mnMajor ? k : count; }
-  unsigned chunks() const { return (mnMajor ? count : k) * typeBytes(type) / 16; }  // along the contiguous direction
-  uint32_t offset(unsigned r, unsigned c) const {                                   // of chunk c of outer index r
-    return d.chunk(mnMajor, (mnMajor ? first * typeBytes(type) : 0) + c * 16, mnMajor ? r : first + r);
+  unsigned chunks() const { return (mnMajor ? count : k) * es / 16; }  // along the contiguous direction
+  uint32_t offset(unsigned r, unsigned c) const {                      // of chunk c of outer index r
+    return d.chunk(mnMajor, (mnMajor ? first * es : 0) + c * 16, mnMajor ? r : first + r);
   }
 
   // What one tensor copy brought must be read as a regular part of the tensor: a wrong stride or swizzle reads bytes
@@ -108,7 +109,7 @@ struct Wgmma : AsyncOp {
   void fetch(const SharedMatrix& x, float* out, unsigned mnPitch, unsigned kPitch,
              std::bitset<MatrixOperands::kMaxN>* bad) {
     Cta& cta = *warp->cta;
-    const unsigned es = typeBytes(x.type), per = 16 / es;
+    const unsigned es = x.es, per = 16 / es;
     for (unsigned r = 0; r < x.outer(); ++r)
       for (unsigned c = 0; c < x.chunks(); ++c) {
         const uint32_t off = x.offset(r, c);
