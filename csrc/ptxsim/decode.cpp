@@ -146,6 +146,7 @@ std::string Dec::choose(const Form& form) {
     const bool optional = dropEnd(word, "?"), several = word.find('|') != word.npos;
     const int which = takeOneOf(word);
     if (which < 0 && !optional) return cat(several ? "one of ." : ".", std::string(word), " is missing");
+    out.convergeAll |= word == "aligned" && which == 0;
     if (optional || several) out.x[next++] = (uint8_t)(which + optional);
   }
   if (!form.operands) return "";
@@ -217,9 +218,11 @@ void Dec::takeSpace() {
     }
 }
 void Dec::takeVector() { out.vec = (uint8_t)(1u << (1 + takeOneOf("v2|v4|v8"))); }
-void Dec::takePrefix(const char* prefix) {
+bool Dec::takePrefix(std::string_view prefix) {
+  bool any = false;
   for (size_t i = 1; i < p.op.size(); ++i)
-    if (p.op[i].compare(0, strlen(prefix), prefix) == 0) used[i] = true;
+    if (p.op[i].compare(0, prefix.size(), prefix) == 0) used[i] = any = true;
+  return any;
 }
 void Dec::wantArgs(size_t lo, size_t hi) {
   if (p.args.size() < lo || p.args.size() > hi) fail("takes ", lo, " to ", hi, " operands, got ", p.args.size());
@@ -447,20 +450,18 @@ static void decodeInst(Dec& d) {
   auto it = opTable().find(d.p.op[0]);
   if (it == opTable().end()) d.fail("no such instruction here");
   const Dec fresh = d;
-  std::string misfit;
+  std::string misfit, leftOver;  // why the last form does not fit, and the first that understands all but a modifier
   for (const Form& form : it->second) {
     d.out = fresh.out, d.used = fresh.used, d.types.clear();
     misfit = d.choose(form);
     if (!misfit.empty()) continue;
     d.out.fn = form.fn;
     if (form.decode) form.decode(d);
-    break;
+    const size_t unknown = (size_t)(std::find(d.used.begin(), d.used.end(), false) - d.used.begin());
+    if (d.out.fn && unknown == d.used.size()) return;
+    if (d.out.fn && leftOver.empty()) leftOver = cat("modifier .", d.p.op[unknown], " is not supported here");
   }
-  if (!misfit.empty()) d.fail(misfit);
-  if (!d.out.fn) d.fail("this form is not supported");
-  for (size_t j = 0; j < d.used.size(); ++j)
-    if (!d.used[j]) d.fail("modifier .", d.p.op[j], " is not supported here");
-  d.out.convergeAll |= std::count(d.p.op.begin(), d.p.op.end(), "aligned") > 0;
+  d.fail(!leftOver.empty() ? leftOver : !misfit.empty() ? misfit : "this form is not supported");
 }
 
 static void decodeFunction(KernelBuilder& kb, const Func& f) {

@@ -10,7 +10,7 @@ using DecodeFn = void (*)(Dec&);
 // One form of an instruction: its modifiers in any order, its operands in order, and the handler, or the function that
 // chooses one. Of the forms of a mnemonic the first is taken whose modifiers and number of operands fit. Words of the
 // modifiers:
-//   cc                 must be there
+//   cc                 must be there (`aligned` has the whole warp come together)
 //   lo|hi|wide         one of them must be there; the next of x[0], x[1], ... says which
 //   ftz?   l|r?        may be there; the next x is 0 when none is, else 1, 2, ...
 //   (uni)  (cta|gpu)   may be there and means nothing here
@@ -80,7 +80,7 @@ struct Dec {
   Type needType();
   void takeSpace();  // x[4]: shared memory of any CTA of the cluster
   void takeVector();
-  void takePrefix(const char* prefix);  // drop every unused modifier that starts so
+  bool takePrefix(std::string_view prefix);  // every modifier that starts so; whether there is one
   size_t argc() const { return p.args.size(); }
   void wantArgs(size_t lo, size_t hi);
   const Operand& arg(size_t i) const;

@@ -123,14 +123,14 @@ void decodeBarrier(Dec& d) {
   else
     d.operands("a:u32 b:u32?");
   if (d.out.x[0] == Arrive && !d.out.b) d.fail("a thread count is required");
-  d.out.convergeAll = d.p.op[0] == "bar";
+  d.out.convergeAll |= d.p.op[0] == "bar";
   d.out.fn = barrier;
 }
 
 Forms forms(const char* name) {
-  return {{name, "cluster arrive relaxed? (release) (aligned)", "", clusterArrive},
-          {name, "cluster wait (acquire) (aligned)", "", clusterWait},
-          {name, "sync|arrive|red popc|and|or? (cta) (aligned)", nullptr, decodeBarrier}};
+  return {{name, "cluster arrive relaxed? (release) aligned?", "", clusterArrive},
+          {name, "cluster wait (acquire) aligned?", "", clusterWait},
+          {name, "sync|arrive|red popc|and|or? (cta) aligned?", nullptr, decodeBarrier}};
 }
 const Forms kBar = forms("bar"), kBarrier = forms("barrier");
 

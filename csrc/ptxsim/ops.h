@@ -43,18 +43,26 @@ template <class F, class D, class... A, size_t... K>
 inline void lanewiseFrom(Warp& w, const Inst& in, uint32_t m, std::index_sequence<K...>) {
   const Ref sources[] = {in.a, in.b, in.c, sizeof...(A) > 3 ? in.ext->refs[0] : Ref()};
   const std::tuple<const A*...> from{w.ptr<const A>(sources[K])...};
-  alignas(64) D r[kLanes];
-  F f;
-  for (unsigned i = 0; i < kLanes; ++i) {
+  const uint32_t valid = (w.validOf(sources[K]) & ...);
+  auto f = [&](unsigned i) {
     if constexpr (std::is_invocable<F, const Inst&, A...>::value)
-      r[i] = (D)f(in, std::get<K>(from)[i]...);
+      return F()(in, std::get<K>(from)[i]...);
     else
-      r[i] = (D)f(std::get<K>(from)[i]...);
+      return F()(std::get<K>(from)[i]...);
+  };
+  if constexpr (std::is_same<D, bool>::value) {
+    uint32_t p = 0;
+    for (unsigned i = 0; i < kLanes; ++i) p |= (uint32_t)f(i) << i;
+    w.setPred(in.d, m, p, valid);
+  } else {
+    alignas(64) D r[kLanes];
+    for (unsigned i = 0; i < kLanes; ++i) r[i] = (D)f(i);
+    storeLanes(w, in.d, r, m);
+    w.setValid(in.d, m, valid);
   }
-  storeLanes(w, in.d, r, m);
-  w.setValid(in.d, m, (w.validOf(sources[K]) & ...));
 }
-// d = f(a), f(a, b), ... in every lane (a fourth source is ext->refs[0]); f may ask for the instruction first. The
+// d = f(a), f(a, b), ... in every lane (a fourth source is ext->refs[0]); f may ask for the instruction first.
+// A bool is a predicate. The
 // result depends on every source, so that a lane is valid where all of them are.
 template <class F, class D, class... A>
 void lanewise(Warp& w, const Inst& in, uint32_t m) {
@@ -63,7 +71,7 @@ void lanewise(Warp& w, const Inst& in, uint32_t m) {
 // The same with the types of f's own parameters and result.
 template <class F, class D, class... A>
 constexpr Handler lanesOfTypes(D (F::*)(A...) const) {
-  static_assert(sizeof(D) > 1, "a register has at least two bytes");
+  static_assert(sizeof(D) > 1 || std::is_same<D, bool>::value, "a register has at least two bytes");
   return lanewise<F, D, A...>;
 }
 template <class F, class D, class... A>
@@ -116,6 +124,19 @@ template <template <class> class F>
 void byWidth(Dec& d) {
   const unsigned n = typeBytes(d.types[0]);
   d.out.fn = n == 2 ? lanes<F<uint16_t>>() : n == 4 ? lanes<F<uint32_t>>() : n == 8 ? lanes<F<uint64_t>>() : nullptr;
+}
+
+// handlerOf(flag, ...) with each flag as a type, std::true_type or std::false_type.
+template <class F>
+Handler byFlags(F handlerOf) {
+  return handlerOf();
+}
+template <class F, class... Flags>
+Handler byFlags(F handlerOf, bool flag, Flags... others) {
+  auto with = [&](auto first) {
+    return byFlags([&](auto... rest) -> Handler { return handlerOf(first, rest...); }, others...);
+  };
+  return flag ? with(std::true_type()) : with(std::false_type());
 }
 
 // One lane of a register of 2, 4 or 8 bytes.

@@ -408,17 +408,17 @@ void raceTensorMap(Warp& w, const Inst& in, Buffer& b, uint64_t address) {
 void raceFence(Warp& w, const Inst& in, uint32_t m) {
   if (!w.launch->race) return;
   RaceWarp& r = *w.race;
-  if (in.x[0] != 1) laneSync(w, m);  // a fence of the pattern by which lanes may talk; a proxy fence is none
-  if (in.x[0] == 1) {                // proxy fence: what is known is visible to the async proxy too
+  if (in.x[0] != FenceAsync) laneSync(w, m);  // a fence of the pattern by which lanes may talk; a proxy fence is none
+  if (in.x[0] == FenceAsync) {                // what is known is visible to the async proxy too
     if (in.x[2] != 1) r.clock.fence(kAsyncShared);
     if (in.x[2] < 2) r.clock.fence(kAsyncGlobal);
     ++r.own();
     return;
   }
-  if (in.x[0] == 2 && in.x[3] != 4)
+  if (in.x[0] == FenceTensormap && in.x[1] != 4)
     r.mapped.assign(r.clock.seen(kThreads), r.clock.seen(kThreads) + r.clock.size()), ++r.own();
-  if (in.x[0] == 3) r.initFence = r.own()++;
-  if (in.x[0] == 0) {
+  if (in.x[0] == FenceMbarrierInit) r.initFence = r.own()++;
+  if (in.x[0] == FenceMemory) {
     if (r.hasPending) r.clock.join(r.pending), r.hasPending = false, r.pending = RaceClock();
     r.fenced = r.clock;
     r.hasFenced = true;

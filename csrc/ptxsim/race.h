@@ -47,6 +47,7 @@ struct RaceState;
 RaceState* raceCreate(Launch& l);
 void raceDestroy(RaceState*);
 void raceStart(Launch& l, Cluster& c, uint64_t index);
+enum { FenceMemory, FenceAsync, FenceTensormap, FenceMbarrierInit, FenceAlias };  // in x[0] of the instruction
 void raceFence(Warp& w, const Inst& in, uint32_t m);
 void raceArrive(Warp& w, NamedBarrier& b);
 void raceBarrier(Cta& cta, NamedBarrier& b);                               // b is complete: its waiters go on

@@ -61,7 +61,7 @@ struct Inst {
   bool convergeAll = false;  // .aligned: all lanes of the warp that have not exited come together
   Space space = Space::Generic;
   uint8_t bytes = 0, vec = 1;
-  uint8_t x[6] = {0, 0, 0, 0, 0, 0};
+  uint8_t x[8] = {};  // each instruction's own
 };
 
 // A special register: what a lane finds in it when its warp starts; nullptr: it changes while the warp runs.
