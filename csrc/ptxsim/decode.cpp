@@ -15,13 +15,6 @@ Forms::Forms(std::initializer_list<Form> forms) {
     known.insert(known.begin(), *f);
   }
 }
-static const bool kOthers = [] {
-  for (auto add :
-       {addMemoryOps, addAtomicOps, addWarpOps, addBarrierOps, addAsyncOps, addTmaOps, addMatrixOps, addWgmmaOps})
-    add(opTable());
-  return true;
-}();
-
 // ---- module variables
 
 uint64_t globalAddress(Module& m, Var& v) {
@@ -142,6 +135,10 @@ std::string Dec::choose(const Form& form) {
         return "this type is not supported";
       continue;
     }
+    if (word == "space" || word == "vector") {
+      word == "space" ? takeSpace() : takeVector();
+      continue;
+    }
     if (word[0] == '(') {
       takeOneOf(word.substr(1, word.size() - 2));
       continue;
@@ -179,10 +176,7 @@ void Dec::operands(std::string_view words) {
       return t == Type::Pred ? pred(o) : src(o, t);
     };
     if (list) {
-      const Operand& o = arg(i);
-      const std::vector<Operand> parts = o.kind == Operand::Vector ? o.sub : std::vector<Operand>{o};
-      if (parts.size() != out.vec) fail("wrong number of registers: ", out.vec, " are expected");
-      for (auto& part : parts) extra()->refs.push_back(ref(part));
+      for (auto& part : elements(arg(i), out.vec)) extra()->refs.push_back(ref(part));
       continue;
     }
     const bool two = pair && arg(i).kind == Operand::Pair;
@@ -211,6 +205,19 @@ Type Dec::needType() {
   if (t == Type::None) fail("a type is missing");
   return t;
 }
+void Dec::takeSpace() {
+  static const std::pair<const char*, Space> kSpaces[] = {
+      {"global", Space::Global},          {"shared", Space::Shared},     {"shared::cta", Space::Shared},
+      {"shared::cluster", Space::Shared}, {"local", Space::Local},       {"param", Space::Param},
+      {"param::entry", Space::Param},     {"param::func", Space::Param}, {"const", Space::Const}};
+  out.x[4] = has("shared::cluster");
+  for (auto& s : kSpaces)
+    if (take(s.first)) {
+      out.space = s.second;
+      return;
+    }
+}
+void Dec::takeVector() { out.vec = (uint8_t)(1u << (1 + takeOneOf("v2|v4|v8"))); }
 bool Dec::takePrefix(std::string_view prefix) {
   bool any = false;
   for (size_t i = 1; i < p.op.size(); ++i)
@@ -223,6 +230,11 @@ void Dec::wantArgs(size_t lo, size_t hi) {
 const Operand& Dec::arg(size_t i) const {
   if (i >= p.args.size()) fail("operand ", i, " is missing");
   return p.args[i];
+}
+std::vector<Operand> Dec::elements(const Operand& o, size_t n) const {
+  const std::vector<Operand> parts = o.kind == Operand::Vector ? o.sub : std::vector<Operand>{o};
+  if (parts.size() != n) fail("wrong number of registers: ", n, " are expected");
+  return parts;
 }
 Extra* Dec::extra() {
   if (!out.ext) {

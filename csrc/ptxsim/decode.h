@@ -14,6 +14,7 @@ using DecodeFn = void (*)(Dec&);
 //   lo|hi|wide         one of them must be there; the next of x[0], x[1], ... says which
 //   ftz?   l|r?        may be there; the next x is 0 when none is, else 1, 2, ...
 //   (uni)  (cta|gpu)   may be there and means nothing here
+//   space  vector      perhaps a state space -> Inst::space, x[4]; perhaps v2, v4 or v8 -> Inst::vec
 //   type int half      the next type: any, an integer or bits, a float of 16 bits (or two); types[0], types[1], ...
 //   f32                the next type, which must be this one
 // and of the operands, where T is a type, the number of one of the types, or `wide`, which has twice the width of
@@ -48,14 +49,6 @@ OpTable& opTable();
 struct Forms {
   Forms(std::initializer_list<Form> forms);
 };
-void addMemoryOps(OpTable&);
-void addAtomicOps(OpTable&);
-void addWarpOps(OpTable&);
-void addBarrierOps(OpTable&);
-void addAsyncOps(OpTable&);
-void addTmaOps(OpTable&);
-void addMatrixOps(OpTable&);
-void addWgmmaOps(OpTable&);
 
 struct KernelBuilder;
 
@@ -85,10 +78,13 @@ struct Dec {
   int takeOneOf(std::initializer_list<const char*> mods);
   Type takeType();  // next unused modifier that is a type; None if there is none
   Type needType();
+  void takeSpace();  // x[4]: shared memory of any CTA of the cluster
+  void takeVector();
   bool takePrefix(std::string_view prefix);  // every modifier that starts so; whether there is one
   size_t argc() const { return p.args.size(); }
   void wantArgs(size_t lo, size_t hi);
   const Operand& arg(size_t i) const;
+  std::vector<Operand> elements(const Operand& o, size_t n) const;  // of a vector, or a single one
 
   unsigned regBytes(const Operand& o) const;  // register bytes, 0 if it is no register
   Ref dst(size_t i, unsigned bytes) { return dst(arg(i), bytes); }

@@ -16,6 +16,15 @@ inline void storeLanes(Warp& w, Ref d, const T* r, uint32_t m) {
   }
 }
 
+// d = f(lane) in the lanes of m. `valid` counts when f is done.
+template <class T, class F>
+inline void setLanes(Warp& w, Ref d, uint32_t m, const uint32_t& valid, F f) {
+  T r[kLanes];
+  for (int i : lanesOf(m)) r[i] = (T)f(i);
+  storeLanes(w, d, r, m);
+  w.setValid(d, m, valid);
+}
+
 // A function of what one lane has, as a type: LANE(type, Name, (parameters)) { body }
 #define LANE(type, name, parameters)  \
   struct name {                       \
@@ -159,6 +168,19 @@ inline T bitsAs(U u) {
   T t;
   memcpy(&t, &u, sizeof t);
   return t;
+}
+
+// Inst::imm points to what an instruction needs beyond an Extra.
+template <class T>
+inline T& own(Dec& d) {
+  auto owned = std::make_shared<T>();
+  d.kb.k.owned.push_back(owned);
+  d.out.imm = (int64_t)owned.get();
+  return *owned;
+}
+template <class T>
+inline const T& owned(const Inst& in) {
+  return *reinterpret_cast<const T*>(in.imm);
 }
 
 }  // namespace ptxsim

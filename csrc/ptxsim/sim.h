@@ -33,6 +33,7 @@ using Handler = void (*)(Warp&, const Inst&, uint32_t mask);
 struct Ref {
   static constexpr uint32_t kConstBit = 0x80000000u, kNegated = 0x40000000u;
   uint32_t off = 0, id = 0;
+  explicit operator bool() const { return off || id; }  // false: the operand is not there
 };
 
 struct Extra {  // what does not fit an Inst
