@@ -276,7 +276,7 @@ void decodeMov(Dec& d) {
   const Type t = d.types[0];
   const unsigned bytes = typeBytes(t);
   const Operand &to = d.arg(0), &from = d.arg(1);
-  d.wantArgs(2, 2);
+  d.wantArgs(2);
   d.out.x[0] = (uint8_t)bytes;
   if (from.kind == Operand::Vector || to.kind == Operand::Vector) {
     const bool packs = from.kind == Operand::Vector;
@@ -337,7 +337,7 @@ const Forms kForms = {
     {"lop3", "or|and type", "d|p a b c imm e:pred", lop3Bool},
     {"lop3", "type", "d a b c imm", lanes<Lop3>()},
     {"shl", "type", "d a b:u32", byWidth<Shl>},
-    {"shr", "int", "d a b:u32", byType<Shr>},
+    {"shr", "bits", "d a b:u32", byType<Shr>},
     {"shf", "l clamp|wrap type", "d a b c:u32", lanes<ShfL>()},
     {"shf", "r clamp|wrap type", "d a b c:u32", lanes<ShfR>()},
     {"prmt", "f4e|b4e|rc8|ecl|ecr|rc16? type", "d a b c", decodePrmt},
