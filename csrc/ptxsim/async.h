@@ -9,7 +9,7 @@ namespace ptxsim {
 inline uint32_t inCta(uint32_t address, uint32_t rank) { return (address & 0xffffff) | rank << 24; }
 // The live mbarrier at a shared::cluster address; fails if there is none.
 Mbarrier& mbarrierAt(Warp& w, const Inst& in, int lane, uint32_t address, Cta** owner = nullptr);
-void completeTx(Warp& w, const Inst& in, int lane, uint32_t address, uint32_t bytes, const AsyncOp* op);
+void completeTx(Warp& w, const Inst& in, int lane, uint32_t address, uint32_t bytes, const AsyncOp& op);
 
 // Puts an operation in flight. `track`: where its group is kept, or nullptr.
 void track(Warp& w, const Inst& in, uint32_t mask, std::shared_ptr<AsyncOp> op, OpTrack* t);
@@ -36,17 +36,5 @@ void combine(int op, Type t, uint8_t* to, const uint8_t* from, uint32_t n);
 size_t takeMemoryModifiers(Dec& d, bool isLoad);
 constexpr char kAsyncStore[] = "async (weak) (relaxed) (cluster) shared::cluster (mbarrier::complete_tx::bytes) vector";
 void decodeAsyncStore(Dec& d);  // st.async, red.async
-void decodeBulk(Dec& d);        // cp{.reduce}.async.bulk
-
-struct AddressOperand {  // an address among several of one instruction
-  Ref ref;
-  int64_t offset = 0;
-  unsigned bytes = 8;
-  uint64_t get(Warp& w, unsigned lane) const { return laneBits(w, ref, bytes, (int)lane) + (uint64_t)offset; }
-};
-AddressOperand addressOperand(Dec& d, const Operand& o);
-// The second address of an instruction whose Inst::a is the first: ext->refs[0], v[0], v[1].
-void decodeSecond(Dec& d, const Operand& o);
-uint64_t secondAddress(Warp& w, const Inst& in, int lane);
 
 }  // namespace ptxsim

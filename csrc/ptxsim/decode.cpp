@@ -346,6 +346,15 @@ Ref Dec::address(const Operand& o, int64_t* offset) {
   return r;
 }
 
+AddressOperand Dec::second(const Operand& o) {
+  const uint8_t first = out.x[5];
+  AddressOperand a;
+  a.ref = address(o, &a.offset);
+  a.bytes = out.x[5];
+  out.x[5] = first;
+  return a;
+}
+
 // ---- a kernel
 
 const Func* callee(const Module& m, const PInst& inst) {

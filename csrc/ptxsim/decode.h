@@ -89,6 +89,7 @@ struct Dec {
   Ref pred(const Operand& o);                              // Warp::predicate reads it
   Ref predDst(const Operand& o);
   Ref constant(uint64_t bits, unsigned bytes);
+  AddressOperand second(const Operand& o);
   Ref address(const Operand& o, int64_t* offset);  // base as 64-bit lanes or 32-bit lanes; out.x[5] = base bytes
   bool unknown(size_t i) const;  // a register that nothing else names: LLVM fills bytes that nobody looks at with it
   Extra* extra();

@@ -24,8 +24,7 @@ struct MatrixOperands {  // float32 holds every type exactly
 };
 // A warp's A or B from its registers: with E elements in each, g = lane/4 and q = lane%4, register r holds
 //   of A: row g + 8 (r & 1), k = E q + 4 E (r >> 1) + e        of B: column g, k = E q + 4 E r + e
-void operandFromRegisters(Warp& w, const Ref* refs, unsigned count, const uint32_t* valid, Type t, bool isA,
-                          MatrixOperands& m);
+void operandFromRegisters(Warp& w, const Ref* refs, unsigned count, Type t, bool isA, MatrixOperands& m);
 // D = A B + C, or A B when c is nullptr. `truncate`: as fp8 wgmma does it, see truncated().
 void multiplyMatrices(Warp& w, const MatrixShape& s, const MatrixOperands& m, const Ref* c, const Ref* d,
                       bool truncate);

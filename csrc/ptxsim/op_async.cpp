@@ -3,25 +3,10 @@
 
 namespace ptxsim {
 
-AddressOperand addressOperand(Dec& d, const Operand& o) {
-  AddressOperand a;
-  a.ref = d.address(o, &a.offset);
-  a.bytes = d.out.x[5];
-  return a;
-}
-void decodeSecond(Dec& d, const Operand& o) {
-  const AddressOperand a = addressOperand(d, o);
-  d.extra()->refs.push_back(a.ref);
-  d.extra()->v[0] = a.offset;
-  d.extra()->v[1] = a.bytes;
-}
-uint64_t secondAddress(Warp& w, const Inst& in, int lane) {
-  return laneBits(w, in.ext->refs[0], (unsigned)in.ext->v[1], lane) + (uint64_t)in.ext->v[0];
-}
-
 // The address operand as a shared::cluster address. `own`: in the own CTA, where it may come without its rank.
 static uint32_t sharedAddress(Warp& w, const Inst& in, int lane, bool own) {
   const uint64_t a = laneAddress(w, in, lane);
+  w.needValid(in, in.a, 1u << lane, "address");
   if (in.space != Space::Shared && !inShared(a))
     w.fail(in, lane, "a generic address that must be in shared memory is not");
   return own ? inCta((uint32_t)a, w.cta->rank) : (uint32_t)a;
@@ -36,17 +21,16 @@ Mbarrier& mbarrierAt(Warp& w, const Inst& in, int lane, uint32_t address, Cta** 
 }
 
 static void settle(Launch& l, Mbarrier& b) {
-  if (b.pending == 0 && b.tx == 0) {
-    ++b.phase;
-    b.expected = b.nextExpected;
-    b.pending = b.expected;
-    b.txSeen = 0;
-    racePhase(b);
-    l.progress();
-  }
+  if (b.pending != 0 || b.tx != 0) return;
+  ++b.phase;
+  b.pending = b.expected = b.nextExpected;
+  b.txSeen = 0;
+  racePhase(b);
+  l.progress();
 }
 static void addTx(Warp& w, const Inst& in, int lane, Mbarrier& b, int64_t n) {
   b.tx += n;
+  if (n < 0) b.txSeen -= (uint64_t)n;
   if (b.tx > 0xfffff || b.tx < -0xfffff)
     w.fail(in, lane, "the mbarrier's transaction count ", b.tx, " is outside +-(2^20 - 1)");
 }
@@ -56,11 +40,10 @@ static void arrive(Warp& w, const Inst& in, int lane, Mbarrier& b, uint32_t n) {
            " are pending, ", b.tx, " bytes are outstanding");
   b.pending -= n;
 }
-void completeTx(Warp& w, const Inst& in, int lane, uint32_t address, uint32_t bytes, const AsyncOp* op) {
+void completeTx(Warp& w, const Inst& in, int lane, uint32_t address, uint32_t bytes, const AsyncOp& op) {
   Mbarrier& b = mbarrierAt(w, in, lane, address);
   addTx(w, in, lane, b, -(int64_t)bytes);
-  b.txSeen += bytes;
-  if (op) raceAsyncSignal(*op, b);
+  raceAsyncSignal(op, b);
   settle(*w.launch, b);
 }
 
@@ -109,9 +92,8 @@ namespace {
 
 void initBarrier(Warp& w, const Inst& in, uint32_t m) {
   for (int i : lanesOf(m)) {
-    const uint32_t a = sharedAddress(w, in, i, true), count = lane32(w, in.b, (unsigned)i);
-    w.needValid(in, in.b, 1u << i, "mbarrier count");
-    Place p = locateShared(w, in, i, a, 8, Kind::Write, 8, true);
+    const uint32_t count = lane32(w, in, in.b, i, "mbarrier count");
+    Place p = locateShared(w, in, i, sharedAddress(w, in, i, true), 8, Kind::Write, 8, true);
     if (count < 1 || count > 0xfffff) w.fail(in, i, "an mbarrier count of ", count, " is not in 1..2^20-1");
     uint16_t& index = p.cta->mbarIndex[p.offset >> 3];
     auto& mbars = p.cta->mbars;
@@ -147,8 +129,7 @@ Mbarrier& arriveAt(Warp& w, const Inst& in, int lane, uint32_t* n) {
   Mbarrier& b = mbarrierAt(w, in, lane, a, &owner);
   raceMbarrierUse(w, in, lane, b);
   raceRemote(w, in, lane, *owner, nullptr);
-  if (in.b) w.needValid(in, in.b, 1u << lane, "mbarrier operand");
-  *n = in.b ? lane32(w, in.b, (unsigned)lane) : 1;
+  *n = in.b ? lane32(w, in, in.b, lane, "mbarrier operand") : 1;
   return b;
 }
 void transaction(Warp& w, const Inst& in, uint32_t m) {  // x[0]: 0 expect, 1 complete
@@ -156,7 +137,6 @@ void transaction(Warp& w, const Inst& in, uint32_t m) {  // x[0]: 0 expect, 1 co
     uint32_t n;
     Mbarrier& b = arriveAt(w, in, i, &n);
     addTx(w, in, i, b, in.x[0] ? -(int64_t)n : (int64_t)n);
-    if (in.x[0]) b.txSeen += n;
     settle(*w.launch, b);
   }
   w.launch->progress();
@@ -272,8 +252,7 @@ void cpAsync(Warp& w, const Inst& in, uint32_t m) {
     op->have[i] = have;
     op->from[i] = p.p;
     if (have) {
-      w.needValid(in, in.ext->refs[0], 1u << i, "address");
-      const uint64_t g = secondAddress(w, in, i);
+      const uint64_t g = laneAddress(w, in, in.ext->second, i);
       if (g % in.bytes) w.fail(in, i, "misaligned cp.async source");
       op->from[i] = locateGlobal(w, in, i, g, have, Kind::Read, 1).p;
     }
@@ -288,7 +267,7 @@ void decodeCpAsync(Dec& d) {
   d.wantArgs(3, d.out.x[1] ? 5 : 4);
   const int64_t size = d.intArg(2);
   if (size != 16 && (d.out.x[0] || (size != 4 && size != 8))) d.fail("cp-size must be 16, or 4 or 8 with .ca");
-  decodeSecond(d, d.arg(1));
+  d.extra()->second = d.second(d.arg(1));
   if (d.argc() - d.out.x[1] > 3) {
     const Operand& o = d.arg(3);
     if (o.kind == Operand::Register && d.fn.regs[(size_t)o.reg].type == Type::Pred)
@@ -339,24 +318,25 @@ struct StAsync : AsyncOp {
     raceAsyncShared(*this, *p.cta, p.offset, bytes, Kind::Write);
     combine(inst->x[0] - 1, (Type)inst->x[3], p.p, data, bytes);
     memset(p.valid, 1, bytes);
-    completeTx(*warp, *inst, lane, barrier, bytes, this);
+    completeTx(*warp, *inst, lane, barrier, bytes, *this);
     return true;
   }
 };
-// a: destination, second address: barrier, ext->refs: after it the values, x[0] atomic op + 1, x[3] type
+// a: destination, second address: barrier, ext->refs: values, x[0] atomic op + 1, x[3] type
 void stAsync(Warp& w, const Inst& in, uint32_t m) {
-  const auto& refs = in.ext->refs;
   for (int i : lanesOf(m)) {
     auto op = std::make_shared<StAsync>();
     op->generic = true;
     op->lane = i;
     op->address = (uint32_t)laneAddress(w, in, i);
-    op->barrier = (uint32_t)secondAddress(w, in, i);
+    op->barrier = (uint32_t)laneAddress(w, in, in.ext->second, i);
     op->bytes = in.bytes * in.vec;
-    for (size_t k = 0; k < in.vec; ++k) {
-      w.needValid(in, refs[1 + k], 1u << i, "value of an asynchronous store");
-      const uint64_t v = laneBits(w, refs[1 + k], in.bytes, i);
-      memcpy(op->data + k * in.bytes, &v, in.bytes);
+    uint8_t* to = op->data;
+    for (const Ref& r : in.ext->refs) {
+      w.needValid(in, r, 1u << i, "value of an asynchronous store");
+      const uint64_t v = laneBits(w, r, in.bytes, i);
+      memcpy(to, &v, in.bytes);
+      to += in.bytes;
     }
     Cta& target = *locateShared(w, in, i, op->address, op->bytes, Kind::Write, op->bytes, false).cta;
     if ((op->address >> 24) != (op->barrier >> 24))
@@ -378,9 +358,6 @@ const Forms kForms = {
     {"mbarrier", "expect_tx|complete_tx (relaxed) (cta|cluster|gpu|sys) space (b64)", "[a] b:u32", transaction},
     {"mbarrier", "init space (b64)", "[a] b:u32", initBarrier},
     {"mbarrier", "inval space (b64)", "[a]", invalBarrier},
-    {"cp", "async bulk commit_group", "", commitGroup<&Warp::bulk>},
-    {"cp", "async bulk wait_group read?", "imm", waitGroup<&Warp::bulk>},
-    {"cp", "async bulk", nullptr, decodeBulk},
     {"cp", "async commit_group", "", commitGroup<&Warp::cp>},
     {"cp", "async wait_group", "imm", waitGroup<&Warp::cp>},
     {"cp", "async wait_all", "", waitGroup<&Warp::cp, true>},
@@ -394,7 +371,7 @@ void decodeAsyncStore(Dec& d) {
   d.out.x[0] = d.p.op[0] == "red" ? (uint8_t)(1 + takeAtomOp(d)) : 0;
   const Type t = d.needType();
   d.wantArgs(3, 3);
-  decodeSecond(d, d.arg(2));
+  d.extra()->second = d.second(d.arg(2));
   for (auto& o : d.elements(d.arg(1), d.out.vec)) d.extra()->refs.push_back(d.src(o, t));
   d.operands("[a]");
   d.out.bytes = (uint8_t)typeBytes(t);

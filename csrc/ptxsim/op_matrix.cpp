@@ -22,7 +22,7 @@ void moveMatrices(Warp& w, const Inst& in, uint32_t) {
         if (in.x[1]) std::swap(row, col);
         row += 8 * j;
         uint8_t *element = w.ptr<uint8_t>(reg) + 4 * l + 2 * k, *p = s.p[row] + 2 * col;
-        uint8_t* v = s.v[row] ? s.v[row] + 2 * col : nullptr;
+        uint8_t* v = s.valid((int)row, 2 * col);
         if (Store) {
           if (memcmp(p, element, 2)) changed |= 1u << row;
           memcpy(p, element, 2);
@@ -37,20 +37,13 @@ void moveMatrices(Warp& w, const Inst& in, uint32_t) {
   if (Store) s.written(w, in, m, changed);
 }
 void movmatrix(Warp& w, const Inst& in, uint32_t) {
-  uint32_t r[kLanes], valid = 0, sv = w.validOf(in.a);
-  const uint32_t* a = w.ptr<const uint32_t>(in.a);
-  for (unsigned l = 0; l < kLanes; ++l) {
-    r[l] = 0;
-    bool ok = true;
-    for (unsigned k = 0; k < 2; ++k) {
-      unsigned row = 2 * (l % 4) + k, col = l / 4, from = row * 4 + col / 2;
-      r[l] |= ((a[from] >> (16 * (col % 2))) & 0xffff) << (16 * k);
-      ok &= (sv >> from) & 1;
-    }
-    valid |= (uint32_t)ok << l;
-  }
-  storeLanes(w, in.d, r, kAll);
-  w.setValid(in.d, kAll, valid);
+  uint32_t valid = 0;
+  setLanes<uint32_t>(w, in.d, kAll, valid, [&](int l) {
+    const int low = 8 * (l % 4) + l / 8, high = low + 4, shift = l / 4 % 2 * 16;  // the lanes with its two elements
+    valid |= (w.validOf(in.a) >> low & w.validOf(in.a) >> high & 1) << l;
+    const uint32_t* a = w.ptr<const uint32_t>(in.a);
+    return (a[low] >> shift & 0xffff) | a[high] >> shift << 16;
+  });
 }
 void decodeMove(Dec& d) {
   const bool load = d.p.op[0] == "ldmatrix";
@@ -68,12 +61,10 @@ void mma(Warp& w, const Inst& in, uint32_t) {
   const auto& s = owned<MatrixShape>(in);
   const unsigned nb = s.k * typeBytes(s.b) / 16;  // registers of B, half of those of A
   const Ref *a = in.ext->refs2.data(), *b = a + 2 * nb;
-  uint32_t valid[6];
-  for (unsigned r = 0; r < 3 * nb; ++r) valid[r] = w.validOf(a[r]);
   m.badRow.reset();
   m.badCol.reset();
-  operandFromRegisters(w, a, 2 * nb, valid, s.a, true, m);
-  operandFromRegisters(w, b, nb, valid + 2 * nb, s.b, false, m);
+  operandFromRegisters(w, a, 2 * nb, s.a, true, m);
+  operandFromRegisters(w, b, nb, s.b, false, m);
   multiplyMatrices(w, s, m, b + nb, in.ext->refs.data(), false);
   ++w.launch->n.mma;
 }
@@ -115,15 +106,14 @@ void matrixTypes(Dec& d, MatrixShape& s) {
     d.fail("no such accumulator type");
 }
 
-void operandFromRegisters(Warp& w, const Ref* refs, unsigned count, const uint32_t* valid, Type t, bool isA,
-                          MatrixOperands& m) {
+void operandFromRegisters(Warp& w, const Ref* refs, unsigned count, Type t, bool isA, MatrixOperands& m) {
   const unsigned es = typeBytes(t), E = 4 / es;
   for (unsigned r = 0; r < count; ++r) {
     const uint8_t* p = w.ptr<const uint8_t>(refs[r]);
     for (unsigned l = 0; l < kLanes; ++l) {
       const unsigned mn = l / 4 + (isA ? 8 * (r & 1) : 0), k = E * (l % 4) + 4 * E * (isA ? r >> 1 : r);
       for (unsigned e = 0; e < E; ++e) (isA ? m.A[mn][k + e] : m.B[k + e][mn]) = matrixElement(t, p + 4 * l + e * es);
-      if (!((valid[r] >> l) & 1)) (isA ? m.badRow : m.badCol).set(mn);
+      if (!(w.validOf(refs[r]) >> l & 1)) (isA ? m.badRow : m.badCol).set(mn);
     }
   }
 }
@@ -143,51 +133,47 @@ float truncated(const MatrixOperands& m, unsigned row, unsigned col, unsigned K,
   return (float)(sum * unit);
 }
 
-float multiplyAdd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-int64_t multiplyAdd(float a, float b, int64_t c) { return c + (int64_t)a * (int64_t)b; }  // kept exact to the end
-uint32_t packed(const MatrixShape& s, const float* x) {
-  return s.d == Type::F16 ? toF16(x[0]) | (uint32_t)toF16(x[1]) << 16 : bits(canonical(x[0]));
-}
-uint32_t packed(const MatrixShape& s, const int64_t* x) {
-  return (uint32_t)(s.saturate ? std::clamp<int64_t>(x[0], INT32_MIN, INT32_MAX) : x[0]);
-}
-
 // Accumulator q of a lane has row lane/4 + 8 (q >> 1 & 1), column 8 (q / 4) + 2 (lane % 4) + (q & 1). A register holds
 // one, or as float16 two.
-template <class Sum>
+template <class Sum>  // double holds integer sums exactly
 void multiplyIn(Warp& w, const MatrixShape& s, const MatrixOperands& m, const Ref* c, const Ref* d, bool truncate) {
   static thread_local Sum sums[16][MatrixOperands::kMaxN];
   Sum(*const C)[MatrixOperands::kMaxN] = sums;
   const unsigned n = s.n, per = n / 2 / s.accumulators();
   const bool half = per == 2, integer = s.integer(), anyBad = m.badRow.any() || m.badCol.any();
-  auto sum = [&](unsigned q, unsigned l) { return &C[l / 4 + 8 * (q >> 1 & 1)][q / 4 * 8 + l % 4 * 2 + (q & 1)]; };
+  auto row = [](unsigned q, unsigned l) { return l / 4 + 8 * (q >> 1 & 1); };
+  auto column = [](unsigned q, unsigned l) { return q / 4 * 8 + l % 4 * 2 + (q & 1); };
   uint32_t valid[128];
-  for (unsigned q = 0; q < s.n / 2; ++q) {
+  for (unsigned q = 0; q < n / 2; ++q) {
     const uint32_t* from = c ? w.ptr<const uint32_t>(c[q / per]) : nullptr;
     valid[q / per] = c ? w.validOf(c[q / per]) : kAll;
     for (unsigned l = 0; l < kLanes; ++l) {
       const uint32_t v = from ? from[l] : 0;
-      *sum(q, l) = integer ? (Sum)(int32_t)v : half ? (Sum)fromF16((uint16_t)(v >> (q % 2 * 16))) : (Sum)f32(v);
+      C[row(q, l)][column(q, l)] = integer ? (Sum)(int32_t)v
+                                   : half  ? (Sum)fromF16((uint16_t)(v >> (q % 2 * 16)))
+                                           : (Sum)f32(v);
     }
   }
   for (unsigned i = 0; i < 16; ++i)
     if (truncate)
-      for (unsigned j = 0; j < s.n; ++j) C[i][j] = (Sum)truncated(m, i, j, s.k, (float)C[i][j]);
+      for (unsigned j = 0; j < n; ++j) C[i][j] = (Sum)truncated(m, i, j, s.k, (float)C[i][j]);
     else
       for (unsigned k = 0; k < s.k; ++k) {
         const float a = m.A[i][k], *b = m.B[k];
         Sum* sum = C[i];
-        for (unsigned j = 0; j < n; ++j) sum[j] = multiplyAdd(a, b[j], sum[j]);
+        for (unsigned j = 0; j < n; ++j) sum[j] = std::fma((Sum)a, (Sum)b[j], sum[j]);
       }
-  for (unsigned r = 0; r < s.accumulators(); ++r) {
-    uint32_t* to = w.ptr<uint32_t>(d[r]);
+  for (unsigned q = 0; q < n / 2; q += per) {
+    const Ref r = d[q / per];
     for (unsigned l = 0; l < kLanes; ++l) {
-      const Sum* x = sum(r * per, l);
-      const size_t row = (size_t)(x - C[0]) / MatrixOperands::kMaxN, col = (size_t)(x - C[0]) % MatrixOperands::kMaxN;
-      to[l] = packed(s, x);
-      if (anyBad && (m.badRow[row] || m.badCol[col] || m.badCol[col + per - 1])) valid[r] &= ~(1u << l);
+      const unsigned i = row(q, l), j = column(q, l);
+      const Sum x = C[i][j];
+      w.ptr<uint32_t>(r)[l] = integer ? (uint32_t)(int64_t)(s.saturate ? std::clamp<Sum>(x, INT32_MIN, INT32_MAX) : x)
+                              : half  ? toF16((float)x) | (uint32_t)toF16((float)C[i][j + 1]) << 16
+                                      : bits(canonical((float)x));
+      if (anyBad && (m.badRow[i] || m.badCol[j] || m.badCol[j + per - 1])) valid[q / per] &= ~(1u << l);
     }
-    w.setValid(d[r], kAll, valid[r]);
+    w.setValid(r, kAll, valid[q / per]);
   }
 }
 
@@ -195,7 +181,7 @@ void multiplyIn(Warp& w, const MatrixShape& s, const MatrixOperands& m, const Re
 
 void multiplyMatrices(Warp& w, const MatrixShape& s, const MatrixOperands& m, const Ref* c, const Ref* d,
                       bool truncate) {
-  s.integer() ? multiplyIn<int64_t>(w, s, m, c, d, false) : multiplyIn<float>(w, s, m, c, d, truncate);
+  s.integer() ? multiplyIn<double>(w, s, m, c, d, false) : multiplyIn<float>(w, s, m, c, d, truncate);
 }
 
 }  // namespace ptxsim

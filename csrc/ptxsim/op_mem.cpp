@@ -1,4 +1,6 @@
 // ld, st and their relatives (PTX ISA 9.7.9), without atomics and asynchronous copies.
+#include <set>
+
 #include "async.h"
 
 namespace ptxsim {
@@ -11,7 +13,7 @@ std::string hex(uint64_t v) {
 }
 
 Place locateGlobal(Warp& w, const Inst& in, int lane, uint64_t a, uint32_t bytes, Kind kind, uint32_t align) {
-  if (align > 1 && a % align)
+  if (a % align)
     w.fail(in, lane, "misaligned ", verb(kind), " of ", bytes, " bytes: address ", Arena::get().describe(a, bytes),
            " is no multiple of ", align);
   Buffer* b = Arena::get().find(a, bytes);
@@ -29,7 +31,7 @@ Place locateGlobal(Warp& w, const Inst& in, int lane, uint64_t a, uint32_t bytes
 
 Place locateShared(Warp& w, const Inst& in, int lane, uint32_t a, uint32_t bytes, Kind kind, uint32_t align, bool own) {
   uint32_t rank = a >> 24, off = a & 0xffffffu;
-  if (align > 1 && off % align)
+  if (off % align)
     w.fail(in, lane, "misaligned shared ", verb(kind), " of ", bytes, " bytes at shared offset ", hex(off),
            ": no multiple of ", align);
   if (own && rank != w.cta->rank && rank != 0)
@@ -56,7 +58,7 @@ Place locate(Warp& w, const Inst& in, int lane, Space space, uint64_t a, uint32_
     if (inLocal(a)) space = Space::Local, a = (uint32_t)a;
   }
   if (space == Space::Local) {
-    if (align > 1 && a % align) w.fail(in, lane, "misaligned local ", verb(kind), " at offset ", hex(a));
+    if (a % align) w.fail(in, lane, "misaligned local ", verb(kind), " at offset ", hex(a));
     if (a < 16 || a + bytes > w.kernel->localBytes)
       w.fail(in, lane, "out-of-bounds local ", verb(kind), " at offset ", hex(a), " of ", w.kernel->localBytes,
              " bytes");
@@ -70,22 +72,13 @@ static void countBanks(Warp& w, uint32_t m, const uint64_t* a, uint32_t bytes) {
   // A warp's access is served in groups of lanes that together move 128 bytes.
   const unsigned group = bytes <= 4 ? 32 : bytes == 8 ? 16 : 8;
   for (unsigned g = 0; g < kLanes; g += group) {
-    uint32_t seen[32][8], n[32] = {0}, most = 0;
-    bool any = false;
-    for (unsigned i = g; i < g + group; ++i) {
-      if (!((m >> i) & 1)) continue;
-      any = true;
-      for (uint32_t b = 0; b < bytes; b += 4) {
-        uint32_t word = (uint32_t)(a[i] + b) >> 2, bank = word & 31;
-        bool dup = false;
-        for (unsigned k = 0; k < n[bank] && k < 8; ++k) dup |= seen[bank][k] == word;
-        if (dup) continue;
-        if (n[bank] < 8) seen[bank][n[bank]] = word;
-        most = std::max(most, ++n[bank]);
-      }
-    }
+    std::set<uint32_t> words;
+    unsigned wanted[32] = {}, most = 0;  // words of each bank
+    for (int i : lanesOf(m & kAll >> (kLanes - group) << g))
+      for (uint32_t word = (uint32_t)a[i] / 4; word * 4 < (uint32_t)a[i] + bytes; ++word)
+        if (words.insert(word).second) most = std::max(most, ++wanted[word % 32]);
     w.launch->n.sharedWavefronts += most;
-    w.launch->n.sharedIdeal += any;
+    w.launch->n.sharedIdeal += most > 0;
   }
 }
 
@@ -103,40 +96,33 @@ Span::Span(Warp& w, const Inst& in, uint32_t m, uint32_t size, Kind kind) : byte
     if (!other) space = Space::Global;
   }
   const uint32_t total = bytes * (uint32_t)__builtin_popcount(m);
-  if (space == Space::Shared && in.x[4] == 0) {
-    Cta& c = *w.cta;
-    const uint32_t base = c.rank << 24;
-    for (int i : lanesOf(m)) {
-      uint32_t off = (uint32_t)a[i] & 0xffffffu, top = (uint32_t)a[i] & 0xff000000u;
-      if ((top != base && top != 0) || off < kSharedReserved || off + bytes > c.smemBytes || (off & (bytes - 1)))
-        locateShared(w, in, i, (uint32_t)a[i], bytes, kind, bytes, true);
-      if (kind != Kind::Read && (c.mbarIndex[off >> 3] || c.mbarIndex[(off + bytes - 1) >> 3]))
-        w.fail(in, i, "ordinary ", verb(kind), " to a live mbarrier at shared offset ", hex(off));
-      p[i] = c.smem + off;
-      v[i] = c.smemValid + off;
-    }
-    tracked = true;
-    (kind == Kind::Read ? l.n.sharedRead : l.n.sharedWrite) += total;
-    if (l.opt.verbose) countBanks(w, m, a, bytes);
-  } else {
-    Buffer* b = space == Space::Global ? Arena::get().find(a[firstLane(m)], bytes) : nullptr;
-    if (b && ((kind != Kind::Read && !b->writable) || !b->valid.empty())) b = nullptr;
-    for (int i : lanesOf(m)) {
-      if (b && a[i] >= b->begin && a[i] + bytes <= b->end && !(a[i] & (bytes - 1))) {
-        p[i] = (uint8_t*)a[i];
-        v[i] = nullptr;
-      } else {
-        const Place at = locate(w, in, i, space, a[i], bytes, kind, bytes);
-        p[i] = at.p;
-        v[i] = at.valid;
-        tracked |= at.valid != nullptr;
-      }
-    }
-    if (space == Space::Global && kind == Kind::Atomic)
-      l.n.atomics += total;
-    else if (space == Space::Global || space == Space::Generic)
-      (kind == Kind::Read ? l.n.globalRead : l.n.globalWrite) += total;
+  const bool own = space == Space::Shared && in.x[4] == 0, reads = kind == Kind::Read;
+  Cta& c = *w.cta;
+  Buffer* b = space == Space::Global ? Arena::get().find(a[firstLane(m)], bytes) : nullptr;
+  if (b && ((!reads && !b->writable) || !b->valid.empty())) b = nullptr;
+  for (int i : lanesOf(m)) {
+    const uint32_t off = (uint32_t)a[i] & 0xffffffu, rank = (uint32_t)a[i] >> 24;
+    Place at;
+    if (own && (rank == c.rank || rank == 0) && off >= kSharedReserved && off + bytes <= c.smemBytes &&
+        !(off & (bytes - 1)))
+      at.p = c.smem + off, at.valid = c.smemValid + off;
+    else if (b && a[i] >= b->begin && a[i] + bytes <= b->end && !(a[i] & (bytes - 1)))
+      at.p = (uint8_t*)a[i];
+    else
+      at = locate(w, in, i, space, a[i], bytes, kind, bytes);
+    if (own && !reads && (c.mbarIndex[off >> 3] || c.mbarIndex[(off + bytes - 1) >> 3]))
+      w.fail(in, i, "ordinary ", verb(kind), " to a live mbarrier at shared offset ", hex(off));
+    p[i] = at.p;
+    v[i] = at.valid;
+    tracked |= at.valid != nullptr;
   }
+  if (own)
+    (reads ? l.n.sharedRead : l.n.sharedWrite) += total;
+  else if (space == Space::Global && kind == Kind::Atomic)
+    l.n.atomics += total;
+  else if (space == Space::Global || space == Space::Generic)
+    (reads ? l.n.globalRead : l.n.globalWrite) += total;
+  if (own && l.opt.verbose) countBanks(w, m, a, bytes);
   if (l.race && kind != Kind::Write) raceAccess(w, in, m, in.space, a, bytes, kind);
 }
 void Span::written(Warp& w, const Inst& in, uint32_t m, uint32_t changed) const {

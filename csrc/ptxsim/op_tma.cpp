@@ -1,6 +1,4 @@
 // Bulk and tensor copies and reductions, and tensor map editing (PTX ISA 9.7.9.25.4 to 9.7.9.27).
-#include <algorithm>
-
 #include "async.h"
 #include "tensormap.h"
 
@@ -135,7 +133,7 @@ struct Bulk : AsyncOp {
     if (b.way == BulkInst::Store) writeGlobal();
     for (uint32_t r : lanesOf(ranks)) {
       writeShared(inCta(target, r));
-      completeTx(*warp, *inst, lane, inCta(barrier, r), bytes, this);
+      completeTx(*warp, *inst, lane, inCta(barrier, r), bytes, *this);
     }
     return true;
   }
@@ -159,14 +157,7 @@ void bulk(Warp& w, const Inst& in, uint32_t m) {
   const auto& ctas = w.cta->cluster->ctas;
   for (int i : lanesOf(m)) {
     auto op = std::make_shared<Bulk>(b, i);
-    auto value = [&](Ref r, const char* what) {
-      w.needValid(in, r, 1u << i, what);
-      return lane32(w, r, (unsigned)i);
-    };
-    auto address = [&](const AddressOperand& a) {
-      w.needValid(in, a.ref, 1u << i, "address");
-      return a.get(w, (unsigned)i);
-    };
+    auto address = [&](const AddressOperand& a) { return laneAddress(w, in, a, i); };
     const AddressOperand& global = b.way == BulkInst::Store ? b.to : b.from;
     if (b.tensor) {
       const TensorMap& map = op->map = readMap(w, in, i, address(global));
@@ -174,7 +165,7 @@ void bulk(Warp& w, const Inst& in, uint32_t m) {
         w.fail(in, i, "a ", b.rank, "-dimensional copy with a tensor map of rank ", (unsigned)map.rank);
       op->bytes = map.elementBytes();
       for (unsigned d = 0; d < b.rank; ++d) {
-        op->coord[d] = (int32_t)value(b.coord[d], "tensor coordinate");
+        op->coord[d] = (int32_t)lane32(w, in, b.coord[d], i, "tensor coordinate");
         op->bytes *= map.count(d);
         if (b.way == BulkInst::Store && op->coord[d] < 0)
           w.fail(in, i, "a tensor store at a negative coordinate (dimension ", d, ")");
@@ -182,7 +173,7 @@ void bulk(Warp& w, const Inst& in, uint32_t m) {
       if (b.reduce >= 0) op->type = kMapTypes[map.type].reduction;
       if (b.reduce >= 0 && op->type == Type::None) w.fail(in, i, "the data type of the tensor map has no reduction");
     } else {
-      op->bytes = value(b.size, "copy size");
+      op->bytes = lane32(w, in, b.size, i, "copy size");
       if (op->bytes % 16) w.fail(in, i, "a bulk copy of ", op->bytes, " bytes: the size must be a multiple of 16");
       if (b.way != BulkInst::ToCluster) op->global = address(global);
       if (op->global % 16) w.fail(in, i, "the global address of a bulk copy must be a multiple of 16 bytes");
@@ -284,7 +275,7 @@ void decodeReplace(Dec& d) {
 void copyMap(Warp& w, const Inst& in, uint32_t m) {
   const int i = firstLane(m);
   Place to = locate(w, in, i, Space::Global, laneAddress(w, in, i), 128, Kind::Write, 128);
-  Place from = locate(w, in, i, Space::Shared, secondAddress(w, in, i), 128, Kind::Read, 128);
+  Place from = locate(w, in, i, Space::Shared, laneAddress(w, in, in.ext->second, i), 128, Kind::Read, 128);
   racePlace(w, in, from, 128, Kind::Read);
   racePlace(w, in, to, 128, Kind::Write);
   memcpy(to.p, from.p, 128);
@@ -292,51 +283,25 @@ void copyMap(Warp& w, const Inst& in, uint32_t m) {
   w.launch->progress();
 }
 
-const Forms kForms = {
-    {"tensormap",
-     "cp_fenceproxy (global) (shared::cta) (tensormap::generic) (release) (cta|cluster|gpu|sys) sync aligned", nullptr,
-     [](Dec& d) {
-       d.wantArgs(3, 3);
-       decodeSecond(d, d.arg(1));
-       d.operands("[a]");
-       d.out.fn = copyMap;
-     }},
-    {"tensormap", "replace (tile) space (b1024)", nullptr, decodeReplace},
-};
+void decodeCopyMap(Dec& d) {
+  d.wantArgs(3, 3);
+  d.extra()->second = d.second(d.arg(1));
+  d.operands("[a]");
+  d.out.fn = copyMap;
+}
 
-}  // namespace
-
+template <BulkInst::Way kWay>
 void decodeBulk(Dec& d) {
   auto& b = own<BulkInst>(d);
-  const bool reduce = d.take("reduce");
+  b.way = kWay;
+  b.ctaDst = kWay == BulkInst::Load && d.out.x[0] == 1;
+  b.multicast = kWay == BulkInst::Load && d.out.x[1];
   b.tensor = d.take("tensor");
-  if (b.tensor) {
-    b.rank = 1 + (unsigned)d.takeOneOf("1d|2d|3d|4d|5d");
-    if (!b.rank) d.fail("a dimension is missing");
-    d.take("tile");
-  }
-  const bool prefetch = d.take("prefetch") && d.take("L2");
-  std::string spaces;  // destination, then source
-  for (size_t k = 1; k < d.used.size(); ++k)
-    if (const auto& word = d.p.op[k]; word == "shared::cluster" || word == "shared::cta" || word == "global")
-      spaces += word + " ", d.used[k] = true;
-  const bool complete = d.take("mbarrier::complete_tx::bytes"), group = d.take("bulk_group");
+  if (b.tensor) b.rank = 1 + (unsigned)d.takeOneOf("1d|2d|3d|4d|5d");
+  if (b.tensor && !b.rank) d.fail("a dimension is missing");
+  if (b.tensor) d.take("tile");
   const bool hint = d.take("L2::cache_hint");
-  b.multicast = d.take("multicast::cluster");
-  b.ctaDst = spaces == "shared::cta global ";
-  if (prefetch && spaces == "global ")
-    b.way = BulkInst::Prefetch;
-  else if (b.ctaDst || spaces == "shared::cluster global ")
-    b.way = BulkInst::Load;
-  else if (spaces == "global shared::cta ")
-    b.way = BulkInst::Store;
-  else if (spaces == "shared::cluster shared::cta ")
-    b.way = BulkInst::ToCluster;
-  else
-    d.fail("a copy between these state spaces does not exist");
-  if (complete != b.writesShared() || group != (b.way == BulkInst::Store))
-    d.fail("the completion mechanism is missing or wrong");
-  if (reduce) {
+  if (d.take("reduce")) {
     b.reduce = takeAtomOp(d);
     if (b.reduce < 0 || b.reduce >= 8) d.fail("an operation is missing");
     d.take("noftz");
@@ -350,9 +315,9 @@ void decodeBulk(Dec& d) {
       Ref* coord = b.coord;
       for (auto& x : d.elements(o.sub[1], b.rank)) *coord++ = d.src(x, Type::S32);
     }
-    return addressOperand(d, o);
+    return d.second(o);
   };
-  if (b.way != BulkInst::Prefetch) b.to = operand(b.way == BulkInst::Store);
+  if (kWay != BulkInst::Prefetch) b.to = operand(kWay == BulkInst::Store);
   b.from = operand(!b.readsShared());
   if (!b.tensor) b.size = d.src(at++, Type::U32);
   if (b.writesShared()) b.barrier = operand(false);
@@ -361,4 +326,20 @@ void decodeBulk(Dec& d) {
   d.out.fn = bulk;
 }
 
+const Forms kForms = {
+    {"cp", "async bulk commit_group", "", commitGroup<&Warp::bulk>},
+    {"cp", "async bulk wait_group read?", "imm", waitGroup<&Warp::bulk>},
+    {"cp", "async bulk shared::cluster|shared::cta global mbarrier::complete_tx::bytes multicast::cluster?", nullptr,
+     decodeBulk<BulkInst::Load>},
+    {"cp", "async bulk global shared::cta bulk_group", nullptr, decodeBulk<BulkInst::Store>},
+    {"cp", "async bulk shared::cluster shared::cta mbarrier::complete_tx::bytes", nullptr,
+     decodeBulk<BulkInst::ToCluster>},
+    {"cp", "async bulk prefetch L2 global", nullptr, decodeBulk<BulkInst::Prefetch>},
+    {"tensormap",
+     "cp_fenceproxy (global) (shared::cta) (tensormap::generic) (release) (cta|cluster|gpu|sys) sync aligned", nullptr,
+     decodeCopyMap},
+    {"tensormap", "replace (tile) space (b1024)", nullptr, decodeReplace},
+};
+
+}  // namespace
 }  // namespace ptxsim

@@ -6,7 +6,7 @@
 namespace ptxsim {
 namespace {
 
-struct Descriptor {
+struct Descriptor {  // of a matrix in shared memory
   uint32_t start, lbo, sbo, base;
   unsigned mode;  // 0 none, 1 128 bytes, 2 64, 3 32
   explicit Descriptor(uint64_t d)
@@ -89,7 +89,6 @@ struct Shape : MatrixShape {
 };
 
 struct Part : AsyncOp {  // a warp's share, for its commit groups
-  uint32_t aValid[4];
   bool step() override { return done; }
 };
 
@@ -157,7 +156,7 @@ struct Wgmma : AsyncOp {
     for (auto& part : parts) {
       m.badRow.reset();
       if (s->registersA)
-        operandFromRegisters(*part->warp, registers.data(), 4, part->aValid, s->a, true, m);
+        operandFromRegisters(*part->warp, registers.data(), 4, s->a, true, m);
       else
         fetch(a(16 * (part->warp->index % 4), 16), m.A[0], MatrixOperands::kMaxK, 1, &m.badRow);
       if (s->sign < 0)
@@ -216,11 +215,9 @@ void mmaAsync(Warp& w, const Inst& in, uint32_t m) {
                " of a wgmma has been written since the last wgmma.fence");
   hold(w, in);
   auto part = std::make_shared<Part>();
-  for (size_t r = 0; r < registers.size(); ++r) {
-    if (w.inflight[registers[r].id] == 1)
+  for (const Ref& r : registers)
+    if (w.inflight[r.id] == 1)
       w.fail(in, -1, "the A registers of a wgmma are accumulators of one that has not been waited for");
-    part->aValid[r] = w.validOf(registers[r]);
-  }
   track(w, in, m, part, &w.wgmma);
   raceJoin(w, op->clock);
   op->parts.push_back(part);

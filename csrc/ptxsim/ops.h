@@ -161,6 +161,15 @@ inline void putLanes(Warp& w, Ref d, unsigned bytes, const uint64_t* v, uint32_t
 }
 inline uint32_t lane32(Warp& w, Ref r, unsigned lane) { return w.ptr<const uint32_t>(r)[lane]; }
 inline uint64_t lane64(Warp& w, Ref r, unsigned lane) { return w.ptr<const uint64_t>(r)[lane]; }
+// The same of an operand that must be defined.
+inline uint32_t lane32(Warp& w, const Inst& in, Ref r, int lane, const char* role) {
+  w.needValid(in, r, 1u << lane, role);
+  return lane32(w, r, (unsigned)lane);
+}
+inline uint64_t laneAddress(Warp& w, const Inst& in, const AddressOperand& a, int lane) {
+  w.needValid(in, a.ref, 1u << lane, "address");
+  return laneBits(w, a.ref, a.bytes, lane) + (uint64_t)a.offset;
+}
 inline int firstLane(uint32_t m) { return __builtin_ctz(m); }
 template <class T, class U>
 inline T bitsAs(U u) {

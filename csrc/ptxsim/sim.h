@@ -36,7 +36,14 @@ struct Ref {
   explicit operator bool() const { return off || id; }  // false: the operand is not there
 };
 
+struct AddressOperand {  // an address beside Inst::a
+  Ref ref;
+  int64_t offset = 0;
+  unsigned bytes = 8;  // of the register
+};
+
 struct Extra {  // what does not fit an Inst
+  AddressOperand second;
   std::vector<Ref> refs, refs2;
   std::vector<uint32_t> widths;  // register bytes of refs
   std::vector<int> targets;      // brx
