@@ -144,14 +144,13 @@ struct Wgmma : AsyncOp {
   }
 
   bool step() override {
-    static thread_local MatrixOperands m;
+    MatrixOperands m;
     const auto &acc = inst->ext->refs, &registers = inst->ext->refs2;
-    const bool truncate = typeBytes(s->a) == 1 && warp->launch->opt.fp8Truncate;
+    const bool truncate = typeBytes(s->a) == 1 && !s->integer() && warp->launch->opt.fp8Truncate;
     if (warp->launch->race) {
       if (!s->registersA) checkOperand(a(0, 64), "A");
       checkOperand(b(), "B");
     }
-    m.badCol.reset();
     fetch(b(), m.B[0], 1, MatrixOperands::kMaxN, &m.badCol);
     for (auto& part : parts) {
       m.badRow.reset();
