@@ -246,7 +246,7 @@ void cpAsync(Warp& w, const Inst& in, uint32_t m) {
   for (int i : lanesOf(m)) {
     Place p = locateShared(w, in, i, (uint32_t)laneAddress(w, in, i), in.bytes, Kind::Write, in.bytes, true);
     uint32_t have = in.b ? lane32(w, in.b, (unsigned)i) : in.bytes;
-    if (in.c && (w.pred(in.c) >> i) & 1) have = 0;
+    if (in.c && (w.predicate(in.c) >> i) & 1) have = 0;
     if (have > in.bytes) w.fail(in, i, "cp.async: src-size ", have, " exceeds cp-size ", in.bytes);
     op->to[i] = p.offset;
     op->have[i] = have;
@@ -271,7 +271,7 @@ void decodeCpAsync(Dec& d) {
   if (d.argc() - d.out.x[1] > 3) {
     const Operand& o = d.arg(3);
     if (o.kind == Operand::Register && d.fn.regs[(size_t)o.reg].type == Type::Pred)
-      d.out.c = d.pred(o, nullptr);
+      d.out.c = d.pred(o);
     else
       d.out.b = d.src(o, Type::U32);
   }

@@ -151,8 +151,7 @@ void decodeCall(Dec& d) {
     if (o.kind != Operand::Symbol || o.var->space != Space::Param) d.fail("call operands must be .param variables");
     return *o.var;
   };
-  auto it = d.kb.module.funcByName.find(name->name);
-  const Func* f = it == d.kb.module.funcByName.end() ? nullptr : it->second;
+  const Func* f = callee(d.kb.module, d.p);
   if (!f) d.fail("unknown function '", name->name, "'");
   const size_t na = args ? args->sub.size() : 0, nr = rets ? rets->sub.size() : 0;
   if (na != f->params.size() || nr != f->returns.size()) d.fail("'", f->name, "' takes other operands");
@@ -162,6 +161,7 @@ void decodeCall(Dec& d) {
   for (size_t i = 0; i < nr; ++i)
     e->rets.push_back({f->hasBody ? d.kb.frameOffset(*f->returns[i]) : 0, d.kb.frameOffset(var(rets->sub[i])),
                        (uint32_t)f->returns[i]->bytes});
+  d.out.imm = d.kb.start[f];
   if (f->hasBody)
     d.out.fn = call;
   else if (f->name == "vprintf")
@@ -207,7 +207,7 @@ void decodeFence(Dec& d) {  // what raceFence reads: x[0] kind, x[1] order, x[2]
   Inst& o = d.out;
   o.x[2] = o.x[0];
   o.x[0] = d.take("mbarrier_init") ? FenceMbarrierInit : FenceMemory;
-  if (d.takePrefix("proxy::async") | d.takePrefix("async")) o.x[0] = FenceAsync;
+  if (d.takePrefix("proxy::async") || d.takePrefix("async")) o.x[0] = FenceAsync;
   if (d.takePrefix("tensormap")) o.x[0] = FenceTensormap;
   if (d.take("alias")) o.x[0] = FenceAlias;
   if (d.takePrefix("sync_restrict")) o.x[0] = FenceMemory;
@@ -218,15 +218,15 @@ void decodeFence(Dec& d) {  // what raceFence reads: x[0] kind, x[1] order, x[2]
 int label(Dec& d, const std::string& name) {
   const int target = d.fn.findLabel(d.p.scope, name);
   if (target < 0) d.fail("label '", name, "' does not exist");
-  return target;
+  return (int)d.kb.start[&d.fn] + target;
 }
 void decodeBra(Dec& d) {
-  d.wantArgs(1, 1);
+  d.wantArgs(1);
   d.out.imm = label(d, d.arg(0).name);
   d.out.fn = bra;
 }
 void decodeBrx(Dec& d) {
-  d.wantArgs(2, 2);
+  d.wantArgs(2);
   d.out.a = d.src(0, Type::U32);
   auto* list = d.fn.findTargets(d.p.scope, d.arg(1).name);
   if (!list) d.fail("branch target list '", d.arg(1).name, "' does not exist");

@@ -100,16 +100,15 @@ void convert(Warp& w, const Inst& in, uint32_t m) {  // bytes, vec: bytes of the
 TYPED(T, Same, (T a)) { return a; }
 void decodeConvert(Dec& d) {
   const Type to = d.types[0], from = d.types[1];
-  const bool integral = isFloat(to) && isFloat(from);
   for (Type t : d.types)
     if (typeBytes(t) > 8 || t == Type::F16x2 || t == Type::BF16x2 || t == Type::TF32 || t > Type::F64) return;
-  d.wantArgs(2, 2);
+  d.wantArgs(2);
   unsigned sreg, dreg = d.regBytes(d.arg(0));
   d.out.d = d.dst(0, 0);
   d.out.a = d.srcWide(d.arg(1), from, &sreg);
   if (dreg < typeBytes(to) || sreg < typeBytes(from)) d.fail("a register is narrower than its type");
   if (!isFloat(to) && isFloat(from) && !d.out.x[Integral]) d.fail("an integer rounding mode is required");
-  if (!integral && isFloat(to)) d.out.x[Integral] = 0;
+  if (!isFloat(from)) d.out.x[Rounding] = std::max(d.out.x[Integral], d.out.x[Rounding]), d.out.x[Integral] = 0;
   d.out.x[To] = (uint8_t)to;
   d.out.x[From] = (uint8_t)from;
   d.out.bytes = (uint8_t)dreg;
@@ -197,7 +196,7 @@ const Forms kForms = {
     {"cvt", "pack (sat) type type b32", "d:b32 a:s32 b:s32 c:b32", decodePack},
     {"cvt", "pack (sat) type type", "d:b32 a:s32 b:s32", decodePack},
     {"cvt", "f32 f16", "d a:1", lanes<F16ToF32>()},
-    {"cvt", "f32 bf16", "d a:1", lanes<Bf16ToF32>()},
+    {"cvt", "(rn|rz|rm|rp) f32 bf16", "d a:1", lanes<Bf16ToF32>()},
     {"cvt", "rn f32 s32", "d a:1", lanes<S32ToF32>()},
     {"cvt", "rn f32 u32", "d a:1", lanes<U32ToF32>()},
     {"cvt", "rn bf16 f32", "d a:1", lanes<F32ToBf16>()},

@@ -129,7 +129,7 @@ const Forms kForms = {
     {"vote", "sync? ballot type", "d:b32 a:pred b:b32?", ballot},
     {"match", "sync any|all type", "d:b32|p a b:b32",
      [](Dec& d) { d.out.fn = typeBytes(d.types[0]) == 8 ? match<uint64_t> : match<uint32_t>; }},
-    {"redux", "sync add|min|max|and|or|xor int", "d:b32 a b:b32",
+    {"redux", "sync add|min|max|and|or|xor bits", "d:b32 a b:b32",
      [](Dec& d) {
        d.out.x[1] = (uint8_t)d.types[0];
        d.out.fn = redux;

@@ -45,7 +45,9 @@ inline void lanewiseFrom(Warp& w, const Inst& in, uint32_t m, std::index_sequenc
   const std::tuple<const A*...> from{w.ptr<const A>(sources[K])...};
   const uint32_t valid = (w.validOf(sources[K]) & ...);
   auto f = [&](unsigned i) {
-    if constexpr (std::is_invocable<F, const Inst&, A...>::value)
+    if constexpr (std::is_invocable<F, const Warp&, const Inst&, A...>::value)
+      return F()(w, in, std::get<K>(from)[i]...);
+    else if constexpr (std::is_invocable<F, const Inst&, A...>::value)
       return F()(in, std::get<K>(from)[i]...);
     else
       return F()(std::get<K>(from)[i]...);
@@ -61,7 +63,8 @@ inline void lanewiseFrom(Warp& w, const Inst& in, uint32_t m, std::index_sequenc
     w.setValid(in.d, m, valid);
   }
 }
-// d = f(a), f(a, b), ... in every lane (a fourth source is ext->refs[0]); f may ask for the instruction first.
+// d = f(a), f(a, b), ... in every lane (a fourth source is ext->refs[0]); f may ask for the instruction, or the
+// warp and the instruction, first.
 // A bool is a predicate. The
 // result depends on every source, so that a lane is valid where all of them are.
 template <class F, class D, class... A>
@@ -78,6 +81,10 @@ template <class F, class D, class... A>
 constexpr Handler lanesOfTypes(D (F::*)(const Inst&, A...) const) {
   return lanewise<F, D, A...>;
 }
+template <class F, class D, class... A>
+constexpr Handler lanesOfTypes(D (F::*)(const Warp&, const Inst&, A...) const) {
+  return lanewise<F, D, A...>;
+}
 template <class F>
 constexpr Handler lanes() {
   return lanesOfTypes(&F::operator());
@@ -89,28 +96,19 @@ constexpr Type typeOf() {
   if constexpr (std::is_floating_point<T>::value) return sizeof(T) == 4 ? Type::F32 : Type::F64;
   return (Type)((int)(std::is_signed<T>::value ? Type::S8 : Type::U8) + width);
 }
-#define BY_TYPE(t, F)                        \
-  ((t) == Type::U16   ? lanes<F<uint16_t>>() \
-   : (t) == Type::S16 ? lanes<F<int16_t>>()  \
-   : (t) == Type::U32 ? lanes<F<uint32_t>>() \
-   : (t) == Type::S32 ? lanes<F<int32_t>>()  \
-   : (t) == Type::U64 ? lanes<F<uint64_t>>() \
-   : (t) == Type::S64 ? lanes<F<int64_t>>()  \
-                      : nullptr)
-#define BY_WIDTH(t, F)                        \
-  (typeBytes(t) == 2   ? lanes<F<uint16_t>>() \
-   : typeBytes(t) == 4 ? lanes<F<uint32_t>>() \
-   : typeBytes(t) == 8 ? lanes<F<uint64_t>>() \
-                       : nullptr)
 inline Type bitsAsUnsigned(Type t) {
   return t >= Type::B8 && t <= Type::B64 ? (Type)((int)t - (int)Type::B8 + (int)Type::U8) : t;
 }
-// handlerOf(T()) for the one of the T that the type is; bits count as unsigned; nullptr for any other.
+// f(T()) for the one of the T that the type is, where bits count as unsigned, or that has this width; else null.
 template <class... T, class F>
-Handler ofType(Type type, F handlerOf) {
-  Handler h = nullptr;
-  ((typeOf<T>() == bitsAsUnsigned(type) ? void(h = handlerOf(T())) : void()), ...);
-  return h;
+auto ofType(Type type, F f) {
+  std::common_type_t<decltype(f(T()))...> r = 0;
+  ((typeOf<T>() == bitsAsUnsigned(type) ? void(r = f(T())) : void()), ...);
+  return r;
+}
+template <class F>
+Handler ofWidth(unsigned bytes, F f) {
+  return bytes == 2 ? f(uint16_t()) : bytes == 4 ? f(uint32_t()) : bytes == 8 ? f(uint64_t()) : nullptr;
 }
 // F<T> by the type of the instruction, of all of the integers unless some are named, or by its width.
 template <template <class> class F, class... T>
@@ -122,8 +120,7 @@ void byType(Dec& d) {
 }
 template <template <class> class F>
 void byWidth(Dec& d) {
-  const unsigned n = typeBytes(d.types[0]);
-  d.out.fn = n == 2 ? lanes<F<uint16_t>>() : n == 4 ? lanes<F<uint32_t>>() : n == 8 ? lanes<F<uint64_t>>() : nullptr;
+  d.out.fn = ofWidth(typeBytes(d.types[0]), [](auto t) { return lanes<F<decltype(t)>>(); });
 }
 
 // handlerOf(flag, ...) with each flag as a type, std::true_type or std::false_type.
@@ -193,16 +190,6 @@ inline T& own(Dec& d) {
 template <class T>
 inline const T& owned(const Inst& in) {
   return *reinterpret_cast<const T*>(in.imm);
-}
-
-// d = f(a), d = f(a, b) ... with widths from the type; F<T> is the functor.
-template <class... Types>
-inline void setOperands(Dec& d, Type result, Types... sources) {
-  d.wantArgs(1 + sizeof...(sources), 1 + sizeof...(sources));
-  d.out.d = d.dst(0, std::max(2u, typeBytes(result)));
-  Ref* const to[] = {&d.out.a, &d.out.b, &d.out.c};
-  size_t i = 0;
-  ((*to[i] = d.src(i + 1, sources), ++i), ...);
 }
 
 }  // namespace ptxsim

@@ -71,10 +71,11 @@ struct Inst {
   uint8_t x[8] = {};  // each instruction's own
 };
 
-// A special register: what a lane finds in it when its warp starts; nullptr: it changes while the warp runs.
+// A special register, and what a lane finds in it.
 struct Special {
   const char* name;
   uint64_t (*value)(const Warp&, unsigned lane, unsigned dimension);
+  bool changes = false;  // while the warp runs
 };
 const Special* findSpecial(const std::string& name, unsigned* dimension);  // nullptr: there is none
 extern const Special kSharedAddress;                                       // where the CTA's window begins
