@@ -29,8 +29,9 @@ void waitGroup(Warp& w, const Inst& in, uint32_t m) {  // x[0] .read
 int takeAtomOp(Dec& d);  // -1: none is named
 // What the operation makes of values that fill the low bytes, as does the result; what is above does not matter.
 uint64_t atomicResult(int op, Type t, uint64_t old, uint64_t b);
-// n bytes at `to` become what the operation, or a copy if it is negative, makes of them and those at `from`.
-void combine(int op, Type t, uint8_t* to, const uint8_t* from, uint32_t n);
+// n bytes at `to` become what the operation, or a copy if it is negative, makes of them and those at `from`. `other`:
+// what cas, here of one element, puts there.
+void combine(int op, Type t, uint8_t* to, const uint8_t* from, uint32_t n, const uint8_t* other = nullptr);
 
 // ---- decoding
 size_t takeMemoryModifiers(Dec& d, bool isLoad);

@@ -58,59 +58,43 @@ struct Bulk : AsyncOp {
       if (inside) f((uint64_t)e * es + skip, address + skip, (uint32_t)((hi - lo) * es));
     }
   }
-  // Calls f(CTA, its offset, byte of the box, bytes) for every 16 bytes in shared memory, as the swizzle places them.
-  template <class F>
-  void chunks(uint32_t address, Kind kind, F f) {
+  // Between the box and shared memory, by 16 bytes, which the swizzle places.
+  void moveShared(uint32_t address, Kind kind) {
     const Place p = locateShared(*warp, *inst, lane, address, bytes, kind, 16, false);
     for (uint32_t i = 0; i < bytes; i += 16) {
       uint32_t off = p.offset + i;
       off ^= ((off >> 7) & ((1u << map.swizzle) - 1)) << 4;
       const uint32_t n = std::min(16u, bytes - i);
+      uint8_t *memory = p.cta->smem + off, *valid = p.cta->smemValid + off;
       raceAsyncShared(*this, *p.cta, off, n, kind);
-      f(*p.cta, off, i, n);
-    }
-  }
-
-  void readGlobal() {
-    if (map.fill == 1) {
-      const unsigned es = map.elementBytes();
-      const uint64_t nan = ~0ull >> (65 - 8 * es);
-      for (uint32_t i = 0; i < bytes; i += es) memcpy(data.data() + i, &nan, es);
-    }
-    runs([&](uint64_t at, uint64_t address, uint32_t n) {
-      Place p = locateGlobal(*warp, *inst, lane, address, n, Kind::Read, 1);
-      if (!allValid(p.valid, n) && warp->launch->opt.detect)
-        warp->fail(*inst, lane, "a bulk copy reads uninitialised global memory");
-      raceAsyncGlobal(*this, *p.buffer, (uint64_t)p.p, n, Kind::Read);
-      memcpy(data.data() + at, p.p, n);
-      warp->launch->n.tmaRead += n;
-    });
-  }
-  void readShared() {
-    chunks(source, Kind::Read, [&](Cta& cta, uint32_t off, uint32_t i, uint32_t n) {
-      memcpy(data.data() + i, cta.smem + off, n);
-      memcpy(good.data() + i, cta.smemValid + off, n);
-    });
-  }
-  void writeShared(uint32_t address) {
-    chunks(address, Kind::Write, [&](Cta& cta, uint32_t off, uint32_t i, uint32_t n) {
-      combine(b.reduce, type, cta.smem + off, data.data() + i, n);
-      memcpy(cta.smemValid + off, good.data() + i, n);
+      if (kind == Kind::Read) {
+        memcpy(data.data() + i, memory, n);
+        memcpy(good.data() + i, valid, n);
+        continue;
+      }
+      combine(b.reduce, type, memory, data.data() + i, n);
+      memcpy(valid, good.data() + i, n);
       bool inside;
-      if (b.tensor) raceTag(cta, off, {addressOf(i / map.elementBytes(), &inside), id});
+      if (b.tensor) raceTag(*p.cta, off, {addressOf(i / map.elementBytes(), &inside), id});
       for (uint32_t k = 0; k < n; k += 8)
-        if (cta.mbarIndex[(off + k) >> 3])
+        if (p.cta->mbarIndex[(off + k) >> 3])
           warp->fail(*inst, lane, "a bulk copy overwrites a live mbarrier at shared offset ", off + k);
-    });
+    }
   }
-  void writeGlobal() {
-    const Kind kind = b.reduce < 0 ? Kind::Write : Kind::Atomic;
+  void moveGlobal(Kind kind) {
+    const bool detect = warp->launch->opt.detect;
     runs([&](uint64_t at, uint64_t address, uint32_t n) {
       Place p = locateGlobal(*warp, *inst, lane, address, n, kind, 1);
       raceAsyncGlobal(*this, *p.buffer, (uint64_t)p.p, n, kind);
-      if (!allValid(good.data() + at, n) && warp->launch->opt.detect)
+      if (kind == Kind::Read) {
+        if (detect && !allValid(p.valid, n)) warp->fail(*inst, lane, "a bulk copy reads uninitialised global memory");
+        memcpy(data.data() + at, p.p, n);
+        warp->launch->n.tmaRead += n;
+        return;
+      }
+      if (detect && !allValid(good.data() + at, n))
         warp->fail(*inst, lane, "a bulk store writes uninitialised shared memory to global memory");
-      if (b.reduce >= 0 && !allValid(p.valid, n))
+      if (kind == Kind::Atomic && !allValid(p.valid, n))
         warp->fail(*inst, lane, "a bulk reduction adds to uninitialised global memory");
       combine(b.reduce, type, p.p, data.data() + at, n);
       markValid(p.valid, n, true);
@@ -126,13 +110,16 @@ struct Bulk : AsyncOp {
     if (!readDone) {
       data.assign(bytes, 0);
       good.assign(bytes, 1);
-      b.readsShared() ? readShared() : readGlobal();
+      const unsigned es = map.elementBytes();
+      const uint64_t nan = ~0ull >> (65 - 8 * es);
+      for (uint32_t i = 0; map.fill == 1 && i < bytes; i += es) memcpy(data.data() + i, &nan, es);
+      b.readsShared() ? moveShared(source, Kind::Read) : moveGlobal(Kind::Read);
       readDone = true;
       if (b.way == BulkInst::Store) return false;
     }
-    if (b.way == BulkInst::Store) writeGlobal();
+    if (b.way == BulkInst::Store) moveGlobal(b.reduce < 0 ? Kind::Write : Kind::Atomic);
     for (uint32_t r : lanesOf(ranks)) {
-      writeShared(inCta(target, r));
+      moveShared(inCta(target, r), Kind::Write);
       completeTx(*warp, *inst, lane, inCta(barrier, r), bytes, *this);
     }
     return true;
