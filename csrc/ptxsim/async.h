@@ -9,7 +9,8 @@ namespace ptxsim {
 inline uint32_t inCta(uint32_t address, uint32_t rank) { return (address & 0xffffff) | rank << 24; }
 // The live mbarrier at a shared::cluster address; fails if there is none.
 Mbarrier& mbarrierAt(Warp& w, const Inst& in, int lane, uint32_t address, Cta** owner = nullptr);
-void completeTx(Warp& w, const Inst& in, int lane, uint32_t address, uint32_t bytes, const AsyncOp& op);
+// An operation completes there: so many bytes have come, and so many arrivals.
+void completeOn(const AsyncOp& op, int lane, uint32_t address, uint32_t bytes, uint32_t arrivals = 0);
 
 // Puts an operation in flight. `track`: where its group is kept, or nullptr.
 void track(Warp& w, const Inst& in, uint32_t mask, std::shared_ptr<AsyncOp> op, OpTrack* t);

@@ -40,11 +40,12 @@ static void arrive(Warp& w, const Inst& in, int lane, Mbarrier& b, uint32_t n) {
            " are pending, ", b.tx, " bytes are outstanding");
   b.pending -= n;
 }
-void completeTx(Warp& w, const Inst& in, int lane, uint32_t address, uint32_t bytes, const AsyncOp& op) {
-  Mbarrier& b = mbarrierAt(w, in, lane, address);
-  addTx(w, in, lane, b, -(int64_t)bytes);
+void completeOn(const AsyncOp& op, int lane, uint32_t address, uint32_t bytes, uint32_t arrivals) {
+  Mbarrier& b = mbarrierAt(*op.warp, *op.inst, lane, address);
+  addTx(*op.warp, *op.inst, lane, b, -(int64_t)bytes);
+  arrive(*op.warp, *op.inst, lane, b, arrivals);
   raceAsyncSignal(op, b);
-  settle(*w.launch, b);
+  settle(*op.warp->launch, b);
 }
 
 // ---- operations in flight
@@ -63,7 +64,6 @@ void launchOp(Warp& w, const Inst& in, uint32_t mask, std::shared_ptr<AsyncOp> o
   raceIssue(w, *op);
   w.launch->issue(std::move(op));
 }
-static std::string describeGroup(Warp&, const Inst&) { return "waits for asynchronous operations that cannot finish"; }
 bool waitGroups(Warp& w, OpTrack& t, uint32_t m, uint32_t n, bool reads, bool all) {
   auto wanted = [&](const AsyncOp& op) {
     for (int i : lanesOf(op.mask & m))
@@ -72,7 +72,8 @@ bool waitGroups(Warp& w, OpTrack& t, uint32_t m, uint32_t n, bool reads, bool al
   };
   for (auto& op : t.ops)
     if (wanted(*op) && !op->done && !(reads && op->readDone)) {
-      w.block(Wait::Poll, describeGroup);
+      w.block(Wait::Poll,
+              [](Warp&, const Inst&) -> std::string { return "waits for asynchronous operations that cannot finish"; });
       return false;
     }
   for (auto& op : t.ops)
@@ -285,12 +286,7 @@ void decodeCpAsync(Dec& d) {
 struct CpArrive : AsyncOp {
   uint32_t address[kLanes];
   bool step() override {
-    for (int i : lanesOf(mask)) {
-      Mbarrier& b = mbarrierAt(*warp, *inst, i, address[i]);
-      arrive(*warp, *inst, i, b, 1);
-      raceAsyncSignal(*this, b);
-      settle(*warp->launch, b);
-    }
+    for (int i : lanesOf(mask)) completeOn(*this, i, address[i], 0, 1);
     return true;
   }
 };
@@ -318,7 +314,7 @@ struct StAsync : AsyncOp {
     raceAsyncShared(*this, *p.cta, p.offset, bytes, Kind::Write);
     combine(inst->x[0] - 1, (Type)inst->x[3], p.p, data, bytes);
     memset(p.valid, 1, bytes);
-    completeTx(*warp, *inst, lane, barrier, bytes, *this);
+    completeOn(*this, lane, barrier, bytes);
     return true;
   }
 };

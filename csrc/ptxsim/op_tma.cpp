@@ -33,17 +33,16 @@ struct Bulk : AsyncOp {
   std::vector<uint8_t> data, good;  // box contents in logical order; per byte: initialised, and inside the tensor
   Bulk(const BulkInst& inst, int l) : b(inst), lane(l), type(inst.type) {}
 
-  // Where element e of the box lies in global memory. `inside` remains if that is in the tensor, whatever the innermost
+  // Where element e of the box lies in global memory, and whether that is in the tensor, whatever the innermost
   // coordinate.
-  uint64_t addressOf(uint32_t e, bool* inside) const {
-    uint64_t address = map.address;
-    for (unsigned d = 0; d < map.rank; ++d) {
+  std::pair<uint64_t, bool> placeOf(uint32_t e) const {
+    std::pair<uint64_t, bool> place(map.address, true);
+    for (unsigned d = 0; d < map.rank; e /= map.count(d++)) {
       const int64_t c = coord[d] + (int64_t)(e % map.count(d)) * map.elementStride[d];
-      e /= map.count(d);
-      if (d) *inside &= c >= 0 && c < (int64_t)map.dim(d);
-      address += (uint64_t)c * (d ? map.stride[d - 1] : map.elementBytes());
+      if (d) place.second &= c >= 0 && c < (int64_t)map.dim(d);
+      place.first += (uint64_t)c * (d ? map.stride[d - 1] : map.elementBytes());
     }
-    return address;
+    return place;
   }
   // Calls f(byte of the box, global address, bytes) for every run of the innermost dimension inside the tensor.
   template <class F>
@@ -52,11 +51,9 @@ struct Bulk : AsyncOp {
     const unsigned es = map.elementBytes(), n = map.count(0);
     const int64_t x0 = coord[0], lo = std::max<int64_t>(x0, 0), hi = std::min<int64_t>(x0 + n, (int64_t)map.dim(0));
     const uint64_t skip = (uint64_t)(lo - x0) * es;
-    for (uint32_t e = 0; e < bytes / es; e += n) {
-      bool inside = lo < hi;
-      const uint64_t address = addressOf(e, &inside);
-      if (inside) f((uint64_t)e * es + skip, address + skip, (uint32_t)((hi - lo) * es));
-    }
+    for (uint32_t e = 0; lo < hi && e < bytes / es; e += n)
+      if (const auto [address, inside] = placeOf(e); inside)
+        f((uint64_t)e * es + skip, address + skip, (uint32_t)((hi - lo) * es));
   }
   // Between the box and shared memory, by 16 bytes, which the swizzle places.
   void moveShared(uint32_t address, Kind kind) {
@@ -74,8 +71,7 @@ struct Bulk : AsyncOp {
       }
       combine(b.reduce, type, memory, data.data() + i, n);
       memcpy(valid, good.data() + i, n);
-      bool inside;
-      if (b.tensor) raceTag(*p.cta, off, {addressOf(i / map.elementBytes(), &inside), id});
+      if (b.tensor) raceTag(*p.cta, off, {placeOf(i / map.elementBytes()).first, id});
       for (uint32_t k = 0; k < n; k += 8)
         if (p.cta->mbarIndex[(off + k) >> 3])
           warp->fail(*inst, lane, "a bulk copy overwrites a live mbarrier at shared offset ", off + k);
@@ -110,9 +106,11 @@ struct Bulk : AsyncOp {
     if (!readDone) {
       data.assign(bytes, 0);
       good.assign(bytes, 1);
-      const unsigned es = map.elementBytes();
-      const uint64_t nan = ~0ull >> (65 - 8 * es);
-      for (uint32_t i = 0; map.fill == 1 && i < bytes; i += es) memcpy(data.data() + i, &nan, es);
+      if (map.fill) {
+        const unsigned es = map.elementBytes();
+        const uint64_t nan = ~0ull >> (65 - 8 * es);
+        for (uint32_t i = 0; i < bytes; i += es) memcpy(data.data() + i, &nan, es);
+      }
       b.readsShared() ? moveShared(source, Kind::Read) : moveGlobal(Kind::Read);
       readDone = true;
       if (b.way == BulkInst::Store) return false;
@@ -120,7 +118,7 @@ struct Bulk : AsyncOp {
     if (b.way == BulkInst::Store) moveGlobal(b.reduce < 0 ? Kind::Write : Kind::Atomic);
     for (uint32_t r : lanesOf(ranks)) {
       moveShared(inCta(target, r), Kind::Write);
-      completeTx(*warp, *inst, lane, inCta(barrier, r), bytes, *this);
+      completeOn(*this, lane, inCta(barrier, r), bytes);
     }
     return true;
   }
@@ -219,7 +217,7 @@ const MapField kFields[] = {
     {"global_stride", 4, 0, (1ull << 40) - 1, 16, [](TensorMap& t, unsigned d, uint64_t v) { t.stride[d] = v; }},
     {"element_stride", 5, 1, 8, 1, [](TensorMap& t, unsigned d, uint64_t v) { t.elementStride[d] = (uint8_t)v; }},
     {"elemtype", 0, 0, 12, 1, [](TensorMap& t, unsigned, uint64_t v) { t.type = kElementTypes[v]; }},
-    {"interleave_layout", 0, 0, 0, 1, [](TensorMap& t, unsigned, uint64_t) { t.interleave = 0; }},
+    {"interleave_layout", 0, 0, 0, 1, [](TensorMap&, unsigned, uint64_t) {}},
     {"swizzle_mode", 0, 0, 3, 1, [](TensorMap& t, unsigned, uint64_t v) { t.swizzle = (uint8_t)v; }},
     {"fill_mode", 0, 0, 1, 1, [](TensorMap& t, unsigned, uint64_t v) { t.fill = (uint8_t)v; }},
 };

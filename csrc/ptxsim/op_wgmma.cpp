@@ -101,8 +101,7 @@ struct Wgmma : AsyncOp {
   SharedMatrix b() const { return {descB, s->transB, s->b, 0, s->n, s->k}; }
 
   // The operand as floats, out[index * mnPitch + k * kPitch].
-  void fetch(const SharedMatrix& x, float* out, unsigned mnPitch, unsigned kPitch,
-             std::bitset<MatrixOperands::kMaxN>* bad) {
+  void fetch(const SharedMatrix& x, float* out, unsigned mnPitch, unsigned kPitch, MatrixOperands::Bad& bad) {
     Cta& cta = *warp->cta;
     const unsigned es = x.es, per = 16 / es;
     for (unsigned r = 0; r < x.outer(); ++r)
@@ -116,7 +115,7 @@ struct Wgmma : AsyncOp {
         for (unsigned e = 0; e < per; ++e) {
           const unsigned mn = x.mnMajor ? c * per + e : r, k = x.mnMajor ? r : c * per + e;
           out[mn * mnPitch + k * kPitch] = matrixElement(x.type, cta.smem + off + e * es);
-          if (!good && !allValid(cta.smemValid + off + e * es, es)) bad->set(mn);
+          if (!good && !allValid(cta.smemValid + off + e * es, es)) bad.set(mn);
         }
       }
   }
@@ -147,13 +146,13 @@ struct Wgmma : AsyncOp {
       if (!s->registersA) checkOperand(a(0, 64), "A");
       checkOperand(b(), "B");
     }
-    fetch(b(), m.B[0], 1, MatrixOperands::kMaxN, &m.badCol);
+    fetch(b(), m.B[0], 1, MatrixOperands::kMaxN, m.badCol);
     for (auto& part : parts) {
       m.badRow.reset();
       if (s->registersA)
         operandFromRegisters(*part->warp, registers.data(), 4, s->a, true, m);
       else
-        fetch(a(16 * (part->warp->index % 4), 16), m.A[0], MatrixOperands::kMaxK, 1, &m.badRow);
+        fetch(a(16 * (part->warp->index % 4), 16), m.A[0], MatrixOperands::kMaxK, 1, m.badRow);
       if (s->sign < 0)
         for (auto& row : m.A)
           for (float& x : row) x = -x;
