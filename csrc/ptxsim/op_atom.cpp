@@ -9,7 +9,7 @@ int takeAtomOp(Dec& d) { return d.takeOneOf("add|min|max|and|or|xor|inc|dec|cas|
 
 static uint16_t halfResult(int op, bool bf, uint16_t a, uint16_t b) {
   const float x = bf ? fromBf16(a) : fromF16(a), y = bf ? fromBf16(b) : fromF16(b);
-  if (op == kAdd) return (uint16_t)narrowFromDouble((double)x + (double)y, bf ? kBf16 : kF16);
+  if (op == kAdd) return (uint16_t)narrowFrom((double)x + (double)y, bf ? kBf16 : kF16);
   if (x != x) return y != y ? 0x7fff : b;
   if (y != y) return a;
   const bool first = x == y ? a >> 15 == 1 : x < y;  // -0 is less than 0
