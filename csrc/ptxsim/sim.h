@@ -228,7 +228,6 @@ struct Warp {
 struct NamedBarrier {
   bool all = false;                    // waits for every thread of the CTA
   unsigned arrived = 0, expected = 0;  // threads
-  uint64_t generation = 0;
   struct Waiter {
     Warp* warp;
     uint32_t mask;
