@@ -267,13 +267,6 @@ void copyMap(Warp& w, const Inst& in, uint32_t m) {
   w.launch->progress();
 }
 
-void decodeCopyMap(Dec& d) {
-  d.wantArgs(3, 3);
-  d.extra()->second = d.second(d.arg(1));
-  d.operands("[a]");
-  d.out.fn = copyMap;
-}
-
 template <BulkInst::Way kWay>
 void decodeBulk(Dec& d) {
   auto& b = own<BulkInst>(d);
@@ -320,8 +313,8 @@ const Forms kForms = {
      decodeBulk<BulkInst::ToCluster>},
     {"cp", "async bulk prefetch L2 global", nullptr, decodeBulk<BulkInst::Prefetch>},
     {"tensormap",
-     "cp_fenceproxy (global) (shared::cta) (tensormap::generic) (release) (cta|cluster|gpu|sys) sync aligned", nullptr,
-     decodeCopyMap},
+     "cp_fenceproxy (global) (shared::cta) (tensormap::generic) (release) (cta|cluster|gpu|sys) sync aligned",
+     "[a] [e] c:u32", copyMap},
     {"tensormap", "replace (tile) space (b1024)", nullptr, decodeReplace},
 };
 
