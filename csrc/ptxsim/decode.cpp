@@ -6,12 +6,25 @@
 
 namespace ptxsim {
 
+// The text up to the separator, which `text` loses with it.
+static std::string_view cut(std::string_view& text, char separator) {
+  const std::string_view first = text.substr(0, text.find(separator));
+  text.remove_prefix(std::min(text.size(), first.size() + 1));
+  return first;
+}
+static bool dropEnd(std::string_view& text, std::string_view end) {
+  if (text.size() < end.size() || text.substr(text.size() - end.size()) != end) return false;
+  text.remove_suffix(end.size());
+  return true;
+}
+
 OpTable& opTable() {
   static OpTable table;
   return table;
 }
 Forms::Forms(std::initializer_list<Form> forms) {
-  for (const Form& f : forms) opTable()[f.name].push_back(f);
+  for (const Form& f : forms)
+    for (std::string_view names = f.names; !names.empty();) opTable()[std::string(cut(names, '|'))].push_back(f);
 }
 
 // ---- module variables
@@ -74,18 +87,6 @@ uint32_t KernelBuilder::frameOffset(const Var& v) {
 }
 
 // ---- Dec
-
-// The text up to the separator, which `text` loses with it.
-static std::string_view cut(std::string_view& text, char separator) {
-  const std::string_view first = text.substr(0, text.find(separator));
-  text.remove_prefix(std::min(text.size(), first.size() + 1));
-  return first;
-}
-static bool dropEnd(std::string_view& text, std::string_view end) {
-  if (text.size() < end.size() || text.substr(text.size() - end.size()) != end) return false;
-  text.remove_suffix(end.size());
-  return true;
-}
 
 size_t Dec::find(std::string_view mod) const {
   for (size_t i = 1; i < p.op.size(); ++i)

@@ -7,9 +7,9 @@ namespace ptxsim {
 struct Dec;
 using DecodeFn = void (*)(Dec&);
 
-// One form of an instruction: its modifiers in any order, its operands in order, and the handler, or the function that
-// chooses one. Of the forms of a mnemonic the first is taken whose modifiers and number of operands fit. Words of the
-// modifiers:
+// One form of an instruction, or of several ("fma|mad"): its modifiers in any order, its operands in order, and the
+// handler, or the function that chooses one. Of the forms of a mnemonic the first is taken whose modifiers and number
+// of operands fit. Words of the modifiers:
 //   cc                 must be there (`aligned` has the whole warp come together)
 //   lo|hi|wide         one of them must be there; the next of x[0], x[1], ... says which
 //   ftz?   l|r?        may be there; the next x is 0 when none is, else 1, 2, ...
@@ -30,12 +30,12 @@ using DecodeFn = void (*)(Dec&);
 //   a:T?               may be left out
 // A source predicate may be negated: Warp::predicate reads it.
 struct Form {
-  const char *name, *modifiers = "", *operands = nullptr;  // operands nullptr: `decode` sees to them
+  const char *names, *modifiers = "", *operands = nullptr;  // operands nullptr: `decode` sees to them
   DecodeFn decode = nullptr;
   Handler fn = nullptr;
-  Form(const char* n, DecodeFn f) : name(n), decode(f) {}
-  Form(const char* n, const char* m, const char* o, DecodeFn f) : name(n), modifiers(m), operands(o), decode(f) {}
-  Form(const char* n, const char* m, const char* o, Handler h) : name(n), modifiers(m), operands(o), fn(h) {}
+  Form(const char* n, DecodeFn f) : names(n), decode(f) {}
+  Form(const char* n, const char* m, const char* o, DecodeFn f) : names(n), modifiers(m), operands(o), decode(f) {}
+  Form(const char* n, const char* m, const char* o, Handler h) : names(n), modifiers(m), operands(o), fn(h) {}
 };
 using OpTable = std::unordered_map<std::string, std::vector<Form>>;
 OpTable& opTable();

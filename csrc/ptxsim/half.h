@@ -61,7 +61,7 @@ inline uint64_t roundMagnitude(uint64_t m, int e, bool sticky, int mant, int emi
 
 struct Narrow {  // a binary interchange format, or one of the two fp8
   int mant, emin;
-  uint32_t inf, maxFinite, nan;  // codes without sign; inf == 0: the format has none
+  uint64_t inf, maxFinite, nan;  // codes without sign; inf == 0: the format has none
   int signBit;
 };
 constexpr Narrow kF16{10, -14, 0x7c00, 0x7bff, 0x7fff, 15};
@@ -70,10 +70,10 @@ constexpr Narrow kE4m3{3, -6, 0, 0x7e, 0x7f, 7};
 constexpr Narrow kE5m2{2, -14, 0x7c, 0x7b, 0x7f, 7};
 
 // `saturate`: overflow and infinity go to the largest finite value (cvt .satfinite).
-inline uint32_t narrowFrom(uint64_t m, int e, bool sticky, bool negative, bool infinite, bool nan, const Narrow& f,
+inline uint64_t narrowFrom(uint64_t m, int e, bool sticky, bool negative, bool infinite, bool nan, const Narrow& f,
                            Round mode, bool saturate) {
   if (nan) return f.nan;
-  uint32_t sign = negative ? 1u << f.signBit : 0;
+  const uint64_t sign = (uint64_t)negative << f.signBit;
   if (infinite) return sign | (saturate ? f.maxFinite : f.inf ? f.inf : f.nan);
   if (m == 0) return sign;
   bool up = (mode == Round::Up && !negative) || (mode == Round::Down && negative);
@@ -83,10 +83,10 @@ inline uint32_t narrowFrom(uint64_t m, int e, bool sticky, bool negative, bool i
     bool toInf = mode == Round::Nearest || mode == Round::NearestAway || up;
     return sign | (toInf ? (f.inf ? f.inf : f.nan) : f.maxFinite);
   }
-  return sign | (uint32_t)code;
+  return sign | code;
 }
 template <class F>
-inline uint32_t narrowFrom(F x, const Narrow& f, Round mode = Round::Nearest, bool saturate = false) {
+inline uint64_t narrowFrom(F x, const Narrow& f, Round mode = Round::Nearest, bool saturate = false) {
   constexpr int mant = sizeof(F) == 4 ? 23 : 52, most = sizeof(F) == 4 ? 0xff : 0x7ff;
   const uint64_t b = bits(x), one = 1ull << mant, frac = b & (one - 1);
   const int ex = (int)(b >> mant) & most;

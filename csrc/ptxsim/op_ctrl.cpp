@@ -219,19 +219,17 @@ void decodeBrx(Dec& d) {
   d.out.fn = brx;
 }
 
-constexpr char kFence[] = "global|shared::cta|shared::cluster? sc|acq_rel|acquire|release? (cta|cluster|gpu|sys|gl)";
 const Forms kForms = {
     {"bra", "(uni)", nullptr, decodeBra},
     {"brx", "idx (uni)", nullptr, decodeBrx},
     {"call", "(uni)", nullptr, decodeCall},
     {"ret", "(uni)", "", ret},
     {"exit", "", "", exitThread},
-    {"trap", "", "", trap},
-    {"brkpt", "", "", trap},
+    {"trap|brkpt", "", "", trap},
     {"nanosleep", "u32", "a", nothing},
     {"griddepcontrol", "wait|launch_dependents", "", nothing},
-    {"fence", kFence, nullptr, decodeFence},
-    {"membar", kFence, nullptr, decodeFence},
+    {"fence|membar", "global|shared::cta|shared::cluster? sc|acq_rel|acquire|release? (cta|cluster|gpu|sys|gl)",
+     nullptr, decodeFence},
     {"setmaxnreg", "inc|dec sync aligned u32", "imm", decodeSetmaxnreg},
 };
 

@@ -15,23 +15,25 @@ Round mode(const Inst& in) {
   return (Round)std::max(0, std::max(in.x[Integral], in.x[Rounding]) - 1);  // both in the order of Round
 }
 
+constexpr Narrow kF64{52, -1022, 0x7ffull << 52, (0x7ffull << 52) - 1, ~0ull >> 1, 63};
 constexpr Narrow kF32{23, -126, 0x7f800000u, 0x7f7fffffu, 0x7fffffffu, 31};
 constexpr Narrow kTf32{10, -126, 0xffu << 10, (0xffu << 10) - 1, 0x3ffff, 18};
 constexpr const Narrow& format(Type t) {
-  return t == Type::F32 ? kF32 : t == Type::F16 ? kF16 : t == Type::BF16 ? kBf16 : t == Type::E4M3 ? kE4m3 : kE5m2;
+  switch (t) {
+    case Type::F64: return kF64;
+    case Type::F32: return kF32;
+    case Type::F16: return kF16;
+    case Type::BF16: return kBf16;
+    default: return t == Type::E4M3 ? kE4m3 : kE5m2;
+  }
 }
 double roundIntegral(double x, Round r) {
-  static double (*const functions[])(double) = {::nearbyint, ::trunc, ::floor, ::ceil,
-                                                ::round};  // in the order of Round
-  return functions[(int)r](x);
+  static double (*const byMode[])(double) = {::nearbyint, ::trunc, ::floor, ::ceil, ::round};
+  return byMode[(int)r](x);
 }
 double toDouble(Type t, uint64_t v) {
-  switch (t) {
-    case Type::F64: return bitsAs<double>(v);
-    case Type::F32: return f32((uint32_t)v);
-    case Type::F16: return fromF16((uint16_t)v);
-    default: return fromBf16((uint16_t)v);
-  }
+  if (t == Type::F64) return bitsAs<double>(v);
+  return t == Type::F32 ? f32((uint32_t)v) : t == Type::F16 ? fromF16((uint16_t)v) : fromBf16((uint16_t)v);
 }
 uint64_t extend(uint64_t v, Type t) {  // an integer of this type to 64 bits
   const unsigned drop = 64 - 8 * typeBytes(t);
@@ -53,22 +55,16 @@ uint64_t fromFloatTo(Type t, double x, const Inst& in) {
   if (in.x[Sat]) x = x != x ? 0.0 : std::clamp(x, 0.0, 1.0);
   if (in.x[Relu] && x < 0) x = 0;
   if (t == Type::F64) return bits(x);
-  uint32_t code = narrowFrom(x, format(t), in.x[Integral] ? Round::Nearest : r, in.x[SatFinite]);
+  uint64_t code = narrowFrom(x, format(t), in.x[Integral] ? Round::Nearest : r, in.x[SatFinite]);
   if (in.x[Relu] && code == 1u << format(t).signBit) code = 0;
-  return in.x[Ftz] && t == Type::F32 ? bits(flush(f32(code))) : code;
+  return in.x[Ftz] && t == Type::F32 ? bits(flush(f32((uint32_t)code))) : code;
 }
 // `negative`: v is below zero as a signed number.
 uint64_t fromIntTo(Type t, uint64_t v, bool negative, bool saturate, Round r) {
-  const uint64_t magnitude = negative ? 0 - v : v;
-  if (t == Type::F64) {
-    if (v == 0) return 0;
-    const bool up = (r == Round::Up && !negative) || (r == Round::Down && negative);
-    const uint64_t code = roundMagnitude(magnitude, 0, false, 52, -1022, r, up) | (uint64_t)negative << 63;
-    return saturate ? bits(std::clamp(bitsAs<double>(code), 0.0, 1.0)) : code;
-  }
   if (isFloat(t)) {
-    const uint32_t code = narrowFrom(magnitude, 0, false, negative, false, false, format(t), r, false);
-    return saturate && t == Type::F32 ? bits(std::clamp(f32(code), 0.0f, 1.0f)) : code;
+    const uint64_t code = narrowFrom(negative ? 0 - v : v, 0, false, negative, false, false, format(t), r, false);
+    if (saturate && t == Type::F32) return bits(std::clamp(f32((uint32_t)code), 0.0f, 1.0f));
+    return saturate && t == Type::F64 ? bits(std::clamp(bitsAs<double>(code), 0.0, 1.0)) : code;
   }
   if (!saturate) return v;
   return negative ? (uint64_t)std::max((int64_t)v, smallest(t)) : std::min(v, largest(t));

@@ -164,11 +164,9 @@ void byTypeOrPair(Dec& d) {
 }
 
 const Forms kForms = {
-    {"add", "cc bits", "d a b", carry},
-    {"sub", "cc bits", "d a b", carry},
+    {"add|sub", "cc bits", "d a b", carry},
     {"mad", "cc lo|hi bits", "d a b c", carry},
-    {"addc", "(cc) bits", "d a b", carry},
-    {"subc", "(cc) bits", "d a b", carry},
+    {"addc|subc", "(cc) bits", "d a b", carry},
     {"madc", "(cc) lo|hi bits", "d a b c", carry},
     {"add", "sat s32", "d a b", lanes<AddSat>()},
     {"sub", "sat s32", "d a b", lanes<SubSat>()},
