@@ -121,7 +121,7 @@ void invalBarrier(Warp& w, const Inst& in, uint32_t m) {
   w.launch->progress();
 }
 
-// f(lane, its mbarrier, the operand) for every lane, which may be about to change the phase.
+// f(lane, mbarrier, operand) does something to the mbarrier of every lane.
 template <class F>
 void atBarriers(Warp& w, const Inst& in, uint32_t m, F f) {
   for (int i : lanesOf(m)) {
