@@ -19,13 +19,8 @@ constexpr Narrow kF64{52, -1022, 0x7ffull << 52, (0x7ffull << 52) - 1, ~0ull >> 
 constexpr Narrow kF32{23, -126, 0x7f800000u, 0x7f7fffffu, 0x7fffffffu, 31};
 constexpr Narrow kTf32{10, -126, 0xffu << 10, (0xffu << 10) - 1, 0x3ffff, 18};
 constexpr const Narrow& format(Type t) {
-  switch (t) {
-    case Type::F64: return kF64;
-    case Type::F32: return kF32;
-    case Type::F16: return kF16;
-    case Type::BF16: return kBf16;
-    default: return t == Type::E4M3 ? kE4m3 : kE5m2;
-  }
+  if (t == Type::E4M3 || t == Type::E5M2) return t == Type::E4M3 ? kE4m3 : kE5m2;
+  return t == Type::F64 ? kF64 : t == Type::F32 ? kF32 : t == Type::F16 ? kF16 : kBf16;
 }
 double roundIntegral(double x, Round r) {
   static double (*const byMode[])(double) = {::nearbyint, ::trunc, ::floor, ::ceil, ::round};

@@ -25,7 +25,7 @@ TYPED(T, Tanh, (T a)) { return (T)std::tanh((double)a); }
 template <class Bits>
 constexpr Bits kSign = (Bits)1 << (8 * sizeof(Bits) - 1);
 template <bool Ftz, class T>
-inline T in(T f) {
+inline T flushIf(T f) {
   if constexpr (Ftz && sizeof(T) == 4) return flush(f);
   return f;
 }
@@ -34,20 +34,20 @@ struct Rounded;
 template <class F, bool Ftz, bool Sat, class T, class... A>
 struct Rounded<F, Ftz, Sat, T (F::*)(A...) const> {
   T operator()(A... a) const {
-    const T f = F()(in<Ftz>(a)...);
+    const T f = F()(flushIf<Ftz>(a)...);
     if constexpr (sizeof(T) == 8) return f;
     if (Sat) return f != f ? 0.0f : f < 0.0f ? 0.0f : f > 1.0f ? 1.0f : f;  // .sat: NaN gives +0
-    return in<Ftz>(canonical((float)f));
+    return flushIf<Ftz>(canonical((float)f));
   }
 };
 
 // x[0]: 0 none, then the rounding modes. Under a directed one the handler runs under the host's: its loads and stores
 // cannot move across the calls.
 template <Handler H>
-void directed(Warp& w, const Inst& inst, uint32_t m) {
+void directed(Warp& w, const Inst& in, uint32_t m) {
   const int modes[] = {FE_TONEAREST, FE_TONEAREST, FE_TOWARDZERO, FE_DOWNWARD, FE_UPWARD};
-  std::fesetround(modes[inst.x[0]]);
-  H(w, inst, m);
+  std::fesetround(modes[in.x[0]]);
+  H(w, in, m);
   std::fesetround(FE_TONEAREST);
 }
 template <template <class> class F>
@@ -64,7 +64,7 @@ void rounded(Dec& d) {  // x[1] ftz, x[2] sat
 template <class T, bool Min, bool Ftz, bool PropagateNan>
 struct MinMax {
   T operator()(T a, T b) const {
-    a = in<Ftz>(a), b = in<Ftz>(b);
+    a = flushIf<Ftz>(a), b = flushIf<Ftz>(b);
     if (PropagateNan && (a != a || b != b)) return canonical((T)NAN);
     if (a != a) return canonical(b);
     if (b != b) return a;
@@ -95,18 +95,18 @@ LANE(double, RsqrtSeed, (double a)) { return seed(1.0 / std::sqrt(a)); }
 
 // Of the bits. x[0]: ftz
 template <class T>
-T flushed(const Inst& inst, T a) {
-  return sizeof(T) == 4 && inst.x[0] ? (T)bits(flush(f32((uint32_t)a))) : a;
+T flushed(const Inst& in, T a) {
+  return sizeof(T) == 4 && in.x[0] ? (T)bits(flush(f32((uint32_t)a))) : a;
 }
-TYPED(T, Abs, (const Inst& inst, T a)) { return flushed<T>(inst, a & ~kSign<T>); }
-TYPED(T, Neg, (const Inst& inst, T a)) { return flushed<T>(inst, a ^ kSign<T>); }
+TYPED(T, Abs, (const Inst& in, T a)) { return flushed<T>(in, a & ~kSign<T>); }
+TYPED(T, Neg, (const Inst& in, T a)) { return flushed<T>(in, a ^ kSign<T>); }
 TYPED(T, Copysign, (T a, T b)) { return (a & kSign<T>) | (b & ~kSign<T>); }  // sign of a, magnitude of b
 
-TYPED(bool, Testp, (const Inst& inst, T a)) {
+TYPED(bool, Testp, (const Inst& in, T a)) {
   constexpr unsigned nan = 1u << FP_NAN, infinite = 1u << FP_INFINITE, zero = 1u << FP_ZERO, normal = 1u << FP_NORMAL,
                      subnormal = 1u << FP_SUBNORMAL;
   constexpr unsigned accepted[] = {zero | normal | subnormal, infinite, ~nan, nan, normal | zero, subnormal};
-  return accepted[inst.x[0]] >> std::fpclassify(a) & 1;
+  return accepted[in.x[0]] >> std::fpclassify(a) & 1;
 }
 
 constexpr char kRounded[] = "rn|rz|rm|rp? ftz? sat? float",

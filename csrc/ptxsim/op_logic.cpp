@@ -44,15 +44,10 @@ LANE(uint32_t, Prmt, (const Inst& in, uint32_t a, uint32_t b, uint32_t c)) {
   const int s = (int)(c & 3);
   uint32_t r = 0;
   for (int i = 0; i < 4; ++i) {
-    int from;
-    switch (in.x[0]) {
-      case 0: from = (int)(c >> (4 * i)) & 15; break;
-      case 1: from = (s + i) & 7; break;             // f4e
-      case 2: from = (s - i) & 7; break;             // b4e
-      case 3: from = s; break;                       // rc8
-      case 4: from = std::max(s, i); break;          // ecl
-      case 5: from = std::min(s, i); break;          // ecr
-      default: from = (s & 1) * 2 + (i & 1); break;  // rc16
+    int from = (int)(c >> (4 * i)) & 15;
+    if (in.x[0]) {  // f4e, b4e, rc8, ecl, ecr, rc16
+      const int byMode[] = {(s + i) & 7, (s - i) & 7, s, std::max(s, i), std::min(s, i), (s & 1) * 2 + (i & 1)};
+      from = byMode[in.x[0] - 1];
     }
     uint32_t byte = (uint32_t)(((uint64_t)b << 32 | a) >> (8 * (from & 7))) & 0xff;
     if (from & 8) byte = byte & 0x80 ? 0xff : 0;

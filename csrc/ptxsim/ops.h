@@ -64,10 +64,9 @@ inline void lanewiseFrom(Warp& w, const Inst& in, uint32_t m, std::index_sequenc
     w.setValid(in.d, m, valid);
   }
 }
-// d = f(a), f(a, b), ... in every lane (a fourth source is ext->refs[0]); f may ask for the instruction, or the
-// warp and the instruction, first.
-// A bool is a predicate. The
-// result depends on every source, so that a lane is valid where all of them are.
+// d = f(a), f(a, b), ... in every lane (a fourth source is ext->refs[0]); f may ask for the instruction, or the warp
+// and the instruction, first. A bool is a predicate. The result depends on every source, so that a lane is valid where
+// all of them are.
 template <class F, class D, class... A>
 void lanewise(Warp& w, const Inst& in, uint32_t m) {
   lanewiseFrom<F, D, A...>(w, in, m, std::index_sequence_for<A...>());
@@ -100,7 +99,7 @@ constexpr Type typeOf() {
 inline Type bitsAsUnsigned(Type t) {
   return t >= Type::B8 && t <= Type::B64 ? (Type)((int)t - (int)Type::B8 + (int)Type::U8) : t;
 }
-// f(T()) for the one of the T that the type is, where bits count as unsigned, or that has this width; else null.
+// f(T()) for the one of the T that the type is, where bits count as unsigned, or that has this width; null if none is.
 template <class... T, class F>
 auto ofType(Type type, F f) {
   std::common_type_t<decltype(f(T()))...> r = 0;
