@@ -13,17 +13,15 @@
 namespace ptxsim {
 namespace {
 
-#define RESULTS(X)                                                                      \
-  X(Success, 0, SUCCESS)                                                                \
-  X(InvalidValue, 1, ERROR_INVALID_VALUE) X(OutOfMemory, 2, ERROR_OUT_OF_MEMORY)        \
-      X(InvalidDevice, 101, ERROR_INVALID_DEVICE) X(InvalidPtx, 218, ERROR_INVALID_PTX) \
-          X(InvalidHandle, 400, ERROR_INVALID_HANDLE) X(NotFound, 500, ERROR_NOT_FOUND) \
-              X(IllegalAddress, 700, ERROR_ILLEGAL_ADDRESS)                             \
-                  X(LaunchOutOfResources, 701, ERROR_LAUNCH_OUT_OF_RESOURCES)           \
-                      X(LaunchFailed, 719, ERROR_LAUNCH_FAILED) X(NotSupported, 801, ERROR_NOT_SUPPORTED)
-#define RESULT(name, code, cudaName) name = code,
-enum Result { RESULTS(RESULT) };
-#undef RESULT
+#define RESULTS(X)                                                                                                \
+  X(Success, 0, SUCCESS), X(InvalidValue, 1, ERROR_INVALID_VALUE), X(OutOfMemory, 2, ERROR_OUT_OF_MEMORY),        \
+      X(InvalidDevice, 101, ERROR_INVALID_DEVICE), X(InvalidPtx, 218, ERROR_INVALID_PTX),                         \
+      X(InvalidHandle, 400, ERROR_INVALID_HANDLE), X(NotFound, 500, ERROR_NOT_FOUND),                             \
+      X(IllegalAddress, 700, ERROR_ILLEGAL_ADDRESS), X(LaunchOutOfResources, 701, ERROR_LAUNCH_OUT_OF_RESOURCES), \
+      X(LaunchFailed, 719, ERROR_LAUNCH_FAILED), X(NotSupported, 801, ERROR_NOT_SUPPORTED)
+#define ENUMERATOR(name, code, cudaName) name = code
+enum Result { RESULTS(ENUMERATOR) };
+#undef ENUMERATOR
 
 std::recursive_mutex gMutex;
 thread_local std::string gLastError;
@@ -92,7 +90,6 @@ thread_local std::vector<Declared> gDeclared;
 struct Region {  // a union of declarations that overlap
   uint64_t begin, end, copy;
   bool read, allRead, write;
-  std::vector<Declared> parts;
   std::vector<uint8_t> before;
 };
 std::vector<Region> gRegions;  // of the launch that runs
@@ -121,39 +118,40 @@ void copyInput(uint8_t* to, const uint8_t* from, size_t n) {
     if (piece == n || memcmp(from + i, zeros, m)) memcpy(to + i, from + i, m);
   }
 }
+void markWritten(uint64_t a, size_t bytes) {
+  Buffer* b = bytes ? Arena::get().find(a, bytes) : nullptr;
+  if (b && !b->valid.empty()) memset(b->valid.data() + (a - b->begin), 1, bytes);
+}
 
 void copyIn(std::vector<Declared> list) {
   std::sort(list.begin(), list.end(), [](const Declared& x, const Declared& y) { return x.address < y.address; });
   for (auto& d : list) {
     if (!d.bytes) continue;
     if (gRegions.empty() || d.address >= gRegions.back().end)
-      gRegions.push_back({d.address, d.address, 0, false, true, false, {}, {}});
+      gRegions.push_back({d.address, d.address, 0, false, true, false, {}});
     Region& r = gRegions.back();
-    const bool reads = d.access & 1;
+    const bool reads = d.access & 1, writes = d.access & 2;
     r.end = std::max(r.end, d.address + d.bytes);
     r.read |= reads;
     r.allRead &= reads;
-    r.write |= (d.access & 2) != 0;
-    r.parts.push_back(d);
+    r.write |= writes;
   }
   for (auto& r : gRegions) {
     const size_t n = r.end - r.begin;
     // As aligned as the host's pointer is, and never more than the allocator promises.
     r.copy = Arena::get().allocate(n, cat("buffer ", &r - gRegions.data()), r.write, (unsigned)(r.begin % 64));
-    Buffer& b = *Arena::get().find(r.copy, 1);
-    if (r.allRead) {
-      copyInput((uint8_t*)r.copy, (const uint8_t*)r.begin, n);
-    } else {
-      if (n < kSparse) memset((void*)r.copy, 0xa5, n);
-      b.valid.resize(n);
-      for (auto& p : r.parts)
-        if (p.access & 1) {
-          memcpy((void*)(r.copy + (p.address - r.begin)), (void*)p.address, p.bytes);
-          memset(b.valid.data() + (p.address - r.begin), 1, p.bytes);
-        }
-    }
-    if (r.write && r.read) r.before.assign((uint8_t*)r.copy, (uint8_t*)r.copy + n);
+    if (r.allRead) continue;
+    if (n < kSparse) memset((void*)r.copy, 0xa5, n);
+    Arena::get().find(r.copy, 1)->valid.resize(n);
   }
+  for (auto& d : list) {
+    if (!d.bytes || !(d.access & 1)) continue;
+    const uint64_t to = translate(d.address, d.bytes);
+    copyInput((uint8_t*)to, (const uint8_t*)d.address, d.bytes);
+    markWritten(to, d.bytes);
+  }
+  for (auto& r : gRegions)
+    if (r.write && r.read) r.before.assign((uint8_t*)r.copy, (uint8_t*)r.copy + (r.end - r.begin));
 }
 
 // Only bytes that the kernel wrote go back: a span may contain somebody else's.
@@ -163,17 +161,14 @@ void copyBack(const Region& r) {
   const auto& valid = Arena::get().find(r.copy, 1)->valid;
   // Where nothing was read, what is valid was written.
   auto written = [&](size_t i) { return (!valid.empty() && valid[i]) || (!r.before.empty() && now[i] != r.before[i]); };
-  for (size_t i = 0, end; i < n; i = end) {
+  for (size_t i = 0, end; i < n; i = std::max(end, i + 1)) {
     if (r.before.empty()) {  // perhaps a large one, written in few places
       const void* at = memchr(valid.data() + i, 1, n - i);
       if (!at) return;
       i = (size_t)((const uint8_t*)at - valid.data());
     }
     for (end = i; end < n && written(end);) ++end;
-    if (end > i)
-      memcpy((uint8_t*)r.begin + i, now + i, end - i);
-    else
-      ++end;
+    memcpy((uint8_t*)r.begin + i, now + i, end - i);
   }
 }
 
@@ -235,8 +230,8 @@ void shape(Launch& l, const LaunchConfig& cfg, const KernelHandle& handle) {
     l.ctasPerCluster *= cluster;
   }
   require(threads <= 1024, InvalidValue, threads, " threads per CTA; 1024 is the most");
-  require(!f.maxThreads || threads <= f.maxThreads, InvalidValue, threads,
-          " threads per CTA; the kernel was compiled for ", f.maxThreads);
+  require(!f.maxThreads() || threads <= f.maxThreads(), InvalidValue, threads,
+          " threads per CTA; the kernel was compiled for ", f.maxThreads());
   require(!f.required || std::equal(l.block, l.block + 3, f.maxDim), InvalidValue,
           "the kernel requires another block size (.reqntid)");
   require(l.ctasPerCluster <= (handle.nonPortableCluster ? 16 : 8), InvalidValue, "a cluster of ", l.ctasPerCluster,
@@ -261,17 +256,18 @@ void setParameters(const Kernel& k, void** params, void** extra) {
   if (params) {
     for (size_t i = 0; i < k.paramLayout.size(); ++i)
       memcpy(k.params + k.paramLayout[i].first, params[i], k.paramLayout[i].second);
-    return;
+  } else if (extra) {
+    const void* buffer = nullptr;
+    size_t bytes = 0;
+    for (void** e = extra; *e; e += 2) {
+      if ((uintptr_t)*e == 1) buffer = e[1];
+      if ((uintptr_t)*e == 2) bytes = *(size_t*)e[1];
+    }
+    require(buffer && bytes >= k.paramBytes, InvalidValue, "the parameter buffer is too small");
+    memcpy(k.params, buffer, k.paramBytes);
+  } else {
+    require(!k.paramBytes, InvalidValue, "no kernel parameters given");
   }
-  require(extra || !k.paramBytes, InvalidValue, "no kernel parameters given");
-  const void* buffer = nullptr;
-  size_t bytes = 0;
-  for (void** e = extra; e && *e; e += 2) {
-    if ((uintptr_t)*e == 1) buffer = e[1];
-    if ((uintptr_t)*e == 2) bytes = *(size_t*)e[1];
-  }
-  require(!extra || (buffer && bytes >= k.paramBytes), InvalidValue, "the parameter buffer is too small");
-  if (extra) memcpy(k.params, buffer, k.paramBytes);
 }
 
 void launch(const LaunchConfig& cfg, KernelHandle& handle, void** params, void** extra,
@@ -346,12 +342,6 @@ struct Startup {  // DSV3_KERNELS_SIM="seed=3,timing=late"
   }
 } gStartup;
 
-void written(uint64_t a, size_t bytes) {
-  if (!bytes) return;
-  if (Buffer* b = Arena::get().find(a, bytes))
-    if (!b->valid.empty()) memset(b->valid.data() + (a - b->begin), 1, bytes);
-}
-
 size_t give(const std::string& s, char* out, size_t size) {
   if (size) out[s.copy(out, size - 1)] = 0;
   return s.size();
@@ -410,13 +400,12 @@ SIM_API int cuCtxPopCurrent_v2(void** c) {
 }
 SIM_API int cuCtxGetDevice(int* d) { return *d = 0, Success; }
 SIM_API int cuGetErrorName(int e, const char** text) {
-  switch (e) {
-#define RESULT(name, code, cudaName) \
-  case name: return *text = "CUDA_" #cudaName, Success;
-    RESULTS(RESULT)
-#undef RESULT
-  }
-  return *text = nullptr, InvalidValue;
+#define ROW(name, code, cudaName) std::make_pair((int)name, "CUDA_" #cudaName)
+  static const std::unordered_map<int, const char*> kNames = {RESULTS(ROW)};
+#undef ROW
+  auto it = kNames.find(e);
+  *text = it == kNames.end() ? nullptr : it->second;
+  return *text ? Success : InvalidValue;
 }
 // The text of this thread's last error: a driver knows only the code, the simulator knows what happened.
 SIM_API int cuGetErrorString(int e, const char** text) {
@@ -483,7 +472,7 @@ SIM_API int cuFuncGetAttribute(int* value, int attribute, void* f) {
   return guarded([&] {
     KernelHandle& h = *(KernelHandle*)f;
     switch (attribute) {
-      case 0: *value = h.func.maxThreads ? (int)h.func.maxThreads : 1024; break;
+      case 0: *value = h.func.maxThreads() ? (int)h.func.maxThreads() : 1024; break;
       case 1: *value = (int)h.get().staticShared; break;
       case 3: *value = (int)h.get().localBytes; break;
       case 4: *value = h.func.maxnreg ? (int)h.func.maxnreg : 255; break;
@@ -532,14 +521,14 @@ SIM_API int cuMemFree_v2(uint64_t p) {
   return guarded([&] { p ? Arena::get().release(p) : (void)0; });
 }
 SIM_API int cuMemcpyHtoD_v2(uint64_t d, const void* s, size_t n) {
-  return guarded([&] { memcpy((void*)d, s, n), written(d, n); });
+  return guarded([&] { memcpy((void*)d, s, n), markWritten(d, n); });
 }
 SIM_API int cuMemcpyDtoH_v2(void* d, uint64_t s, size_t n) { return memcpy(d, (void*)s, n), Success; }
 SIM_API int cuMemsetD8_v2(uint64_t d, unsigned char v, size_t n) {
-  return guarded([&] { memset((void*)d, v, n), written(d, n); });
+  return guarded([&] { memset((void*)d, v, n), markWritten(d, n); });
 }
 SIM_API int cuMemsetD32Async(uint64_t d, unsigned v, size_t n, void*) {
-  return guarded([&] { std::fill_n((uint32_t*)d, n, v), written(d, 4 * n); });
+  return guarded([&] { std::fill_n((uint32_t*)d, n, v), markWritten(d, 4 * n); });
 }
 // Only the functions of this very library, wherever else the process has some of the same name.
 SIM_API int cuGetProcAddress_v2(const char* symbol, void** fn, int, uint64_t, int* status) {
@@ -575,9 +564,9 @@ SIM_API int dsv3SimCheck(const char* ptx) {
 SIM_API size_t dsv3SimCounters(char* out, size_t size) {
   std::lock_guard<std::recursive_mutex> lock(gMutex);
   std::string s = "{\"kernel\": \"" + gKernelName + "\"";
-#define COUNTER(name, field) s += cat(", \"" #name "\": ", gCounters.field);
-  COUNTERS(COUNTER)
-#undef COUNTER
+#define PRINT(name, field) s += cat(", \"" #name "\": ", gCounters.field)
+  COUNTERS(PRINT);
+#undef PRINT
   return give(s + ", \"instructions\": {" + gInstructions + "}}", out, size);
 }
 // Executions of the basic blocks of every kernel of that name, over all launches: see coverageOf. Returns the length.

@@ -112,14 +112,15 @@ void Warp::schedule() {
     if (f.pc > best->pc && f.wait != Wait::Barrier) stopPc = std::min(stopPc, f.pc);
 }
 
-void Warp::checkInflight(const Inst& in) {
+// An instruction beside wgmmas in flight.
+static void checkInflight(Warp& w, const Inst& in) {
   auto test = [&](Ref r, bool write) {
-    uint8_t f = r.id < inflight.size() ? inflight[r.id] : 0;
+    const uint8_t f = w.inflight[r.id];
     if (f == 1)
-      fail(in, -1,
-           write ? "an accumulator of a wgmma that has not been waited for is overwritten"
-                 : "an accumulator is read before wgmma.wait_group");
-    if (f == 2 && write) fail(in, -1, "an A register of a wgmma that has not been waited for is overwritten");
+      w.fail(in, -1,
+             write ? "an accumulator of a wgmma that has not been waited for is overwritten"
+                   : "an accumulator is read before wgmma.wait_group");
+    if (f == 2 && write) w.fail(in, -1, "an A register of a wgmma that has not been waited for is overwritten");
   };
   test(in.d, !in.storesD);
   for (Ref r : {in.a, in.b, in.c}) test(r, false);
@@ -128,10 +129,10 @@ void Warp::checkInflight(const Inst& in) {
   for (Ref r : in.ext->refs2) test(r, false);
 }
 
-void Warp::noteUnfenced(const Inst& in) {
-  unfenced[in.d.id] = 1;
+static void noteUnfenced(Warp& w, const Inst& in) {
+  w.unfenced[in.d.id] = 1;
   if (in.ext)
-    for (auto& r : in.ext->refs) unfenced[r.id] = 1;
+    for (Ref r : in.ext->refs) w.unfenced[r.id] = 1;
 }
 
 bool Warp::run(unsigned quantum) {
@@ -155,20 +156,18 @@ bool Warp::run(unsigned quantum) {
       taken[pc] += m != 0;
     }
     ++executed;
-    if (m) {
-      if (in.convergeAll && m != live) {
-        if (mask == live)
-          fail(in, __builtin_ctz(live & ~m), "an .aligned instruction is predicated off for some lanes of the warp");
-        block(Wait::Converge);
-      } else {
-        ++hits[pc];
-        threadInst += (unsigned)__builtin_popcount(m);
-        if (__builtin_expect(numInflight != 0, 0) && !in.isWgmma) checkInflight(in);
-        if (__builtin_expect(in.needsFence, 0)) noteUnfenced(in);
-        in.fn(*this, in, m);
-      }
+    if (m && in.convergeAll && m != live) {
+      if (mask == live)
+        fail(in, __builtin_ctz(live & ~m), "an .aligned instruction is predicated off for some lanes of the warp");
+      block(Wait::Converge);
     } else {
       ++hits[pc];
+      if (m) {
+        threadInst += (unsigned)__builtin_popcount(m);
+        if (__builtin_expect(numInflight != 0, 0) && !in.isWgmma) checkInflight(*this, in);
+        if (__builtin_expect(in.needsFence, 0)) noteUnfenced(*this, in);
+        in.fn(*this, in, m);
+      }
     }
     pc = next;
     if (__builtin_expect(reschedule || pc == stopPc, 0)) {
@@ -204,17 +203,9 @@ std::unique_ptr<Cta> Launch::makeCta(Cluster& c, unsigned rank) {
   t.linear = t.id[0] + (uint64_t)grid[0] * (t.id[1] + (uint64_t)grid[1] * t.id[2]);
   t.smemBytes = kSharedReserved + k.staticShared + dynShared;
 
-  const uint32_t local = k.localBytes * kLanes;
-  const uint32_t ofCta[] = {t.smemBytes, t.smemBytes}, ofWarp[] = {k.regBytes, k.numIds * 4, local, local};
-  auto lines = [](uint32_t bytes) { return (bytes + sizeof(Line) - 1) / sizeof(Line); };
-  size_t total = 0;
-  for (uint32_t bytes : ofCta) total += lines(bytes);
-  for (uint32_t bytes : ofWarp) total += lines(bytes) * warpsPerCta;
-  t.memory.reset(new Line[total]);
-  Line* free = t.memory.get();
   auto take = [&](uint32_t bytes, uint8_t fill) {
-    void* p = std::exchange(free, free + lines(bytes));
-    return (uint8_t*)memset(p, fill, bytes);
+    t.memory.emplace_back(new Line[bytes / sizeof(Line) + 1]);
+    return (uint8_t*)memset(t.memory.back().get(), fill, bytes);
   };
   t.smem = take(t.smemBytes, 0xa5);
   t.smemValid = take(t.smemBytes, 0);
@@ -239,8 +230,8 @@ std::unique_ptr<Cta> Launch::makeCta(Cluster& c, unsigned rank) {
     w.base[1] = (uint8_t*)k.constants.data();
     w.valid = (uint32_t*)take(k.numIds * 4, 0);
     w.valid[0] = kAll;
-    w.local = take(local, 0xa5);
-    w.localValid = take(local, 0);
+    w.local = take(k.localBytes * kLanes, 0xa5);
+    w.localValid = take(k.localBytes * kLanes, 0);
     w.frags.resize(1);
     w.frag().pc = (uint32_t)k.entry;
     w.frag().mask = w.live;
@@ -290,10 +281,10 @@ bool Launch::performSome(Cluster& c) {
     auto it = c.pending.begin();
     if (opt.timing == Timing::Random) std::advance(it, (long)(rng() % c.pending.size()));
     std::shared_ptr<AsyncOp> op = *it;
-    const bool was = op->done;
-    if (!was) performNow(*op, false);
+    const bool open = !op->done;
+    if (open) performNow(*op, false);
     if (op->done) c.pending.erase(it);
-    if (!was) return true;
+    if (open) return true;
   }
   return false;
 }

@@ -43,19 +43,17 @@ class Parser {
 
   // ---- lexer. An identifier keeps dots and :: that join its parts, so that an opcode is one token.
   void skipBlank() {
-    for (;; ++p_) {
-      if (p_[0] == '/' && p_[1] == '/') {
-        while (p_[1] && p_[1] != '\n') ++p_;
-      } else if (p_[0] == '/' && p_[1] == '*') {
-        for (p_ += 2; *p_ && !(p_[0] == '*' && p_[1] == '/'); ++p_) line_ += *p_ == '\n';
-        if (!*p_) return;
-        ++p_;
-      } else if (isspace((unsigned char)*p_)) {
-        line_ += *p_ == '\n';
-      } else {
-        return;
-      }
+    const char* from = p_;
+    for (;;) {
+      p_ += strspn(p_, " \t\r\n\v\f");
+      if (!strncmp(p_, "//", 2))
+        p_ += strcspn(p_, "\n");
+      else if (const char* end; !strncmp(p_, "/*", 2))
+        p_ = (end = strstr(p_ + 2, "*/")) ? end + 2 : p_ + strlen(p_);
+      else
+        break;
     }
+    line_ += (int)std::count(from, p_, '\n');
   }
   void advance() {
     skipBlank();
@@ -142,18 +140,11 @@ class Parser {
   }
 
   // ---- module level
-  void skipBraces() {
-    for (int depth = 0;;) {
-      if (tok_.kind == Token::End) fail("unbalanced braces");
-      depth += is("{") ? 1 : is("}") ? -1 : 0;
-      const bool closed = is("}") && depth == 0;
+  void skipPast(const char* mark) {
+    while (!accept(mark)) {
+      if (tok_.kind == Token::End) fail("expected '", mark, "' before the end of the file");
       advance();
-      if (closed) return;
     }
-  }
-  void skipStatement() {
-    while (tok_.kind != Token::End && !is(";")) advance();
-    accept(";");
   }
 
   void topLevel() {
@@ -170,11 +161,8 @@ class Parser {
       while (accept(","));
       return;
     }
-    if (accept(".section")) {
-      while (!is("{")) advance();
-      return skipBraces();
-    }
-    if (acceptOneOf({".pragma", ".alias", ".noreturn"})) return skipStatement();
+    if (is(".section")) return skipPast("}");
+    if (acceptOneOf({".pragma", ".alias", ".noreturn"})) return skipPast(";");
     bool isExtern = false;
     while (is(".extern") || is(".visible") || is(".weak") || is(".common")) isExtern |= ident() == ".extern";
     if (is(".entry") || is(".func")) {
@@ -188,14 +176,10 @@ class Parser {
   }
 
   bool spaceDirective(Space* s) {
-    static const std::unordered_map<std::string, Space> kSpaces = {{".global", Space::Global},
-                                                                   {".const", Space::Const},
-                                                                   {".shared", Space::Shared},
-                                                                   {".local", Space::Local},
-                                                                   {".param", Space::Param}};
-    auto it = kSpaces.find(tok_.s);
-    if (it == kSpaces.end()) return false;
-    *s = it->second;
+    static const char* const kSpaces[] = {".global", ".shared", ".local", ".param", ".const"};
+    auto it = std::find(std::begin(kSpaces), std::end(kSpaces), tok_.s);
+    if (it == std::end(kSpaces)) return false;
+    *s = (Space)((int)Space::Global + (it - kSpaces));
     advance();
     return true;
   }
@@ -217,7 +201,7 @@ class Parser {
       } else if (d == "v2" || d == "v4" || d == "v8") {
         vec = (unsigned)(d[1] - '0');
       } else if (d == "attribute") {
-        while (!accept(")")) advance();
+        skipPast(")");
       } else {
         type = typeFromName(d);
         if (type == Type::None) fail("unknown type '.", d, "'");
@@ -283,7 +267,6 @@ class Parser {
       if (is(".maxntid") || is(".reqntid")) {
         f->required = ident() == ".reqntid";
         dimensions(f->maxDim);
-        f->maxThreads = f->maxDim[0] * f->maxDim[1] * f->maxDim[2];
       } else if (accept(".maxnreg")) {
         f->maxnreg = (unsigned)integer();
       } else if (acceptOneOf({".minnctapersm", ".maxclusterrank", ".maxnctapersm"})) {
@@ -378,7 +361,7 @@ class Parser {
       if (is(",")) fail("several variables in one declaration");
       expect(";");
     } else if (is(".pragma")) {
-      skipStatement();
+      skipPast(";");
     } else {
       fail("unknown directive '", tok_.s, "'");
     }
@@ -472,7 +455,7 @@ class Parser {
       if (accept(".branchtargets"))
         listUntil(";", [&] { scope().targets[name].push_back(ident()); });
       else if (is(".callprototype") || is(".calltargets"))
-        skipStatement();
+        skipPast(";");
       else
         scope().labels[name] = (int)fn_->code.size();
       return;
@@ -488,13 +471,8 @@ class Parser {
 
 }  // namespace
 
-#define ROW(type, name, bytes) {#name, bytes},
-static const std::pair<const char*, unsigned> kTypes[] = {{"", 0}, TYPES(ROW)};
-#undef ROW
-unsigned typeBytes(Type t) { return kTypes[(int)t].second; }
-const char* typeName(Type t) { return kTypes[(int)t].first; }
 Type typeFromName(const std::string& s) {
-#define ROW(type, name, bytes) {#name, Type::type},
+#define ROW(type, name, bytes) std::make_pair(#name, Type::type)
   static const std::unordered_map<std::string, Type> kByName = {TYPES(ROW)};
 #undef ROW
   auto it = kByName.find(s);

@@ -29,20 +29,22 @@ struct Error : std::runtime_error {
 };
 
 // Type, its name without the dot, bytes.
-#define TYPES(X)                                                                                                   \
-  X(B8, b8, 1)                                                                                                     \
-  X(B16, b16, 2)                                                                                                   \
-  X(B32, b32, 4) X(B64, b64, 8) X(B128, b128, 16) X(U8, u8, 1) X(U16, u16, 2) X(U32, u32, 4) X(U64, u64, 8)        \
-      X(S8, s8, 1) X(S16, s16, 2) X(S32, s32, 4) X(S64, s64, 8) X(F16, f16, 2) X(F16x2, f16x2, 4) X(BF16, bf16, 2) \
-          X(BF16x2, bf16x2, 4) X(F32, f32, 4) X(F32x2, f32x2, 8) X(F64, f64, 8) X(TF32, tf32, 4) X(E4M3, e4m3, 1)  \
-              X(E5M2, e5m2, 1) X(E4M3x2, e4m3x2, 2) X(E5M2x2, e5m2x2, 2) X(U16x2, u16x2, 4) X(S16x2, s16x2, 4)     \
-                  X(Pred, pred, 4)
-#define ENUMERATOR(type, name, bytes) type,
+#define TYPES(X)                                                                                                      \
+  X(B8, b8, 1), X(B16, b16, 2), X(B32, b32, 4), X(B64, b64, 8), X(B128, b128, 16), X(U8, u8, 1), X(U16, u16, 2),      \
+      X(U32, u32, 4), X(U64, u64, 8), X(S8, s8, 1), X(S16, s16, 2), X(S32, s32, 4), X(S64, s64, 8), X(F16, f16, 2),   \
+      X(F16x2, f16x2, 4), X(BF16, bf16, 2), X(BF16x2, bf16x2, 4), X(F32, f32, 4), X(F32x2, f32x2, 8), X(F64, f64, 8), \
+      X(TF32, tf32, 4), X(E4M3, e4m3, 1), X(E5M2, e5m2, 1), X(E4M3x2, e4m3x2, 2), X(E5M2x2, e5m2x2, 2),               \
+      X(U16x2, u16x2, 4), X(S16x2, s16x2, 4), X(Pred, pred, 4)
+#define ENUMERATOR(type, name, bytes) type
 enum class Type : uint8_t { None, TYPES(ENUMERATOR) };
 #undef ENUMERATOR
-unsigned typeBytes(Type t);
+inline unsigned typeBytes(Type t) {
+#define BYTES(type, name, bytes) bytes
+  constexpr uint8_t kBytes[] = {0, TYPES(BYTES)};
+#undef BYTES
+  return kBytes[(int)t];
+}
 Type typeFromName(const std::string& s);  // without the dot; None if it is no type
-const char* typeName(Type t);
 inline bool isSigned(Type t) { return t == Type::S8 || t == Type::S16 || t == Type::S32 || t == Type::S64; }
 inline bool isFloat(Type t) { return t >= Type::F16 && t <= Type::E5M2x2; }
 
@@ -104,9 +106,9 @@ struct Func {
     std::unordered_map<std::string, std::vector<std::string>> targets;  // .branchtargets
   };
   std::vector<Scope> scopes;
-  unsigned maxThreads = 0;  // product of .maxntid; 0 unknown
-  unsigned maxDim[3] = {0, 0, 0};
-  bool required = false;  // .reqntid
+  unsigned maxDim[3] = {0, 0, 0};  // .maxntid or .reqntid, 0: neither
+  bool required = false;           // .reqntid
+  unsigned maxThreads() const { return maxDim[0] * maxDim[1] * maxDim[2]; }
   unsigned maxnreg = 0;
   unsigned cluster[3] = {0, 0, 0};  // .reqnctapercluster
   template <class Table>            // what the innermost of the scopes around has by that name, or nullptr

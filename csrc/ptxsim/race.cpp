@@ -168,7 +168,11 @@ struct RaceState {
   }
 };
 
-std::shared_ptr<RaceState> raceCreate(Launch& l) { return std::make_shared<RaceState>(RaceState{&l}); }
+std::shared_ptr<RaceState> raceCreate(Launch& l) {
+  auto s = std::make_shared<RaceState>();
+  s->launch = &l;
+  return s;
+}
 
 void raceStart(Launch& l, Cluster& c, uint64_t index) {
   if (!l.race) return;
@@ -302,9 +306,10 @@ void synchronise(Warp& w, uint8_t sem, uint64_t place, Kind kind) {
   w.race->release(to, sem == 3 || sem == 4);
 }
 
-// A write that changes nothing cannot be seen by anybody: it is only remembered.
-void accessLanes(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* a, uint32_t bytes, Kind kind,
-                 bool unchanged) {
+}  // namespace
+
+void raceAccess(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* a, uint32_t bytes, Kind kind,
+                bool unchanged) {
   if (space == Space::Local || space == Space::Param) return;
   const uint8_t sem = in.x[0];
   const bool strong = kind == Kind::Atomic || sem;
@@ -337,14 +342,10 @@ void accessLanes(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_
   if (sem == 2 || sem == 4) laneSync(w, m);
 }
 
-}  // namespace
-
-void raceAccess(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* a, uint32_t bytes, Kind kind) {
-  accessLanes(w, in, m, space, a, bytes, kind, false);
-}
 void raceWrites(Warp& w, const Inst& in, uint32_t m, uint32_t changed, Space space, const uint64_t* a, uint32_t bytes) {
-  if (m & changed) accessLanes(w, in, m & changed, space, a, bytes, Kind::Write, false);
-  if (m & ~changed) accessLanes(w, in, m & ~changed, space, a, bytes, Kind::Write, true);
+  for (bool unchanged : {false, true})
+    if (const uint32_t lanes = m & (unchanged ? ~changed : changed))
+      raceAccess(w, in, lanes, space, a, bytes, Kind::Write, unchanged);
 }
 void laneAsync(Warp& w, const Inst& in, int lane, Cta& cta, uint32_t offset, uint32_t bytes, Kind kind) {
   if (!w.launch->race) return;

@@ -6,7 +6,9 @@ namespace ptxsim {
 
 // Stores: the lanes of `changed` altered memory, the others wrote what was there.
 void raceWrites(Warp& w, const Inst& in, uint32_t m, uint32_t changed, Space space, const uint64_t* a, uint32_t bytes);
-void raceAccess(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* address, uint32_t bytes, Kind kind);
+// `unchanged`: a write of what is there. Nobody can see it: it is only remembered.
+void raceAccess(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* address, uint32_t bytes, Kind kind,
+                bool unchanged = false);
 
 // Where the tensor copy that filled 16 bytes of shared memory took them from.
 struct Provenance {

@@ -21,10 +21,6 @@ struct Cluster;
 struct Launch;
 struct Kernel;
 struct RaceClock;
-struct RaceCompletion;
-struct RaceWarp;
-struct RaceShadow;
-struct RaceState;
 using Handler = void (*)(Warp&, const Inst&, uint32_t mask);
 
 // An operand: 32 lane values at `off` in the warp's registers, or in the kernel's constants when kConstBit is set.
@@ -122,7 +118,6 @@ struct LanesOf {
 inline LanesOf lanesOf(uint32_t mask) { return {mask}; }
 
 std::string where(const Warp& w, const Inst& in, int lane);
-uint32_t pcOf(const Warp& w, const Inst& in);
 
 // A set of lanes at one program counter.
 struct Frame {
@@ -174,7 +169,7 @@ struct Warp {
   unsigned numInflight = 0;
   std::vector<uint8_t> unfenced;  // by validity id: a register of a wgmma written since the last wgmma.fence
   uint64_t wgmmaCount = 0;
-  std::shared_ptr<RaceWarp> race;
+  std::shared_ptr<struct RaceWarp> race;
   uint32_t agent = 0;                            // race detector: its number in the grid
   uint32_t laneTime = 1, laneNews[kLanes] = {};  // now, and when each lane last heard of the others
   unsigned maxnreg = 0;
@@ -197,8 +192,6 @@ struct Warp {
 
   bool run(unsigned quantum);  // false: nothing to run now
   void schedule();
-  void checkInflight(const Inst& in);
-  void noteUnfenced(const Inst& in);
   Fragment& frag() { return frags[cur]; }
 
   // ---- used by instruction handlers
@@ -237,8 +230,9 @@ struct Mbarrier {
   uint64_t txSeen = 0;                // bytes that arrived in this phase, for reports
   uint32_t initBy = 0, initTime = 0;  // race detector: warp of the grid
   uint32_t initLane = 0, initLaneTime = 0;
-  std::shared_ptr<RaceClock> clock, done;            // race detector: of the open phase, of the last completed one
-  std::shared_ptr<RaceCompletion> open, completion;  // asynchronous operations of the open phase, of the last one
+  std::shared_ptr<RaceClock> clock, done;  // race detector: of the open phase, of the last completed one
+  std::shared_ptr<struct RaceCompletion> open,
+      completion;  // asynchronous operations of the open phase, of the last one
 };
 
 struct alignas(64) Line {
@@ -251,7 +245,7 @@ struct Cta {
   unsigned id[3] = {0, 0, 0};
   unsigned rank = 0;
   uint64_t linear = 0;
-  uint8_t *smem = nullptr, *smemValid = nullptr;  // in memory: smemBytes, the first 1 KB reserved
+  uint8_t *smem = nullptr, *smemValid = nullptr;  // smemBytes, the first 1 KB reserved
   uint32_t smemBytes = 0;
   std::vector<Warp> warps;
   NamedBarrier bars[16];
@@ -264,8 +258,8 @@ struct Cta {
     std::deque<std::shared_ptr<AsyncOp>> issued;  // and the one before, which the next follows
   };
   std::vector<WgmmaOrder> wgmma;
-  std::shared_ptr<RaceShadow> shadow;  // race detector
-  std::unique_ptr<Line[]> memory;
+  std::shared_ptr<struct RaceShadow> shadow;    // race detector
+  std::vector<std::unique_ptr<Line[]>> memory;  // what the pointers in here and in its warps point to
 };
 
 struct Cluster {
@@ -296,18 +290,18 @@ struct AsyncOp {
   virtual void waited(uint32_t) {}              // these lanes have waited for it: what it did is as if they had now
 };
 
-#define COUNTERS(X)                                                                                             \
-  X(warp_instructions, warpInst)                                                                                \
-  X(thread_instructions, threadInst) X(global_read, globalRead) X(global_write, globalWrite) X(atomic, atomics) \
-      X(shared_read, sharedRead) X(shared_write, sharedWrite) X(shared_wavefronts, sharedWavefronts)            \
-          X(shared_ideal, sharedIdeal) X(tma_read, tmaRead) X(tma_write, tmaWrite) X(wgmma, wgmma)              \
-              X(wgmma_cycles, wgmmaCycles) X(mma, mma) X(branches, branches) X(divergent, divergent)            \
-                  X(barriers, barriers)
-#define COUNTER(name, field) uint64_t field = 0;
+// Each as it is reported, and its field.
+#define COUNTERS(X)                                                                                               \
+  X(warp_instructions, warpInst), X(thread_instructions, threadInst), X(global_read, globalRead),                 \
+      X(global_write, globalWrite), X(atomic, atomics), X(shared_read, sharedRead), X(shared_write, sharedWrite), \
+      X(shared_wavefronts, sharedWavefronts), X(shared_ideal, sharedIdeal), X(tma_read, tmaRead),                 \
+      X(tma_write, tmaWrite), X(wgmma, wgmma), X(wgmma_cycles, wgmmaCycles), X(mma, mma), X(branches, branches),  \
+      X(divergent, divergent), X(barriers, barriers)
 struct Counters {
-  COUNTERS(COUNTER)
+#define FIELD(name, field) field = 0
+  uint64_t COUNTERS(FIELD);
+#undef FIELD
 };
-#undef COUNTER
 
 enum class Timing : uint8_t { Early, Late, Random };
 enum class Order : uint8_t { Forward, Reverse, Random };
@@ -335,7 +329,7 @@ struct Launch {
   std::mt19937_64 rng;
   Options opt;
   Counters n;
-  std::shared_ptr<RaceState> race;
+  std::shared_ptr<struct RaceState> race;
   // A host address of a declared buffer -> its simulated copy.
   uint64_t (*alias)(uint64_t address, uint64_t bytes) = nullptr;
   std::vector<std::unique_ptr<Cluster>> resident;
