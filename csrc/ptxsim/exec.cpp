@@ -187,6 +187,10 @@ bool Warp::run(unsigned quantum) {
 
 // ---- clusters
 
+// Memory of CTAs that are over.
+static std::vector<std::list<std::vector<Line>>> gSpare;
+constexpr size_t kMostSpare = 16;
+
 static void place(unsigned (&id)[3], uint64_t index, const unsigned (&size)[3]) {  // x runs fastest
   for (int d = 0; d < 3; ++d, index /= size[d - 1]) id[d] = (unsigned)(index % size[d]);
 }
@@ -203,9 +207,15 @@ std::unique_ptr<Cta> Launch::makeCta(Cluster& c, unsigned rank) {
   t.linear = t.id[0] + (uint64_t)grid[0] * (t.id[1] + (uint64_t)grid[1] * t.id[2]);
   t.smemBytes = kSharedReserved + k.staticShared + dynShared;
 
+  if (!gSpare.empty()) {
+    t.memory = std::move(gSpare.back());
+    gSpare.pop_back();
+  }
+  auto block = t.memory.begin();
   auto take = [&](uint32_t bytes, uint8_t fill) {
-    t.memory.emplace_back(new Line[bytes / sizeof(Line) + 1]);
-    return (uint8_t*)memset(t.memory.back().get(), fill, bytes);
+    if (block == t.memory.end()) block = t.memory.emplace(block);
+    block->resize(bytes / sizeof(Line) + 1);
+    return (uint8_t*)memset(block++->data(), fill, bytes);
   };
   t.smem = take(t.smemBytes, 0xa5);
   t.smemValid = take(t.smemBytes, 0);
@@ -342,6 +352,8 @@ void Launch::run() {
     Cluster& c = *resident[at];
     Progress p = runCluster(c);
     if (p == Finished) {
+      for (auto& cta : c.ctas)
+        if (gSpare.size() < kMostSpare) gSpare.push_back(std::move(cta->memory));
       resident.erase(resident.begin() + (long)at);
       stuck = 0, allBlocked = true;
       continue;

@@ -95,9 +95,9 @@ struct Records {  // oldest first
 };
 struct Granule {  // 16 bytes of memory
   uint32_t life;  // its page's, or nothing is known of it
+  Provenance from;
   Records<4> writes;
   Records<11> reads;
-  Provenance from;
 };
 constexpr unsigned kPage = kPageBytes / 16;
 struct Page {
