@@ -377,18 +377,21 @@ void raceTensorMap(Warp& w, const Inst& in, Buffer& b, uint64_t address) {
 void raceFence(Warp& w, const Inst& in, uint32_t m) {
   if (!w.launch->race) return;
   RaceWarp& r = *w.race;
-  if (in.x[0] != 1) laneSync(w, m);  // a fence of the pattern by which lanes may talk; a proxy fence is none
-  if (in.x[0] == 1) {                // proxy fence: what is known is visible to the async proxy too
-    if (in.x[2] != 1) r.clock.fence(kAsyncShared);
-    if (in.x[2] < 2) r.clock.fence(kAsyncGlobal);
-  } else if (in.x[0] == 2) {
-    if (in.x[3] != 4) r.mapped = r.clock;
-  } else if (in.x[0] == 3) {
-    r.initFence = r.now();
-  } else if (in.x[0] == 0) {
-    r.clock.join(r.pending);
-    r.pending = {};
-    r.fenced = r.clock;
+  if (in.x[0] != FenceAsync) laneSync(w, m);  // a fence of the pattern by which lanes may talk; a proxy fence is none
+  switch (in.x[0]) {
+    case FenceMemory:
+      r.clock.join(r.pending);
+      r.pending = {};
+      r.fenced = r.clock;
+      break;
+    case FenceAsync:  // what is known is visible to the async proxy too
+      if (in.x[2] != 1) r.clock.fence(kAsyncShared);
+      if (in.x[2] < 2) r.clock.fence(kAsyncGlobal);
+      break;
+    case FenceTensormap:
+      if (in.x[1] != 4) r.mapped = r.clock;
+      break;
+    case FenceMbarrierInit: r.initFence = r.now(); break;
   }
   ++r.now();
 }

@@ -24,13 +24,21 @@ struct RaceClock;
 using Handler = void (*)(Warp&, const Inst&, uint32_t mask);
 
 // An operand: 32 lane values at `off` in the warp's registers, or in the kernel's constants when kConstBit is set.
-// `id` names the validity mask that goes with it; id 0 is "always valid".
+// kNegated: a source predicate with a `!`. `id` names the validity mask that goes with it; id 0 is "always valid".
 struct Ref {
-  static constexpr uint32_t kConstBit = 0x80000000u;
+  static constexpr uint32_t kConstBit = 0x80000000u, kNegated = 0x40000000u;
   uint32_t off = 0, id = 0;
+  explicit operator bool() const { return off || id; }  // false: the operand is not there
+};
+
+struct AddressOperand {  // an address beside Inst::a
+  Ref ref;
+  int64_t offset = 0;
+  unsigned bytes = 8;  // of the register
 };
 
 struct Extra {  // what does not fit an Inst
+  AddressOperand second;
   std::vector<Ref> refs, refs2;
   std::vector<uint32_t> widths;  // register bytes of refs
   std::vector<int> targets;      // brx
@@ -55,13 +63,14 @@ struct Inst {
   bool convergeAll = false;  // .aligned: all lanes of the warp that have not exited come together
   Space space = Space::Generic;
   uint8_t bytes = 0, vec = 1;
-  uint8_t x[6] = {0, 0, 0, 0, 0, 0};
+  uint8_t x[8] = {};  // each instruction's own
 };
 
-// A special register: what a lane finds in it when its warp starts; nullptr: it changes while the warp runs.
+// A special register, and what a lane finds in it.
 struct Special {
   const char* name;
   uint64_t (*value)(const Warp&, unsigned lane, unsigned dimension);
+  bool changes = false;  // while the warp runs
 };
 const Special* findSpecial(const std::string& name, unsigned* dimension);  // nullptr: there is none
 extern const Special kSharedAddress;                                       // where the CTA's window begins
@@ -180,9 +189,10 @@ struct Warp {
 
   template <class T>
   T* ptr(Ref r) {
-    return reinterpret_cast<T*>(base[r.off >> 31] + (r.off & 0x7fffffffu));
+    return reinterpret_cast<T*>(base[r.off >> 31] + (r.off & ~(Ref::kConstBit | Ref::kNegated)));
   }
   uint32_t& pred(Ref r) { return *ptr<uint32_t>(r); }
+  uint32_t predicate(Ref r) { return pred(r) ^ (r.off & Ref::kNegated ? kAll : 0); }
   uint32_t validOf(Ref r) const { return valid[r.id]; }
   void setValid(Ref d, uint32_t m, uint32_t v) { valid[d.id] = (valid[d.id] & ~m) | (v & m); }
   void setPred(Ref d, uint32_t m, uint32_t value, uint32_t v) {
