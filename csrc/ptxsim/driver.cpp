@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include <mutex>
+#include <sstream>
 
 #include "decode.h"
 #include "race.h"
@@ -333,11 +334,11 @@ bool setOption(const std::string& name, const std::string& value) {
 struct Startup {  // DSV3_KERNELS_SIM="seed=3,timing=late"
   Startup() {
     const char* e = getenv("DSV3_KERNELS_SIM");
-    for (std::string s = e ? e : ""; !s.empty();) {
-      const size_t end = std::min(s.find(','), s.size()), eq = s.find('=');
-      if (eq > end || !setOption(s.substr(0, eq), s.substr(eq + 1, end - eq - 1)))
-        fprintf(stderr, "DSV3_KERNELS_SIM: bad option '%s'\n", s.substr(0, end).c_str());
-      s = end < s.size() ? s.substr(end + 1) : "";
+    std::istringstream list(e ? e : "");
+    for (std::string option; std::getline(list, option, ',');) {
+      const size_t eq = option.find('=');
+      if (eq == std::string::npos || !setOption(option.substr(0, eq), option.substr(eq + 1)))
+        fprintf(stderr, "DSV3_KERNELS_SIM: bad option '%s'\n", option.c_str());
     }
   }
 } gStartup;

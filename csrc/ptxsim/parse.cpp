@@ -42,21 +42,14 @@ class Parser {
   Func::Scope& scope() { return fn_->scopes[(size_t)scope_]; }
 
   // ---- lexer. An identifier keeps dots and :: that join its parts, so that an opcode is one token.
-  void skipBlank() {
-    const char* from = p_;
-    for (;;) {
-      p_ += strspn(p_, " \t\r\n\v\f");
-      if (!strncmp(p_, "//", 2))
-        p_ += strcspn(p_, "\n");
-      else if (const char* end; !strncmp(p_, "/*", 2))
-        p_ = (end = strstr(p_ + 2, "*/")) ? end + 2 : p_ + strlen(p_);
-      else
-        break;
-    }
-    line_ += (int)std::count(from, p_, '\n');
+  static size_t blank(const char* p) {  // the length of the white space or comment there
+    if (!strncmp(p, "//", 2)) return strcspn(p, "\n");
+    if (strncmp(p, "/*", 2)) return strspn(p, " \t\r\n\v\f");
+    const char* end = strstr(p + 2, "*/");
+    return end ? (size_t)(end + 2 - p) : strlen(p);
   }
   void advance() {
-    skipBlank();
+    for (size_t n; (n = blank(p_)); p_ += n) line_ += (int)std::count(p_, p_ + n, '\n');
     tok_.line = line_;
     const char* start = p_;
     if (!*p_) {
@@ -73,15 +66,13 @@ class Parser {
     } else if (*p_ == '"') {
       tok_.kind = Token::String;
       ++start;
-      for (++p_; *p_ && *p_ != '"';) ++p_;
-      tok_.s.assign(start, p_);
-      p_ += *p_ == '"';
-      return;
+      p_ = start + strcspn(start, "\"");
     } else {
       tok_.kind = Token::Punct;
       ++p_;
     }
     tok_.s.assign(start, p_);
+    p_ += tok_.kind == Token::String && *p_;
   }
   bool is(const char* s) const { return tok_.kind != Token::String && tok_.s == s; }
   bool isDirective() const { return tok_.kind == Token::Ident && tok_.s[0] == '.'; }

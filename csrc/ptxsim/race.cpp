@@ -414,7 +414,6 @@ void raceClusterArrive(Warp& w, bool release) {
   raceRelease(w, c.clock, release);
   if (!release) ++r.now();
 }
-void raceClusterDone(Cluster& c) { c.done = std::exchange(c.clock, nullptr); }
 void raceClusterWait(Warp& w) {
   if (!w.launch->race) return;
   Cluster& c = *w.cta->cluster;

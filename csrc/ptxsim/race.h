@@ -53,7 +53,7 @@ void raceFence(Warp& w, const Inst& in, uint32_t m);
 void raceBarrier(Cta& cta, NamedBarrier& b);                               // b is complete: its waiters go on
 void raceTensorMap(Warp& w, const Inst& in, Buffer& b, uint64_t address);  // a copy uses the 128 bytes there
 void raceClusterArrive(Warp& w, bool release);
-void raceClusterDone(Cluster& c);
+inline void raceClusterDone(Cluster& c) { c.done = std::exchange(c.clock, nullptr); }
 void raceClusterWait(Warp& w);
 void raceExit(Warp& w);  // its last thread exits
 
