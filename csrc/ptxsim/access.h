@@ -35,20 +35,11 @@ struct Span {
   void written(Warp& w, const Inst& in, uint32_t m, uint32_t changed) const;
 };
 
-std::string hex(uint64_t v);  // for reports
-inline bool allValid(const uint8_t* v, uint32_t bytes) {
-  if (!v) return true;
-  if (bytes % 8 == 0) {
-    for (uint32_t i = 0; i < bytes; i += 8) {
-      uint64_t x;
-      memcpy(&x, v + i, 8);
-      if (x != 0x0101010101010101ull) return false;
-    }
-    return true;
-  }
-  for (uint32_t i = 0; i < bytes; ++i)
-    if (!v[i]) return false;
-  return true;
+std::string hex(uint64_t v);                              // for reports
+inline bool allValid(const uint8_t* v, uint32_t bytes) {  // they are 1 or 0
+  uint8_t all = 1;
+  for (uint32_t i = 0; v && i < bytes; ++i) all &= v[i];
+  return all;
 }
 inline void markValid(uint8_t* v, uint32_t bytes, bool valid) {
   if (v) memset(v, valid, bytes);

@@ -9,7 +9,8 @@ namespace ptxsim {
 inline uint32_t inCta(uint32_t address, uint32_t rank) { return (address & 0xffffff) | rank << 24; }
 // The live mbarrier at a shared::cluster address; fails if there is none.
 Mbarrier& mbarrierAt(Warp& w, const Inst& in, int lane, uint32_t address, Cta** owner = nullptr);
-void completeTx(Warp& w, const Inst& in, int lane, uint32_t address, uint32_t bytes, const AsyncOp& op);
+// An operation completes there: so many bytes have come, and so many arrivals.
+void completeOn(const AsyncOp& op, int lane, uint32_t address, uint32_t bytes, uint32_t arrivals = 0);
 
 // Puts an operation in flight. `track`: where its group is kept, or nullptr.
 void track(Warp& w, const Inst& in, uint32_t mask, std::shared_ptr<AsyncOp> op, OpTrack* t);
@@ -29,8 +30,9 @@ void waitGroup(Warp& w, const Inst& in, uint32_t m) {  // x[0] .read
 int takeAtomOp(Dec& d);  // -1: none is named
 // What the operation makes of values that fill the low bytes, as does the result; what is above does not matter.
 uint64_t atomicResult(int op, Type t, uint64_t old, uint64_t b);
-// n bytes at `to` become what the operation, or a copy if it is negative, makes of them and those at `from`.
-void combine(int op, Type t, uint8_t* to, const uint8_t* from, uint32_t n);
+// n bytes at `to` become what the operation, or a copy if it is negative, makes of them and those at `from`. `other`:
+// what cas, here of one element, puts there.
+void combine(int op, Type t, uint8_t* to, const uint8_t* from, uint32_t n, const uint8_t* other = nullptr);
 
 // ---- decoding
 size_t takeMemoryModifiers(Dec& d, bool isLoad);

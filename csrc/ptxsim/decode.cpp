@@ -188,16 +188,11 @@ Type Dec::needType() {
   return t;
 }
 void Dec::takeSpace() {
-  static const std::pair<const char*, Space> kSpaces[] = {
-      {"global", Space::Global},          {"shared", Space::Shared},     {"shared::cta", Space::Shared},
-      {"shared::cluster", Space::Shared}, {"local", Space::Local},       {"param", Space::Param},
-      {"param::entry", Space::Param},     {"param::func", Space::Param}, {"const", Space::Const}};
+  static const Space kSpaces[] = {Space::Global, Space::Shared, Space::Shared, Space::Shared, Space::Local,
+                                  Space::Param,  Space::Param,  Space::Param,  Space::Const};
   out.x[4] = has("shared::cluster");
-  for (auto& s : kSpaces)
-    if (take(s.first)) {
-      out.space = s.second;
-      return;
-    }
+  const int i = takeOneOf("global|shared|shared::cta|shared::cluster|local|param|param::entry|param::func|const");
+  if (i >= 0) out.space = kSpaces[i];
 }
 void Dec::takeVector() { out.vec = (uint8_t)(1u << (1 + takeOneOf("v2|v4|v8"))); }
 bool Dec::takePrefix(std::string_view prefix) {
@@ -377,22 +372,21 @@ static void collectCalls(const Module& m, const Func& f, std::vector<const Func*
   stack.pop_back();
 }
 
-static void decodeInst(Dec& d) {
-  auto it = opTable().find(d.p.op[0]);
-  if (it == opTable().end()) d.fail("no such instruction here");
-  const Dec fresh = d;
+static Inst decodeInst(KernelBuilder& kb, const Func& f, const PInst& p) {
+  auto it = opTable().find(p.op[0]);
+  if (it == opTable().end()) Dec(kb, f, p).fail("no such instruction here");
   std::string misfit, leftOver;  // why the last form does not fit, and the first that understands all but a modifier
   for (const Form& form : it->second) {
-    d.out = fresh.out, d.used = fresh.used, d.types.clear();
+    Dec d(kb, f, p);
     misfit = d.choose(form);
     if (!misfit.empty()) continue;
     d.out.fn = form.fn;
     if (form.decode) form.decode(d);
     const size_t unknown = (size_t)(std::find(d.used.begin(), d.used.end(), false) - d.used.begin());
-    if (d.out.fn && unknown == d.used.size()) return;
-    if (d.out.fn && leftOver.empty()) leftOver = cat("modifier .", d.p.op[unknown], " is not supported here");
+    if (d.out.fn && unknown == d.used.size()) return d.out;
+    if (d.out.fn && leftOver.empty()) leftOver = cat("modifier .", p.op[unknown], " is not supported here");
   }
-  d.fail(!leftOver.empty() ? leftOver : !misfit.empty() ? misfit : "this form is not supported");
+  Dec(kb, f, p).fail(!leftOver.empty() ? leftOver : !misfit.empty() ? misfit : "this form is not supported");
 }
 
 static void decodeFunction(KernelBuilder& kb, const Func& f) {
@@ -402,16 +396,15 @@ static void decodeFunction(KernelBuilder& kb, const Func& f) {
   for (auto& sc : f.scopes)
     for (auto& l : sc.labels) leader[(size_t)l.second] = true;
   auto add = [&](const PInst& p, bool leads) {
-    Dec d(kb, f, p);
+    Inst& in = k.code.emplace_back(decodeInst(kb, f, p));
     if (p.guard >= 0) {
-      if (f.regs[(size_t)p.guard].type != Type::Pred) d.fail("the guard is not a predicate");
       const Ref g = kb.reg(f, p.guard);
-      d.out.guard = g.off;
-      d.out.guardId = g.id;
-      d.out.guardNegate = p.guardNegate;
+      if (f.regs[(size_t)p.guard].type != Type::Pred)
+        throw Error("PTX line ", p.ptxLine, ": the guard is no predicate");
+      in.guard = g.off;
+      in.guardId = g.id;
+      in.guardNegate = p.guardNegate;
     }
-    decodeInst(d);
-    k.code.push_back(d.out);
     k.source.push_back({p.ptxLine, p.loc, p.text()});
     k.leader.push_back(leads);
   };

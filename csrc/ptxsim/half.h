@@ -8,21 +8,16 @@ namespace ptxsim {
 
 enum class Round : uint8_t { Nearest, Zero, Down, Up, NearestAway };
 
-inline float f32(uint32_t b) {
-  float f;
-  memcpy(&f, &b, 4);
-  return f;
+template <class T, class U>
+inline T bitsAs(U u) {
+  static_assert(sizeof(T) == sizeof(U), "same size");
+  T t;
+  memcpy(&t, &u, sizeof t);
+  return t;
 }
-inline uint32_t bits(float f) {
-  uint32_t b;
-  memcpy(&b, &f, 4);
-  return b;
-}
-inline uint64_t bits(double f) {
-  uint64_t b;
-  memcpy(&b, &f, 8);
-  return b;
-}
+inline float f32(uint32_t b) { return bitsAs<float>(b); }
+inline uint32_t bits(float f) { return bitsAs<uint32_t>(f); }
+inline uint64_t bits(double f) { return bitsAs<uint64_t>(f); }
 inline bool isNan32(uint32_t b) { return (b & 0x7fffffffu) > 0x7f800000u; }
 constexpr uint32_t kNan32 = 0x7fffffffu;
 inline float canonical(float f) { return f != f ? f32(kNan32) : f; }
@@ -89,17 +84,13 @@ inline uint32_t narrowFrom(uint64_t m, int e, bool sticky, bool negative, bool i
   }
   return sign | (uint32_t)code;
 }
-inline uint32_t narrowFromFloat(float x, const Narrow& f, Round mode = Round::Nearest, bool saturate = false) {
-  uint32_t b = bits(x), frac = b & 0x7fffffu;
-  int ex = (int)((b >> 23) & 0xff);
-  return narrowFrom(ex ? frac | 0x800000u : frac, (ex ? ex : 1) - 150, false, b >> 31, ex == 255 && !frac,
-                    ex == 255 && frac, f, mode, saturate);
-}
-inline uint32_t narrowFromDouble(double x, const Narrow& f, Round mode = Round::Nearest, bool saturate = false) {
-  uint64_t b = bits(x), frac = b & 0xfffffffffffffull;
-  int ex = (int)((b >> 52) & 0x7ff);
-  return narrowFrom(ex ? frac | 1ull << 52 : frac, (ex ? ex : 1) - 1075, false, b >> 63, ex == 2047 && !frac,
-                    ex == 2047 && frac, f, mode, saturate);
+template <class F>
+inline uint32_t narrowFrom(F x, const Narrow& f, Round mode = Round::Nearest, bool saturate = false) {
+  constexpr int mant = sizeof(F) == 4 ? 23 : 52, most = sizeof(F) == 4 ? 0xff : 0x7ff;
+  const uint64_t b = bits(x), one = 1ull << mant, frac = b & (one - 1);
+  const int ex = (int)(b >> mant) & most;
+  return narrowFrom(ex ? frac | one : frac, (ex ? ex : 1) - most / 2 - mant, false, std::signbit(x),
+                    ex == most && !frac, ex == most && frac, f, mode, saturate);
 }
 inline float widen(uint32_t code, const Narrow& f) {
   uint32_t sign = (code >> f.signBit) & 1, mag = code & ((1u << f.signBit) - 1);
@@ -122,6 +113,6 @@ extern const float* const kHalfTable;  // 65536 values
 extern const float* const kE4m3Table;  // 256
 extern const float* const kE5m2Table;
 inline float fromF16(uint16_t h) { return kHalfTable[h]; }
-inline uint16_t toF16(float x) { return (uint16_t)narrowFromFloat(x, kF16); }
+inline uint16_t toF16(float x) { return (uint16_t)narrowFrom(x, kF16); }
 
 }  // namespace ptxsim

@@ -20,7 +20,8 @@ void matrixTypes(Dec& d, MatrixShape& s);  // of D, A and B, which the form name
 struct MatrixOperands {  // float32 holds every type exactly
   static constexpr unsigned kMaxK = 32, kMaxN = 256;
   float A[16][kMaxK], B[kMaxK][kMaxN];
-  std::bitset<kMaxN> badRow, badCol;  // an element is undefined
+  using Bad = std::bitset<kMaxN>;
+  Bad badRow, badCol;  // an element is undefined
 };
 // A warp's A or B from its registers: with E elements in each, g = lane/4 and q = lane%4, register r holds
 //   of A: row g + 8 (r & 1), k = E q + 4 E (r >> 1) + e        of B: column g, k = E q + 4 E r + e

@@ -40,11 +40,12 @@ static void arrive(Warp& w, const Inst& in, int lane, Mbarrier& b, uint32_t n) {
            " are pending, ", b.tx, " bytes are outstanding");
   b.pending -= n;
 }
-void completeTx(Warp& w, const Inst& in, int lane, uint32_t address, uint32_t bytes, const AsyncOp& op) {
-  Mbarrier& b = mbarrierAt(w, in, lane, address);
-  addTx(w, in, lane, b, -(int64_t)bytes);
+void completeOn(const AsyncOp& op, int lane, uint32_t address, uint32_t bytes, uint32_t arrivals) {
+  Mbarrier& b = mbarrierAt(*op.warp, *op.inst, lane, address);
+  addTx(*op.warp, *op.inst, lane, b, -(int64_t)bytes);
+  arrive(*op.warp, *op.inst, lane, b, arrivals);
   raceAsyncSignal(op, b);
-  settle(*w.launch, b);
+  settle(*op.warp->launch, b);
 }
 
 // ---- operations in flight
@@ -63,7 +64,6 @@ void launchOp(Warp& w, const Inst& in, uint32_t mask, std::shared_ptr<AsyncOp> o
   raceIssue(w, *op);
   w.launch->issue(std::move(op));
 }
-static std::string describeGroup(Warp&, const Inst&) { return "waits for asynchronous operations that cannot finish"; }
 bool waitGroups(Warp& w, OpTrack& t, uint32_t m, uint32_t n, bool reads, bool all) {
   auto wanted = [&](const AsyncOp& op) {
     for (int i : lanesOf(op.mask & m))
@@ -72,7 +72,8 @@ bool waitGroups(Warp& w, OpTrack& t, uint32_t m, uint32_t n, bool reads, bool al
   };
   for (auto& op : t.ops)
     if (wanted(*op) && !op->done && !(reads && op->readDone)) {
-      w.block(Wait::Poll, describeGroup);
+      w.block(Wait::Poll,
+              [](Warp&, const Inst&) -> std::string { return "waits for asynchronous operations that cannot finish"; });
       return false;
     }
   for (auto& op : t.ops)
@@ -120,32 +121,30 @@ void invalBarrier(Warp& w, const Inst& in, uint32_t m) {
   w.launch->progress();
 }
 
-// The mbarrier that a lane arrives at, and the value of its operand.
-Mbarrier& arriveAt(Warp& w, const Inst& in, int lane, uint32_t* n) {
-  const uint32_t a = sharedAddress(w, in, lane, in.space == Space::Shared && !in.x[4]);
-  if (in.space == Space::Generic && (a >> 24) != w.cta->rank)
-    w.fail(in, lane, "a generic mbarrier address must be in the own CTA");
-  Cta* owner;
-  Mbarrier& b = mbarrierAt(w, in, lane, a, &owner);
-  raceMbarrierUse(w, in, lane, b);
-  raceRemote(w, in, lane, *owner, nullptr);
-  *n = in.b ? lane32(w, in, in.b, lane, "mbarrier operand") : 1;
-  return b;
-}
-void transaction(Warp& w, const Inst& in, uint32_t m) {  // x[0]: 0 expect, 1 complete
+// f(lane, its mbarrier, the operand) for every lane, which may be about to change the phase.
+template <class F>
+void atBarriers(Warp& w, const Inst& in, uint32_t m, F f) {
   for (int i : lanesOf(m)) {
-    uint32_t n;
-    Mbarrier& b = arriveAt(w, in, i, &n);
-    addTx(w, in, i, b, in.x[0] ? -(int64_t)n : (int64_t)n);
-    settle(*w.launch, b);
+    const uint32_t a = sharedAddress(w, in, i, in.space == Space::Shared && !in.x[4]);
+    if (in.space == Space::Generic && (a >> 24) != w.cta->rank)
+      w.fail(in, i, "a generic mbarrier address must be in the own CTA");
+    Cta* owner;
+    Mbarrier& b = mbarrierAt(w, in, i, a, &owner);
+    raceMbarrierUse(w, in, i, b);
+    raceRemote(w, in, i, *owner, nullptr);
+    f(i, b, in.b ? lane32(w, in, in.b, i, "mbarrier operand") : 1);
   }
   w.launch->progress();
 }
+void transaction(Warp& w, const Inst& in, uint32_t m) {  // x[0]: 0 expect, 1 complete
+  atBarriers(w, in, m, [&](int i, Mbarrier& b, uint32_t n) {
+    addTx(w, in, i, b, in.x[0] ? -(int64_t)n : (int64_t)n);
+    settle(*w.launch, b);
+  });
+}
 void arriveBarrier(Warp& w, const Inst& in, uint32_t m) {  // x[0] drop, x[1] expect_tx, x[2] noComplete, x[3] relaxed
   uint64_t state[kLanes] = {0};
-  for (int i : lanesOf(m)) {
-    uint32_t n;
-    Mbarrier& b = arriveAt(w, in, i, &n);
+  atBarriers(w, in, m, [&](int i, Mbarrier& b, uint32_t n) {
     state[i] = (b.phase & 0xffffffff) | (uint64_t)b.pending << 32;
     if (in.x[1]) addTx(w, in, i, b, n);
     const uint32_t count = in.x[1] ? 1 : n;
@@ -153,13 +152,10 @@ void arriveBarrier(Warp& w, const Inst& in, uint32_t m) {  // x[0] drop, x[1] ex
     if (in.x[0]) b.nextExpected -= count;
     arrive(w, in, i, b, count);
     raceRelease(w, b, !in.x[3]);
-    if (!in.x[2])
-      settle(*w.launch, b);
-    else if (b.pending == 0)
-      w.fail(in, i, "mbarrier.arrive.noComplete completes the phase");
-  }
+    if (in.x[2] && b.pending == 0) w.fail(in, i, "mbarrier.arrive.noComplete completes the phase");
+    settle(*w.launch, b);
+  });
   if (in.d) setLanes<uint64_t>(w, in.d, m, kAll, [&](int i) { return state[i]; });
-  w.launch->progress();
 }
 void decodeArrive(Dec& d) {  // the result is optional: `mbarrier.arrive... [addr]`
   const bool state = d.arg(0).kind != Operand::Address;
@@ -202,20 +198,16 @@ void waitBarrier(Warp& w, const Inst& in, uint32_t m) {
     ok |= 1u << i;
     raceAcquire(w, b, !in.x[1]);
   }
-  if (!ok && in.x[0] && !f.giveUp) {
-    w.block(Wait::Poll, describeWait<kParity>);
-    f.mayGiveUp = true;
-    return;
+  f.mayGiveUp = !ok && !(in.x[0] && f.giveUp);
+  f.giveUp = false;
+  if (f.mayGiveUp) {  // a try waits; a test gives way, and comes back when something has happened
+    const uint32_t next = w.next;
+    w.block(Wait::Poll, in.x[0] ? describeWait<kParity> : nullptr);
+    if (in.x[0]) return;
+    w.next = next;
   }
-  f.mayGiveUp = f.giveUp = false;
   if (ok) laneSync(w, ok);
   w.setPred(in.d, m, ok, kAll);
-  if (!ok && !in.x[0]) {  // a poll gives way, and comes back when something has happened
-    const uint32_t next = w.next;
-    w.block(Wait::Poll, nullptr);
-    w.next = next;
-    f.mayGiveUp = true;
-  }
 }
 LANE(uint32_t, PendingCount, (uint64_t state)) { return (uint32_t)(state >> 32); }
 
@@ -278,19 +270,13 @@ void decodeCpAsync(Dec& d) {
   d.operands("[a]");
   d.out.space = Space::Shared;
   d.out.bytes = (uint8_t)size;
-  d.out.storesD = true;
   d.out.fn = cpAsync;
 }
 
 struct CpArrive : AsyncOp {
   uint32_t address[kLanes];
   bool step() override {
-    for (int i : lanesOf(mask)) {
-      Mbarrier& b = mbarrierAt(*warp, *inst, i, address[i]);
-      arrive(*warp, *inst, i, b, 1);
-      raceAsyncSignal(*this, b);
-      settle(*warp->launch, b);
-    }
+    for (int i : lanesOf(mask)) completeOn(*this, i, address[i], 0, 1);
     return true;
   }
 };
@@ -318,7 +304,7 @@ struct StAsync : AsyncOp {
     raceAsyncShared(*this, *p.cta, p.offset, bytes, Kind::Write);
     combine(inst->x[0] - 1, (Type)inst->x[3], p.p, data, bytes);
     memset(p.valid, 1, bytes);
-    completeTx(*warp, *inst, lane, barrier, bytes, *this);
+    completeOn(*this, lane, barrier, bytes);
     return true;
   }
 };

@@ -9,7 +9,7 @@ int takeAtomOp(Dec& d) { return d.takeOneOf("add|min|max|and|or|xor|inc|dec|cas|
 
 static uint16_t halfResult(int op, bool bf, uint16_t a, uint16_t b) {
   const float x = bf ? fromBf16(a) : fromF16(a), y = bf ? fromBf16(b) : fromF16(b);
-  if (op == kAdd) return (uint16_t)narrowFromDouble((double)x + (double)y, bf ? kBf16 : kF16);
+  if (op == kAdd) return (uint16_t)narrowFrom((double)x + (double)y, bf ? kBf16 : kF16);
   if (x != x) return y != y ? 0x7fff : b;
   if (y != y) return a;
   const bool first = x == y ? a >> 15 == 1 : x < y;  // -0 is less than 0
@@ -34,23 +34,17 @@ uint64_t atomicResult(int op, Type t, uint64_t old, uint64_t b) {
     default: return less == (op == kMin) ? old : b;
   }
 }
-static void update(int op, Type t, uint8_t* p, const uint8_t* b, const uint8_t* c) {
+void combine(int op, Type t, uint8_t* to, const uint8_t* from, uint32_t n, const uint8_t* other) {
+  if (op < 0 || op == kExch || (op == kCas && !memcmp(to, from, n))) memcpy(to, op == kCas ? other : from, n);
+  if (op < 0 || op == kExch || op == kCas) return;
   const unsigned size = typeBytes(t);
-  if (op == kExch || op == kCas) {
-    if (op == kExch || !memcmp(p, b, size)) memcpy(p, op == kExch ? b : c, size);
-    return;
+  for (uint32_t i = 0; i < n; i += size) {
+    uint64_t old = 0, value = 0;
+    memcpy(&old, to + i, size);
+    memcpy(&value, from + i, size);
+    old = atomicResult(op, t, old, value);
+    memcpy(to + i, &old, size);
   }
-  uint64_t old = 0, value = 0;
-  memcpy(&old, p, size);
-  memcpy(&value, b, size);
-  old = atomicResult(op, t, old, value);
-  memcpy(p, &old, size);
-}
-void combine(int op, Type t, uint8_t* to, const uint8_t* from, uint32_t n) {
-  if (op < 0)
-    memcpy(to, from, n);
-  else
-    for (uint32_t i = 0; i < n; i += typeBytes(t)) update(op, t, to + i, from + i, nullptr);
 }
 
 namespace {
@@ -69,7 +63,7 @@ void atomic(Warp& w, const Inst& in, uint32_t m) {
       auto lane = [&](Ref r) { return w.ptr<uint8_t>(r) + (unsigned)i * size; };
       uint8_t *p = s.p[i] + k * size, *v = s.tracked ? s.valid(i, k * size) : nullptr, old[16];
       memcpy(old, p, size);
-      update(in.x[2], (Type)in.x[3], p, lane(src[k]), lane(src.back()));
+      combine(in.x[2], (Type)in.x[3], p, lane(src[k]), size, lane(src.back()));
       changed |= memcmp(p, old, size) != 0;
       valid |= (uint32_t)allValid(v, size) << i;
       if (exchange) markValid(v, size, true);

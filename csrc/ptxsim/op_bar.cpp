@@ -25,9 +25,7 @@ void complete(Cta& cta, NamedBarrier& b) {
     if (in.x[1] == And || in.x[1] == Or)
       x.warp->setPred(in.d, x.mask, (in.x[1] == And ? b.redAnd : b.redOr) ? kAll : 0, kAll);
   }
-  const uint64_t next = b.generation + 1;
   b = NamedBarrier();
-  b.generation = next;
   cta.launch->progress();
   ++cta.launch->n.barriers;
 }

@@ -36,19 +36,17 @@ void copyFrame(Warp& w, const std::vector<Extra::Copy>& copies, uint32_t m) {
 // Moves the lanes of m to `target` with another call stack.
 void enter(Warp& w, uint32_t m, uint32_t target, std::vector<Frame> stack) {
   Fragment& f = w.frag();
+  w.reschedule |= m != f.mask || w.frags.size() > 1;
   if (m == f.mask) {
     f.stack = std::move(stack);
     w.next = target;
-    if (w.frags.size() > 1) w.reschedule = true;
     return;
   }
-  Fragment other;
+  f.mask &= ~m;
+  Fragment& other = w.frags.emplace_back();
   other.mask = m;
   other.pc = target;
   other.stack = std::move(stack);
-  f.mask &= ~m;
-  w.frags.push_back(std::move(other));
-  w.reschedule = true;
 }
 void call(Warp& w, const Inst& in, uint32_t m) {
   copyFrame(w, in.ext->args, m);
@@ -57,12 +55,9 @@ void call(Warp& w, const Inst& in, uint32_t m) {
   enter(w, m, (uint32_t)in.imm, std::move(stack));
 }
 void ret(Warp& w, const Inst&, uint32_t m) {
-  if (w.frag().stack.empty()) {
-    w.exitLanes(m);
-    return;
-  }
   std::vector<Frame> stack = w.frag().stack;
-  Frame top = stack.back();
+  if (stack.empty()) return w.exitLanes(m);
+  const Frame top = stack.back();
   stack.pop_back();
   copyFrame(w, top.call->rets, m);
   enter(w, m, (uint32_t)top.returnPc, std::move(stack));
@@ -72,9 +67,9 @@ void trap(Warp& w, const Inst& in, uint32_t m) { w.fail(in, firstLane(m), "trap"
 void nothing(Warp&, const Inst&, uint32_t) {}
 
 const char* cstring(Warp& w, const Inst& in, int lane, uint64_t a) {
-  for (uint64_t p = a;; ++p)
-    if (*locate(w, in, lane, Space::Generic, p, 1, Kind::Read, 1).p == 0) break;
-  return (const char*)locate(w, in, lane, Space::Generic, a, 1, Kind::Read, 1).p;
+  auto at = [&](uint64_t p) { return (const char*)locate(w, in, lane, Space::Generic, p, 1, Kind::Read, 1).p; };
+  for (uint64_t p = a; *at(p); ++p) continue;
+  return at(a);
 }
 uint64_t frame64(Warp& w, int lane, uint32_t off) {
   uint64_t v;
@@ -89,29 +84,25 @@ void vprintf(Warp& w, const Inst& in, uint32_t m) {
     std::string out;
     uint64_t at = 0;
     while (*f) {
-      if (*f != '%') {
+      if (*f != '%' || f[1] == '%') {
+        f += *f == '%';
         out += *f++;
         continue;
       }
-      std::string spec(1, *f++);
-      if (*f == '%') {
-        out += *f++;
-        continue;
-      }
+      std::string spec(1, *f);
       bool wide = false;
-      while (*f && !strchr("diouxXcsfFeEgGaAp", *f)) {
-        if (*f == 'l' || *f == 'j' || *f == 'z' || *f == 't')
-          wide = true;
-        else if (*f != 'h')
-          spec += *f;
-        ++f;
+      for (++f; *f && !strchr("diouxXcsfFeEgGaAp", *f); ++f) {
+        wide |= strchr("ljzt", *f) != nullptr;
+        if (!strchr("hljzt", *f)) spec += *f;
       }
-      char c = *f ? *f++ : 'd', text[512];
-      bool real = strchr("fFeEgGaA", c), eight = real || wide || c == 's' || c == 'p';
-      at = eight ? (at + 7) / 8 * 8 : (at + 3) / 4 * 4;
+      const char c = *f ? *f++ : 'd';
+      const bool real = strchr("fFeEgGaA", c);
+      const unsigned size = real || wide || c == 's' || c == 'p' ? 8 : 4;
+      char text[512];
       uint64_t v = 0;
-      memcpy(&v, locate(w, in, lane, Space::Generic, buf + at, eight ? 8 : 4, Kind::Read, 4).p, eight ? 8 : 4);
-      at += eight ? 8 : 4;
+      at = (at + size - 1) / size * size;
+      memcpy(&v, locate(w, in, lane, Space::Generic, buf + at, size, Kind::Read, 4).p, size);
+      at += size;
       if (real)
         snprintf(text, sizeof text, (spec + c).c_str(), bitsAs<double>(v));
       else if (c == 's')
@@ -153,14 +144,18 @@ void decodeCall(Dec& d) {
   };
   const Func* f = callee(d.kb.module, d.p);
   if (!f) d.fail("unknown function '", name->name, "'");
-  const size_t na = args ? args->sub.size() : 0, nr = rets ? rets->sub.size() : 0;
-  if (na != f->params.size() || nr != f->returns.size()) d.fail("'", f->name, "' takes other operands");
-  for (size_t i = 0; i < na; ++i)
-    e->args.push_back({d.kb.frameOffset(var(args->sub[i])), f->hasBody ? d.kb.frameOffset(*f->params[i]) : 0,
-                       (uint32_t)f->params[i]->bytes});
-  for (size_t i = 0; i < nr; ++i)
-    e->rets.push_back({f->hasBody ? d.kb.frameOffset(*f->returns[i]) : 0, d.kb.frameOffset(var(rets->sub[i])),
-                       (uint32_t)f->returns[i]->bytes});
+  auto copies = [&](const Operand* actual, const std::vector<Var*>& formal, bool in) {
+    std::vector<Extra::Copy> list;
+    if (formal.size() != (actual ? actual->sub.size() : 0)) d.fail("'", f->name, "' takes other operands");
+    for (size_t i = 0; i < formal.size(); ++i) {
+      const uint32_t here = d.kb.frameOffset(var(actual->sub[i])),
+                     there = f->hasBody ? d.kb.frameOffset(*formal[i]) : 0;
+      list.push_back({in ? here : there, in ? there : here, (uint32_t)formal[i]->bytes});
+    }
+    return list;
+  };
+  e->args = copies(args, f->params, true);
+  e->rets = copies(rets, f->returns, false);
   d.out.imm = d.kb.start[f];
   if (f->hasBody)
     d.out.fn = call;
@@ -178,26 +173,16 @@ std::string waitsForRegisters(Warp& w, const Inst& in) {
              w.cta->regPool);
 }
 void setmaxnreg(Warp& w, const Inst& in, uint32_t m) {
-  unsigned want = (unsigned)in.imm;
-  if (in.x[0] == 0) {
-    if (want < w.maxnreg)
-      w.fail(in, firstLane(m), "setmaxnreg.inc to ", want, ", but the warp has ", w.maxnreg, " registers a thread");
-    int need = (int)(want - w.maxnreg) * 32;
-    if (w.cta->regPool < need) {
-      w.block(Wait::Poll, waitsForRegisters);
-      return;
-    }
-    w.cta->regPool -= need;
-  } else {
-    if (want > w.maxnreg)
-      w.fail(in, firstLane(m), "setmaxnreg.dec to ", want, ", but the warp has only ", w.maxnreg,
-             " registers a thread");
-    w.cta->regPool += (int)(w.maxnreg - want) * 32;
-  }
-  w.maxnreg = want;
+  const bool dec = in.x[0];
+  const int more = ((int)in.imm - (int)w.maxnreg) * 32;
+  if (dec ? more > 0 : more < 0)
+    w.fail(in, firstLane(m), "setmaxnreg.", dec ? "dec" : "inc", " to ", in.imm, ", but the warp has ",
+           dec ? "only " : "", w.maxnreg, " registers a thread");
+  if (w.cta->regPool < more) return w.block(Wait::Poll, waitsForRegisters);
+  w.cta->regPool -= more;
+  w.maxnreg = (unsigned)in.imm;
   w.launch->progress();
 }
-
 void decodeSetmaxnreg(Dec& d) {
   if (d.out.imm < 24 || d.out.imm > 256 || d.out.imm % 8) d.fail("the count must be a multiple of 8 in 24..256");
   d.out.fn = setmaxnreg;

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "half.h"
 #include "ops.h"
 
 namespace ptxsim {
@@ -13,8 +12,7 @@ namespace {
 #define MODIFIERS "rni|rzi|rmi|rpi? rn|rz|rm|rp|rna? ftz? sat? satfinite? relu? "
 enum { Integral, Rounding, Ftz, Sat, SatFinite, Relu, To, From };
 Round mode(const Inst& in) {
-  const Round modes[] = {Round::Nearest, Round::Nearest, Round::Zero, Round::Down, Round::Up, Round::NearestAway};
-  return modes[std::max(in.x[Integral], in.x[Rounding])];
+  return (Round)std::max(0, std::max(in.x[Integral], in.x[Rounding]) - 1);  // both in the order of Round
 }
 
 constexpr Narrow kF32{23, -126, 0x7f800000u, 0x7f7fffffu, 0x7fffffffu, 31};
@@ -23,13 +21,9 @@ constexpr const Narrow& format(Type t) {
   return t == Type::F32 ? kF32 : t == Type::F16 ? kF16 : t == Type::BF16 ? kBf16 : t == Type::E4M3 ? kE4m3 : kE5m2;
 }
 double roundIntegral(double x, Round r) {
-  switch (r) {
-    case Round::Nearest: return std::nearbyint(x);
-    case Round::Zero: return std::trunc(x);
-    case Round::Down: return std::floor(x);
-    case Round::Up: return std::ceil(x);
-    default: return std::round(x);
-  }
+  static double (*const functions[])(double) = {::nearbyint, ::trunc, ::floor, ::ceil,
+                                                ::round};  // in the order of Round
+  return functions[(int)r](x);
 }
 double toDouble(Type t, uint64_t v) {
   switch (t) {
@@ -59,7 +53,7 @@ uint64_t fromFloatTo(Type t, double x, const Inst& in) {
   if (in.x[Sat]) x = x != x ? 0.0 : std::clamp(x, 0.0, 1.0);
   if (in.x[Relu] && x < 0) x = 0;
   if (t == Type::F64) return bits(x);
-  uint32_t code = narrowFromDouble(x, format(t), in.x[Integral] ? Round::Nearest : r, in.x[SatFinite]);
+  uint32_t code = narrowFrom(x, format(t), in.x[Integral] ? Round::Nearest : r, in.x[SatFinite]);
   if (in.x[Relu] && code == 1u << format(t).signBit) code = 0;
   return in.x[Ftz] && t == Type::F32 ? bits(flush(f32(code))) : code;
 }
@@ -131,9 +125,8 @@ inline uint32_t narrowed(const Inst& in, float x) {
   constexpr Narrow f = format(K);
   if (in.x[Relu] && x < 0) x = 0;
   const Round r = mode(in);
-  const uint32_t code = K == Type::BF16 && r == Round::Nearest && !in.x[SatFinite]
-                            ? toBf16(x)
-                            : narrowFromFloat(x, f, r, in.x[SatFinite]);
+  const uint32_t code =
+      K == Type::BF16 && r == Round::Nearest && !in.x[SatFinite] ? toBf16(x) : narrowFrom(x, f, r, in.x[SatFinite]);
   return in.x[Relu] && code == 1u << f.signBit ? 0 : code;
 }
 template <Type K, class D>
@@ -165,7 +158,7 @@ void saturating(Dec& d) {
 }
 LANE(uint32_t, ToTf32, (const Inst& in, float x)) {
   if (in.x[Relu] && x < 0) x = 0;
-  const uint32_t c = narrowFromFloat(x, kTf32, mode(in), in.x[SatFinite]);
+  const uint32_t c = narrowFrom(x, kTf32, mode(in), in.x[SatFinite]);
   if (x != x) return kNan32;
   if (in.x[Relu] && c == 1u << 18) return 0;
   return (c >> 18) << 31 | (c & 0x3ffff) << 13;

@@ -3,7 +3,6 @@
 #include <cfenv>
 #include <cmath>
 
-#include "half.h"
 #include "ops.h"
 
 namespace ptxsim {

@@ -2,7 +2,6 @@
 // a wider format and rounded once.
 #include <cmath>
 
-#include "half.h"
 #include "ops.h"
 
 namespace ptxsim {
@@ -56,10 +55,10 @@ uint16_t compute(const Inst& in, uint16_t a, uint16_t b = 0, uint16_t c = 0) {
     case kEx2: exact = std::exp2(x); break;
     case kTanh: exact = std::tanh(x); break;
   }
-  const uint16_t r = flushed((uint16_t)narrowFromDouble(exact, F));
+  const uint16_t r = flushed((uint16_t)narrowFrom(exact, F));
   if (isNan(r)) return in.x[1] ? 0 : F.nan;
   if (r & 0x8000 && (in.x[1] || in.x[2])) return 0;
-  return in.x[1] && value(r) > 1 ? (uint16_t)narrowFromDouble(1, F) : r;
+  return in.x[1] && value(r) > 1 ? (uint16_t)narrowFrom(1.0, F) : r;
 }
 // T: uint16_t one value, uint32_t two.
 template <bool Bfloat, Op op, class T, class... A>

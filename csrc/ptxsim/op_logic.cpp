@@ -1,7 +1,6 @@
 // Logic, shifts, comparison, selection and data movement between registers (PTX ISA 9.7.6 to 9.7.9 without memory).
 #include <algorithm>
 
-#include "half.h"
 #include "ops.h"
 
 namespace ptxsim {
@@ -93,38 +92,21 @@ inline bool compare(T a, T b) {
   if constexpr (C == Le) return a <= b;
   if constexpr (C == Gt) return a > b;
   if constexpr (C == Ge) return a >= b;
-  if constexpr (C == Equ) return !(a < b || a > b);
-  if constexpr (C == Neu) return a != b;
-  if constexpr (C == Ltu) return !(a >= b);
-  if constexpr (C == Leu) return !(a > b);
-  if constexpr (C == Gtu) return !(a <= b);
-  if constexpr (C == Geu) return !(a < b);
+  if constexpr (C >= Equ && C <= Geu) return !compare<(C <= Neu ? Neu - C : Ge + Ltu - C)>(a, b);  // of the opposite
   if constexpr (C == Num) return a == a && b == b;
   if constexpr (C == Nan) return a != a || b != b;
 }
-struct AsF16 {
-  uint16_t h;
-  operator float() const { return fromF16(h); }
+template <class T, float (*Value)(T)>
+struct As {
+  T v;
+  operator float() const { return Value(v); }
 };
-struct AsBf16 {
-  uint16_t h;
-  operator float() const { return fromBf16(h); }
-};
-struct AsF32Ftz {
-  uint32_t u;
-  operator float() const { return flush(f32(u)); }
-};
-template <class H>
-struct Low {  // of two in a register
-  H h;
-  uint16_t other;
-  operator float() const { return h; }
-};
-template <class H>
-struct High {
-  uint16_t other;
-  H h;
-  operator float() const { return h; }
+using AsF16 = As<uint16_t, fromF16>;
+using AsBf16 = As<uint16_t, fromBf16>;
+template <class Part, int I>
+struct PartOf {
+  Part part[2];
+  operator float() const { return part[I]; }
 };
 
 using CompareFn = uint32_t (*)(Warp&, const Inst&);
@@ -146,7 +128,7 @@ int64_t pickCompare(Dec& d) {  // x[0] comparison, of which lo, ls, hi, hs are l
   return (int64_t)pickCompare<T, V>(c, std::make_integer_sequence<int, Nan + 1>());
 }
 int64_t pickCompare(Dec& d, Type t) {
-  if (t == Type::F32 && d.out.x[2]) return pickCompare<AsF32Ftz>(d);
+  if (t == Type::F32 && d.out.x[2]) return pickCompare<As<float, flush>>(d);
   if (t == Type::F16) return pickCompare<AsF16>(d);
   if (t == Type::BF16) return pickCompare<AsBf16>(d);
   const int64_t fn = ofType<uint16_t, int16_t, uint32_t, int32_t, uint64_t, int64_t, float, double>(
@@ -184,8 +166,8 @@ void decodeSetp(Dec& d) {
   }
   if (d.out.x[1] || !d.extra()->refs[0].id)
     d.fail("only the p|q form without a boolean operator is supported for packed halves");
-  d.extra()->v[0] = t == Type::F16x2 ? pickCompare<Low<AsF16>>(d) : pickCompare<Low<AsBf16>>(d);
-  d.extra()->v[1] = t == Type::F16x2 ? pickCompare<High<AsF16>>(d) : pickCompare<High<AsBf16>>(d);
+  d.extra()->v[0] = t == Type::F16x2 ? pickCompare<PartOf<AsF16, 0>>(d) : pickCompare<PartOf<AsBf16, 0>>(d);
+  d.extra()->v[1] = t == Type::F16x2 ? pickCompare<PartOf<AsF16, 1>>(d) : pickCompare<PartOf<AsBf16, 1>>(d);
   d.out.fn = setpHalf2;
 }
 

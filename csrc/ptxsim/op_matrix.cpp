@@ -57,12 +57,10 @@ void decodeMove(Dec& d) {
 
 // ---- mma.sync m16n8kK. refs: D registers; refs2: those of A, B and C
 void mma(Warp& w, const Inst& in, uint32_t) {
-  static thread_local MatrixOperands m;
+  MatrixOperands m;
   const auto& s = owned<MatrixShape>(in);
   const unsigned nb = s.k * typeBytes(s.b) / 16;  // registers of B, half of those of A
   const Ref *a = in.ext->refs2.data(), *b = a + 2 * nb;
-  m.badRow.reset();
-  m.badCol.reset();
   operandFromRegisters(w, a, 2 * nb, s.a, true, m);
   operandFromRegisters(w, b, nb, s.b, false, m);
   multiplyMatrices(w, s, m, b + nb, in.ext->refs.data(), false);
@@ -134,46 +132,51 @@ float truncated(const MatrixOperands& m, unsigned row, unsigned col, unsigned K,
 }
 
 // Accumulator q of a lane has row lane/4 + 8 (q >> 1 & 1), column 8 (q / 4) + 2 (lane % 4) + (q & 1). A register holds
-// one, or as float16 two.
-template <class Sum>  // double holds integer sums exactly
+// one, or as float16 two. Sum is double for integers, whose sums it holds exactly.
+template <class Sum, unsigned kPer>
 void multiplyIn(Warp& w, const MatrixShape& s, const MatrixOperands& m, const Ref* c, const Ref* d, bool truncate) {
-  static thread_local Sum sums[16][MatrixOperands::kMaxN];
-  Sum(*const C)[MatrixOperands::kMaxN] = sums;
-  const unsigned n = s.n, per = n / 2 / s.accumulators();
-  const bool half = per == 2, integer = s.integer(), anyBad = m.badRow.any() || m.badCol.any();
+  constexpr bool kInteger = std::is_same<Sum, double>::value;
+  Sum C[16][MatrixOperands::kMaxN];
+  const unsigned n = s.n;
   auto row = [](unsigned q, unsigned l) { return l / 4 + 8 * (q >> 1 & 1); };
   auto column = [](unsigned q, unsigned l) { return q / 4 * 8 + l % 4 * 2 + (q & 1); };
   uint32_t valid[128];
   for (unsigned q = 0; q < n / 2; ++q) {
-    const uint32_t* from = c ? w.ptr<const uint32_t>(c[q / per]) : nullptr;
-    valid[q / per] = c ? w.validOf(c[q / per]) : kAll;
+    const uint32_t* from = c ? w.ptr<const uint32_t>(c[q / kPer]) : nullptr;
+    valid[q / kPer] = c ? w.validOf(c[q / kPer]) : kAll;
     for (unsigned l = 0; l < kLanes; ++l) {
       const uint32_t v = from ? from[l] : 0;
-      C[row(q, l)][column(q, l)] = integer ? (Sum)(int32_t)v
-                                   : half  ? (Sum)fromF16((uint16_t)(v >> (q % 2 * 16)))
-                                           : (Sum)f32(v);
+      C[row(q, l)][column(q, l)] = kInteger    ? (Sum)(int32_t)v
+                                   : kPer == 2 ? (Sum)fromF16((uint16_t)(v >> (q % 2 * 16)))
+                                               : (Sum)f32(v);
     }
   }
   for (unsigned i = 0; i < 16; ++i)
     if (truncate)
       for (unsigned j = 0; j < n; ++j) C[i][j] = (Sum)truncated(m, i, j, s.k, (float)C[i][j]);
     else
-      for (unsigned k = 0; k < s.k; ++k) {
-        const float a = m.A[i][k], *b = m.B[k];
+      for (unsigned k = 0; k < s.k; k += 4) {  // in order of k, four at a time
+        const Sum a0 = m.A[i][k], a1 = m.A[i][k + 1], a2 = m.A[i][k + 2], a3 = m.A[i][k + 3];
+        const float *b0 = m.B[k], *b1 = m.B[k + 1], *b2 = m.B[k + 2], *b3 = m.B[k + 3];
         Sum* sum = C[i];
-        for (unsigned j = 0; j < n; ++j) sum[j] = std::fma((Sum)a, (Sum)b[j], sum[j]);
+        for (unsigned j = 0; j < n; ++j)
+          sum[j] = std::fma(a3, (Sum)b3[j],
+                            std::fma(a2, (Sum)b2[j], std::fma(a1, (Sum)b1[j], std::fma(a0, (Sum)b0[j], sum[j]))));
       }
-  for (unsigned q = 0; q < n / 2; q += per) {
-    const Ref r = d[q / per];
+  const bool anyBad = m.badRow.any() || m.badCol.any();
+  for (unsigned q = 0; q < n / 2; q += kPer) {
+    const Ref r = d[q / kPer];
+    uint32_t* to = w.ptr<uint32_t>(r);
     for (unsigned l = 0; l < kLanes; ++l) {
       const unsigned i = row(q, l), j = column(q, l);
       const Sum x = C[i][j];
-      w.ptr<uint32_t>(r)[l] = integer ? (uint32_t)(int64_t)(s.saturate ? std::clamp<Sum>(x, INT32_MIN, INT32_MAX) : x)
-                              : half  ? toF16((float)x) | (uint32_t)toF16((float)C[i][j + 1]) << 16
-                                      : bits(canonical((float)x));
-      if (anyBad && (m.badRow[i] || m.badCol[j] || m.badCol[j + per - 1])) valid[q / per] &= ~(1u << l);
+      if constexpr (kInteger)
+        to[l] = (uint32_t)(int64_t)(s.saturate ? std::clamp<Sum>(x, INT32_MIN, INT32_MAX) : x);
+      else
+        to[l] = kPer == 2 ? toF16(x) | (uint32_t)toF16(C[i][j + 1]) << 16 : bits(canonical(x));
+      if (anyBad && (m.badRow[i] || m.badCol[j] || m.badCol[j + kPer - 1])) valid[q / kPer] &= ~(1u << l);
     }
-    w.setValid(r, kAll, valid[q / per]);
+    w.setValid(r, kAll, valid[q / kPer]);
   }
 }
 
@@ -181,7 +184,8 @@ void multiplyIn(Warp& w, const MatrixShape& s, const MatrixOperands& m, const Re
 
 void multiplyMatrices(Warp& w, const MatrixShape& s, const MatrixOperands& m, const Ref* c, const Ref* d,
                       bool truncate) {
-  s.integer() ? multiplyIn<double>(w, s, m, c, d, false) : multiplyIn<float>(w, s, m, c, d, truncate);
+  const auto as = s.integer() ? multiplyIn<double, 1> : s.d == Type::F16 ? multiplyIn<float, 2> : multiplyIn<float, 1>;
+  as(w, s, m, c, d, truncate);
 }
 
 }  // namespace ptxsim

@@ -95,7 +95,6 @@ Span::Span(Warp& w, const Inst& in, uint32_t m, uint32_t size, Kind kind) : byte
     for (int i : lanesOf(m)) other |= inShared(a[i]) || inLocal(a[i]);
     if (!other) space = Space::Global;
   }
-  const uint32_t total = bytes * (uint32_t)__builtin_popcount(m);
   const bool own = space == Space::Shared && in.x[4] == 0, reads = kind == Kind::Read;
   Cta& c = *w.cta;
   Buffer* b = space == Space::Global ? Arena::get().find(a[firstLane(m)], bytes) : nullptr;
@@ -116,12 +115,11 @@ Span::Span(Warp& w, const Inst& in, uint32_t m, uint32_t size, Kind kind) : byte
     v[i] = at.valid;
     tracked |= at.valid != nullptr;
   }
+  const uint64_t total = (uint64_t)bytes * (unsigned)__builtin_popcount(m);
   if (own)
     (reads ? l.n.sharedRead : l.n.sharedWrite) += total;
-  else if (space == Space::Global && kind == Kind::Atomic)
-    l.n.atomics += total;
   else if (space == Space::Global || space == Space::Generic)
-    (reads ? l.n.globalRead : l.n.globalWrite) += total;
+    (reads ? l.n.globalRead : space == Space::Global && kind == Kind::Atomic ? l.n.atomics : l.n.globalWrite) += total;
   if (own && l.opt.verbose) countBanks(w, m, a, bytes);
   if (l.race && kind != Kind::Write) raceAccess(w, in, m, in.space, a, bytes, kind);
 }
@@ -161,12 +159,10 @@ void store(Warp& w, const Inst& in, uint32_t m) {
   const Ref* refs = registersOf(in);
   for (unsigned k = 0; k < in.vec; ++k) {
     const R* d = w.ptr<const R>(refs[k]);
-    const uint32_t valid = w.validOf(refs[k]);
-    if (m & ~valid && w.launch->opt.detect)
-      for (int i : lanesOf(m & ~valid))
-        if (!s.tracked || !s.v[i] || in.space == Space::Global)
-          w.fail(in, i, "an uninitialised value is stored to global memory");
+    const uint32_t valid = w.validOf(refs[k]), undefined = w.launch->opt.detect ? ~valid : 0;
     for (int i : lanesOf(m)) {
+      if (undefined >> i & 1 && (!s.tracked || !s.v[i] || in.space == Space::Global))
+        w.fail(in, i, "an uninitialised value is stored to global memory");
       const M v = (M)d[i];
       if (memcmp(s.p[i] + k * sizeof(M), &v, sizeof(M))) {
         changed |= 1u << i;

@@ -33,17 +33,16 @@ struct Bulk : AsyncOp {
   std::vector<uint8_t> data, good;  // box contents in logical order; per byte: initialised, and inside the tensor
   Bulk(const BulkInst& inst, int l) : b(inst), lane(l), type(inst.type) {}
 
-  // Where element e of the box lies in global memory. `inside` remains if that is in the tensor, whatever the innermost
+  // Where element e of the box lies in global memory, and whether that is in the tensor, whatever the innermost
   // coordinate.
-  uint64_t addressOf(uint32_t e, bool* inside) const {
-    uint64_t address = map.address;
-    for (unsigned d = 0; d < map.rank; ++d) {
+  std::pair<uint64_t, bool> placeOf(uint32_t e) const {
+    std::pair<uint64_t, bool> place(map.address, true);
+    for (unsigned d = 0; d < map.rank; e /= map.count(d++)) {
       const int64_t c = coord[d] + (int64_t)(e % map.count(d)) * map.elementStride[d];
-      e /= map.count(d);
-      if (d) *inside &= c >= 0 && c < (int64_t)map.dim(d);
-      address += (uint64_t)c * (d ? map.stride[d - 1] : map.elementBytes());
+      if (d) place.second &= c >= 0 && c < (int64_t)map.dim(d);
+      place.first += (uint64_t)c * (d ? map.stride[d - 1] : map.elementBytes());
     }
-    return address;
+    return place;
   }
   // Calls f(byte of the box, global address, bytes) for every run of the innermost dimension inside the tensor.
   template <class F>
@@ -52,65 +51,46 @@ struct Bulk : AsyncOp {
     const unsigned es = map.elementBytes(), n = map.count(0);
     const int64_t x0 = coord[0], lo = std::max<int64_t>(x0, 0), hi = std::min<int64_t>(x0 + n, (int64_t)map.dim(0));
     const uint64_t skip = (uint64_t)(lo - x0) * es;
-    for (uint32_t e = 0; e < bytes / es; e += n) {
-      bool inside = lo < hi;
-      const uint64_t address = addressOf(e, &inside);
-      if (inside) f((uint64_t)e * es + skip, address + skip, (uint32_t)((hi - lo) * es));
-    }
+    for (uint32_t e = 0; lo < hi && e < bytes / es; e += n)
+      if (const auto [address, inside] = placeOf(e); inside)
+        f((uint64_t)e * es + skip, address + skip, (uint32_t)((hi - lo) * es));
   }
-  // Calls f(CTA, its offset, byte of the box, bytes) for every 16 bytes in shared memory, as the swizzle places them.
-  template <class F>
-  void chunks(uint32_t address, Kind kind, F f) {
+  // Between the box and shared memory, by 16 bytes, which the swizzle places.
+  void moveShared(uint32_t address, Kind kind) {
     const Place p = locateShared(*warp, *inst, lane, address, bytes, kind, 16, false);
     for (uint32_t i = 0; i < bytes; i += 16) {
       uint32_t off = p.offset + i;
       off ^= ((off >> 7) & ((1u << map.swizzle) - 1)) << 4;
       const uint32_t n = std::min(16u, bytes - i);
+      uint8_t *memory = p.cta->smem + off, *valid = p.cta->smemValid + off;
       raceAsyncShared(*this, *p.cta, off, n, kind);
-      f(*p.cta, off, i, n);
-    }
-  }
-
-  void readGlobal() {
-    if (map.fill == 1) {
-      const unsigned es = map.elementBytes();
-      const uint64_t nan = ~0ull >> (65 - 8 * es);
-      for (uint32_t i = 0; i < bytes; i += es) memcpy(data.data() + i, &nan, es);
-    }
-    runs([&](uint64_t at, uint64_t address, uint32_t n) {
-      Place p = locateGlobal(*warp, *inst, lane, address, n, Kind::Read, 1);
-      if (!allValid(p.valid, n) && warp->launch->opt.detect)
-        warp->fail(*inst, lane, "a bulk copy reads uninitialised global memory");
-      raceAsyncGlobal(*this, *p.buffer, (uint64_t)p.p, n, Kind::Read);
-      memcpy(data.data() + at, p.p, n);
-      warp->launch->n.tmaRead += n;
-    });
-  }
-  void readShared() {
-    chunks(source, Kind::Read, [&](Cta& cta, uint32_t off, uint32_t i, uint32_t n) {
-      memcpy(data.data() + i, cta.smem + off, n);
-      memcpy(good.data() + i, cta.smemValid + off, n);
-    });
-  }
-  void writeShared(uint32_t address) {
-    chunks(address, Kind::Write, [&](Cta& cta, uint32_t off, uint32_t i, uint32_t n) {
-      combine(b.reduce, type, cta.smem + off, data.data() + i, n);
-      memcpy(cta.smemValid + off, good.data() + i, n);
-      bool inside;
-      if (b.tensor) raceTag(cta, off, {addressOf(i / map.elementBytes(), &inside), id});
+      if (kind == Kind::Read) {
+        memcpy(data.data() + i, memory, n);
+        memcpy(good.data() + i, valid, n);
+        continue;
+      }
+      combine(b.reduce, type, memory, data.data() + i, n);
+      memcpy(valid, good.data() + i, n);
+      if (b.tensor) raceTag(*p.cta, off, {placeOf(i / map.elementBytes()).first, id});
       for (uint32_t k = 0; k < n; k += 8)
-        if (cta.mbarIndex[(off + k) >> 3])
+        if (p.cta->mbarIndex[(off + k) >> 3])
           warp->fail(*inst, lane, "a bulk copy overwrites a live mbarrier at shared offset ", off + k);
-    });
+    }
   }
-  void writeGlobal() {
-    const Kind kind = b.reduce < 0 ? Kind::Write : Kind::Atomic;
+  void moveGlobal(Kind kind) {
+    const bool detect = warp->launch->opt.detect;
     runs([&](uint64_t at, uint64_t address, uint32_t n) {
       Place p = locateGlobal(*warp, *inst, lane, address, n, kind, 1);
       raceAsyncGlobal(*this, *p.buffer, (uint64_t)p.p, n, kind);
-      if (!allValid(good.data() + at, n) && warp->launch->opt.detect)
+      if (kind == Kind::Read) {
+        if (detect && !allValid(p.valid, n)) warp->fail(*inst, lane, "a bulk copy reads uninitialised global memory");
+        memcpy(data.data() + at, p.p, n);
+        warp->launch->n.tmaRead += n;
+        return;
+      }
+      if (detect && !allValid(good.data() + at, n))
         warp->fail(*inst, lane, "a bulk store writes uninitialised shared memory to global memory");
-      if (b.reduce >= 0 && !allValid(p.valid, n))
+      if (kind == Kind::Atomic && !allValid(p.valid, n))
         warp->fail(*inst, lane, "a bulk reduction adds to uninitialised global memory");
       combine(b.reduce, type, p.p, data.data() + at, n);
       markValid(p.valid, n, true);
@@ -126,14 +106,19 @@ struct Bulk : AsyncOp {
     if (!readDone) {
       data.assign(bytes, 0);
       good.assign(bytes, 1);
-      b.readsShared() ? readShared() : readGlobal();
+      if (map.fill) {
+        const unsigned es = map.elementBytes();
+        const uint64_t nan = ~0ull >> (65 - 8 * es);
+        for (uint32_t i = 0; i < bytes; i += es) memcpy(data.data() + i, &nan, es);
+      }
+      b.readsShared() ? moveShared(source, Kind::Read) : moveGlobal(Kind::Read);
       readDone = true;
       if (b.way == BulkInst::Store) return false;
     }
-    if (b.way == BulkInst::Store) writeGlobal();
+    if (b.way == BulkInst::Store) moveGlobal(b.reduce < 0 ? Kind::Write : Kind::Atomic);
     for (uint32_t r : lanesOf(ranks)) {
-      writeShared(inCta(target, r));
-      completeTx(*warp, *inst, lane, inCta(barrier, r), bytes, *this);
+      moveShared(inCta(target, r), Kind::Write);
+      completeOn(*this, lane, inCta(barrier, r), bytes);
     }
     return true;
   }
@@ -232,7 +217,7 @@ const MapField kFields[] = {
     {"global_stride", 4, 0, (1ull << 40) - 1, 16, [](TensorMap& t, unsigned d, uint64_t v) { t.stride[d] = v; }},
     {"element_stride", 5, 1, 8, 1, [](TensorMap& t, unsigned d, uint64_t v) { t.elementStride[d] = (uint8_t)v; }},
     {"elemtype", 0, 0, 12, 1, [](TensorMap& t, unsigned, uint64_t v) { t.type = kElementTypes[v]; }},
-    {"interleave_layout", 0, 0, 0, 1, [](TensorMap& t, unsigned, uint64_t) { t.interleave = 0; }},
+    {"interleave_layout", 0, 0, 0, 1, [](TensorMap&, unsigned, uint64_t) {}},
     {"swizzle_mode", 0, 0, 3, 1, [](TensorMap& t, unsigned, uint64_t v) { t.swizzle = (uint8_t)v; }},
     {"fill_mode", 0, 0, 1, 1, [](TensorMap& t, unsigned, uint64_t v) { t.fill = (uint8_t)v; }},
 };

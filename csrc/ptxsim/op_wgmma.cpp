@@ -6,44 +6,42 @@
 namespace ptxsim {
 namespace {
 
-struct Descriptor {  // of a matrix in shared memory
+// Rows [first, first + count) of A, or columns of B, as a shared-memory descriptor gives them. `mn` counts these, k the
+// other direction.
+struct SharedMatrix {
   uint32_t start, lbo, sbo, base;
   unsigned mode;  // 0 none, 1 128 bytes, 2 64, 3 32
-  explicit Descriptor(uint64_t d)
+  bool mnMajor;   // the contiguous direction
+  Type type;
+  unsigned first, count, k, es;
+  SharedMatrix(uint64_t d, bool mn, Type t, unsigned begin, unsigned n, unsigned depth)
       : start((uint32_t)(d & 0x3fff) << 4),
         lbo((uint32_t)(d >> 16 & 0x3fff) << 4),
         sbo((uint32_t)(d >> 32 & 0x3fff) << 4),
         base((uint32_t)(d >> 49 & 7)),
-        mode((unsigned)(d >> 62)) {}
+        mode((unsigned)(d >> 62)),
+        mnMajor(mn),
+        type(t),
+        first(begin),
+        count(n),
+        k(depth),
+        es(typeBytes(t)) {}
   unsigned shift() const { return mode ? 4 - mode : 0; }  // bits of the XOR
   uint32_t span() const { return 16u << shift(); }
-  // Offset in the CTA's window of the 16-byte chunk that holds byte `c` (a multiple of 16) along the contiguous
-  // direction at index r of the other.
-  uint32_t chunk(bool mnMajor, uint32_t c, uint32_t r) const {
-    const uint32_t w = span();
-    uint32_t a;
-    if (!mnMajor)
-      a = r % 8 * w + r / 8 * sbo + (mode ? c : c / 16 * lbo);
-    else if (mode)
-      a = r % 8 * w + c % w + c / w * lbo + r / 8 * sbo;
-    else
-      a = r % 8 * 16 + c / 16 * sbo + r / 8 * lbo;
-    a = (start + a) & 0x3ffff;
-    return a ^ ((((a >> 7) - base) & ((1u << shift()) - 1)) << 4);
-  }
-};
-
-// Rows [first, first + count) of A, or columns of B, in shared memory. `mn` counts these, k the other direction.
-struct SharedMatrix {
-  Descriptor d;
-  bool mnMajor;  // the contiguous direction
-  Type type;
-  unsigned first, count, k;
-  unsigned es = typeBytes(type);
   unsigned outer() const { return mnMajor ? k : count; }
-  unsigned chunks() const { return (mnMajor ? count : k) * es / 16; }  // along the contiguous direction
-  uint32_t offset(unsigned r, unsigned c) const {                      // of chunk c of outer index r
-    return d.chunk(mnMajor, (mnMajor ? first * es : 0) + c * 16, mnMajor ? r : first + r);
+  unsigned chunks() const { return (mnMajor ? count : k) * es / 16; }  // of 16 bytes, along the contiguous direction
+  uint32_t offset(unsigned r, unsigned chunk) const {  // in the CTA's window, of a chunk at index r of the other
+    const uint32_t w = span(), c = (mnMajor ? first * es : 0) + chunk * 16;
+    if (!mnMajor) r += first;
+    uint32_t a = start;
+    if (!mnMajor)
+      a += r % 8 * w + r / 8 * sbo + (mode ? c : c / 16 * lbo);
+    else if (mode)
+      a += r % 8 * w + c % w + c / w * lbo + r / 8 * sbo;
+    else
+      a += r % 8 * 16 + c / 16 * sbo + r / 8 * lbo;
+    a &= 0x3ffff;
+    return a ^ ((((a >> 7) - base) & ((1u << shift()) - 1)) << 4);
   }
 
   // What one tensor copy brought must be read as a regular part of the tensor: a wrong stride or swizzle reads bytes
@@ -99,28 +97,25 @@ struct Wgmma : AsyncOp {
   std::vector<std::shared_ptr<Part>> parts;
   std::shared_ptr<RaceClock> clock;  // of the warps that have issued it, when they did
 
-  SharedMatrix a(unsigned first, unsigned count) const {
-    return {Descriptor(descA), s->transA, s->a, first, count, s->k};
-  }
-  SharedMatrix b() const { return {Descriptor(descB), s->transB, s->b, 0, s->n, s->k}; }
+  SharedMatrix a(unsigned first, unsigned count) const { return {descA, s->transA, s->a, first, count, s->k}; }
+  SharedMatrix b() const { return {descB, s->transB, s->b, 0, s->n, s->k}; }
 
   // The operand as floats, out[index * mnPitch + k * kPitch].
-  void fetch(const SharedMatrix& x, float* out, unsigned mnPitch, unsigned kPitch,
-             std::bitset<MatrixOperands::kMaxN>* bad) {
+  void fetch(const SharedMatrix& x, float* out, unsigned mnPitch, unsigned kPitch, MatrixOperands::Bad& bad) {
     Cta& cta = *warp->cta;
     const unsigned es = x.es, per = 16 / es;
     for (unsigned r = 0; r < x.outer(); ++r)
       for (unsigned c = 0; c < x.chunks(); ++c) {
         const uint32_t off = x.offset(r, c);
         if (off < kSharedReserved || off + 16 > cta.smemBytes)
-          warp->fail(*inst, -1, "a wgmma descriptor (start ", hex(x.d.start), ", LBO ", x.d.lbo, ", SBO ", x.d.sbo,
+          warp->fail(*inst, -1, "a wgmma descriptor (start ", hex(x.start), ", LBO ", x.lbo, ", SBO ", x.sbo,
                      ") reaches shared offset ", hex(off), " of ", hex(cta.smemBytes));
         raceAsyncShared(*this, cta, off, 16, Kind::Read);
         const bool good = allValid(cta.smemValid + off, 16);
         for (unsigned e = 0; e < per; ++e) {
           const unsigned mn = x.mnMajor ? c * per + e : r, k = x.mnMajor ? r : c * per + e;
           out[mn * mnPitch + k * kPitch] = matrixElement(x.type, cta.smem + off + e * es);
-          if (!good && !allValid(cta.smemValid + off + e * es, es)) bad->set(mn);
+          if (!good && !allValid(cta.smemValid + off + e * es, es)) bad.set(mn);
         }
       }
   }
@@ -131,34 +126,33 @@ struct Wgmma : AsyncOp {
     std::string hint;
     auto tryOut = [&](const std::string& change, auto alter) {
       SharedMatrix other = x;
-      alter(other.d);
+      alter(other);
       if (hint.empty() && other.irregular(*warp->cta, &known).empty() && known)
         hint = "; with " + change + " it would be";
     };
-    tryOut("LBO and SBO swapped", [](Descriptor& d) { std::swap(d.lbo, d.sbo); });
-    tryOut(cat("SBO ", 8 * x.d.span()), [](Descriptor& d) { d.sbo = 8 * d.span(); });
-    for (unsigned mode = 0; mode < 4; ++mode) tryOut(cat("swizzle mode ", mode), [&](Descriptor& d) { d.mode = mode; });
+    tryOut("LBO and SBO swapped", [](SharedMatrix& y) { std::swap(y.lbo, y.sbo); });
+    tryOut(cat("SBO ", 8 * x.span()), [](SharedMatrix& y) { y.sbo = 8 * y.span(); });
+    for (unsigned mode = 0; mode < 4; ++mode)
+      tryOut(cat("swizzle mode ", mode), [&](SharedMatrix& y) { y.mode = mode; });
     warp->fail(*inst, -1, "operand ", name, " of a wgmma is no regular part of the tensor it was loaded from: ", what,
-               " (descriptor: start ", x.d.start, ", LBO ", x.d.lbo, ", SBO ", x.d.sbo, ", swizzle mode ", x.d.mode,
-               hint, ")");
+               " (descriptor: start ", x.start, ", LBO ", x.lbo, ", SBO ", x.sbo, ", swizzle mode ", x.mode, hint, ")");
   }
 
   bool step() override {
-    static thread_local MatrixOperands m;
+    MatrixOperands m;
     const auto &acc = inst->ext->refs, &registers = inst->ext->refs2;
-    const bool truncate = typeBytes(s->a) == 1 && warp->launch->opt.fp8Truncate;
+    const bool truncate = typeBytes(s->a) == 1 && !s->integer() && warp->launch->opt.fp8Truncate;
     if (warp->launch->race) {
       if (!s->registersA) checkOperand(a(0, 64), "A");
       checkOperand(b(), "B");
     }
-    m.badCol.reset();
-    fetch(b(), m.B[0], 1, MatrixOperands::kMaxN, &m.badCol);
+    fetch(b(), m.B[0], 1, MatrixOperands::kMaxN, m.badCol);
     for (auto& part : parts) {
       m.badRow.reset();
       if (s->registersA)
         operandFromRegisters(*part->warp, registers.data(), 4, s->a, true, m);
       else
-        fetch(a(16 * (part->warp->index % 4), 16), m.A[0], MatrixOperands::kMaxK, 1, &m.badRow);
+        fetch(a(16 * (part->warp->index % 4), 16), m.A[0], MatrixOperands::kMaxK, 1, m.badRow);
       if (s->sign < 0)
         for (auto& row : m.A)
           for (float& x : row) x = -x;

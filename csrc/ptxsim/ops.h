@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "decode.h"
+#include "half.h"
 
 namespace ptxsim {
 
@@ -171,14 +172,6 @@ inline uint64_t laneAddress(Warp& w, const Inst& in, const AddressOperand& a, in
   return laneBits(w, a.ref, a.bytes, lane) + (uint64_t)a.offset;
 }
 inline int firstLane(uint32_t m) { return __builtin_ctz(m); }
-template <class T, class U>
-inline T bitsAs(U u) {
-  static_assert(sizeof(T) == sizeof(U), "same size");
-  T t;
-  memcpy(&t, &u, sizeof t);
-  return t;
-}
-
 // Inst::imm points to what an instruction needs beyond an Extra.
 template <class T>
 inline T& own(Dec& d) {

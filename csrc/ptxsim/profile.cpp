@@ -156,10 +156,13 @@ void markSpins(const Kernel& k, std::vector<Block>& blocks) {
 
 // Coverage of one kernel of one module text. It outlives the module.
 struct Coverage {
-  size_t module = 0;
-  std::vector<std::string> rows;  // of each block and each predicated instruction
-  std::vector<uint32_t> at;       // its instruction
-  std::vector<uint64_t> count;
+  size_t module;
+  struct Row {  // of a block or a predicated instruction
+    std::string text;
+    uint32_t at;  // its instruction
+    uint64_t count = 0;
+  };
+  std::vector<Row> rows;
 };
 
 namespace {
@@ -183,14 +186,12 @@ std::shared_ptr<Coverage> makeCoverage(const Kernel& k) {
   auto& known = gCoverage[k.name];
   for (auto& c : known)
     if (c->module == k.module->hash) return c;
-  auto c = std::make_shared<Coverage>();
-  c->module = k.module->hash;
+  auto c = std::make_shared<Coverage>(Coverage{k.module->hash, {}});
   std::vector<Block> blocks = blocksOf(k);
   markTraps(k, blocks);
   markSpins(k, blocks);
   auto add = [&](const Block& b, const char* kind) {
-    c->at.push_back(b.first);
-    c->rows.push_back(cat(kind, "\t", k.source[b.first].ptxLine, positions(k, b)));
+    c->rows.push_back({cat(kind, "\t", k.source[b.first].ptxLine, positions(k, b)), b.first});
   };
   for (auto& b : blocks) {
     if (b.first == b.last && !k.source[b.first].loc && k.source[b.first].text == "ret") continue;  // added by decoding
@@ -199,7 +200,6 @@ std::shared_ptr<Coverage> makeCoverage(const Kernel& k) {
       if (guarded(k.code[i]) && k.source[i].text.compare(0, 2, "br") != 0)
         add({i, i, {}}, k.source[i].text == "trap" ? "trap" : "predicated");
   }
-  c->count.assign(c->at.size(), 0);
   known.push_back(c);
   return c;
 }
@@ -216,11 +216,9 @@ void profileStart(Kernel& k) {
 }
 
 void profileEnd(Kernel& k) {
-  Coverage& c = *k.coverage;
-  for (size_t i = 0; i < c.at.size(); ++i) {
-    const char kind = c.rows[i][0];
-    const uint32_t pc = c.at[i];
-    c.count[i] += kind == 'p' || (kind == 't' && guarded(k.code[pc])) ? k.taken[pc] : k.hits[pc];
+  for (auto& row : k.coverage->rows) {
+    const char kind = row.text[0];
+    row.count += kind == 'p' || (kind == 't' && guarded(k.code[row.at])) ? k.taken[row.at] : k.hits[row.at];
   }
 }
 
@@ -237,12 +235,9 @@ std::string instructionCounts(const Kernel& k) {
 // executions, kind, PTX line, positions ("file:line:column") from the innermost function outwards.
 std::string coverageOf(const std::string& kernel) {
   std::string s;
-  auto it = gCoverage.find(kernel);
-  if (it == gCoverage.end()) return s;
-  for (size_t v = 0; v < it->second.size(); ++v) {
-    const Coverage& c = *it->second[v];
-    for (size_t i = 0; i < c.at.size(); ++i) s += cat(v, "\t", c.count[i], "\t", c.rows[i], "\n");
-  }
+  const auto& versions = gCoverage[kernel];
+  for (size_t v = 0; v < versions.size(); ++v)
+    for (auto& row : versions[v]->rows) s += cat(v, "\t", row.count, "\t", row.text, "\n");
   return s;
 }
 

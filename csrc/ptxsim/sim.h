@@ -220,7 +220,6 @@ inline uint32_t pcOf(const Warp& w, const Inst& in) { return (uint32_t)(&in - w.
 struct NamedBarrier {
   bool all = false;                    // waits for every thread of the CTA
   unsigned arrived = 0, expected = 0;  // threads
-  uint64_t generation = 0;
   struct Waiter {
     Warp* warp;
     uint32_t mask;

@@ -17,14 +17,7 @@ std::string encodeTensorMap(TensorMap* map, unsigned type, uint32_t rank, uint64
   if (fill > 1) return cat("unknown out-of-bounds fill ", fill);
   if (fill == 1 && type < kFirstFloatMapType) return "NaN fill needs a floating-point data type";
   if (!dims || !box || !elementStrides || (rank > 1 && !strides)) return "an array is missing";
-  TensorMap t{};
-  t.address = address;
-  t.magic = TensorMap::kMagic;
-  t.type = (uint8_t)type;
-  t.rank = (uint8_t)rank;
-  t.swizzle = (uint8_t)swizzle;
-  t.promotion = (uint8_t)promotion;
-  t.fill = (uint8_t)fill;
+  TensorMap t{address, TensorMap::kMagic, (uint8_t)type, (uint8_t)rank, (uint8_t)swizzle, (uint8_t)fill};
   for (uint32_t d = 0; d < rank; ++d) {
     if (dims[d] < 1 || dims[d] > (1ull << 32)) return cat("globalDim[", d, "] = ", dims[d], " is not in 1..2^32");
     if (box[d] < 1 || box[d] > 256) return cat("boxDim[", d, "] = ", box[d], " is not in 1..256");

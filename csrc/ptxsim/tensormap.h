@@ -18,13 +18,11 @@ struct TensorMap {
   static constexpr uint32_t kMagic = 0x54584d50;
   uint64_t address;
   uint32_t magic;
-  uint8_t type, rank, interleave, swizzle;
-  uint64_t stride[4];   // bytes, of dimensions 1..
-  uint32_t dimLast[5];  // elements - 1
-  uint8_t boxLast[5];   // elements - 1
-  uint8_t elementStride[5];
-  uint8_t promotion, fill;
-  uint8_t pad[128 - 8 - 8 - 32 - 20 - 12];
+  uint8_t type, rank, swizzle, fill;
+  uint64_t stride[4] = {};   // bytes, of dimensions 1..
+  uint32_t dimLast[5] = {};  // elements - 1
+  uint8_t boxLast[5] = {}, elementStride[5] = {};
+  uint8_t pad[128 - 8 - 8 - 32 - 20 - 10] = {};
   uint64_t dim(unsigned d) const { return (uint64_t)dimLast[d] + 1; }
   uint32_t box(unsigned d) const { return (uint32_t)boxLast[d] + 1; }
   uint32_t count(unsigned d) const { return (box(d) + elementStride[d] - 1) / elementStride[d]; }  // copied elements
