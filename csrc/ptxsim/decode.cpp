@@ -104,20 +104,22 @@ int Dec::takeOneOf(std::string_view mods) {
 }
 
 std::string Dec::choose(const Form& form) {
+  static const std::pair<const char*, bool (*)(Type)> kClasses[] = {
+      {"type", [](Type) { return true; }},
+      {"bits", [](Type t) { return !isFloat(t); }},
+      {"int", [](Type t) { return (t >= Type::U8 && t <= Type::S64) || t == Type::U16x2 || t == Type::S16x2; }},
+      {"half", [](Type t) { return t >= Type::F16 && t <= Type::BF16x2; }},
+      {"float", [](Type t) { return t == Type::F32 || t == Type::F64; }}};
   unsigned next = 0;
   for (std::string_view words = form.modifiers; !words.empty();) {
     std::string_view word = cut(words, ' ');
+    const auto* known = std::find_if(kClasses, std::end(kClasses), [&](auto& c) { return word == c.first; });
     const Type exact = typeFromName(std::string(word));
-    const bool bits = word == "bits", integer = word == "int", half = word == "half";
-    if (exact != Type::None || bits || integer || half || word == "type") {
+    if (known != std::end(kClasses) || exact != Type::None) {
       const Type t = takeType();
       if (t == Type::None) return "a type is missing";
+      if (exact == Type::None ? !known->second(t) : t != exact) return "this type is not supported";
       types.push_back(t);
-      if (exact != Type::None ? t != exact
-          : bits              ? isFloat(t)
-          : integer           ? t < Type::U8 || (t > Type::S64 && t != Type::U16x2 && t != Type::S16x2)
-                              : half && (t < Type::F16 || t > Type::BF16x2))
-        return "this type is not supported";
       continue;
     }
     if (word == "space" || word == "vector") {
@@ -214,10 +216,7 @@ std::vector<Operand> Dec::elements(const Operand& o, size_t n) const {
   return parts;
 }
 Extra* Dec::extra() {
-  if (!out.ext) {
-    kb.k.extras.emplace_back();
-    out.ext = &kb.k.extras.back();
-  }
+  if (!out.ext) out.ext = &kb.k.extras.emplace_back();
   return const_cast<Extra*>(out.ext);
 }
 int64_t Dec::intArg(size_t i) const {
@@ -252,14 +251,18 @@ static uint64_t immediateBits(const Operand& o, Type t, const Dec& d) {
   return t == Type::F64 ? bits(x) : bits((float)x);
 }
 
-Ref Dec::dst(const Operand& o, unsigned bytes) {
-  if (o.kind == Operand::Sink) return kb.slot(std::max(bytes, 8u) * kLanes);  // nobody reads it
-  if (o.kind != Operand::Register) fail("the destination must be a register");
+Ref Dec::reg(const Operand& o, unsigned bytes) {
   const unsigned b = regBytes(o);
   if (b == 0) fail("register ", fn.regs[(size_t)o.reg].name, " is a predicate");
   if (bytes && b != bytes)
     fail("register ", fn.regs[(size_t)o.reg].name, " has ", b * 8, " bits, the instruction wants ", bytes * 8);
+  if (o.i) fail("offset on a register operand");
   return kb.reg(fn, o.reg);
+}
+Ref Dec::dst(const Operand& o, unsigned bytes) {
+  if (o.kind == Operand::Sink) return kb.slot(std::max(bytes, 8u) * kLanes);  // nobody reads it
+  if (o.kind != Operand::Register) fail("the destination must be a register");
+  return reg(o, bytes);
 }
 
 bool Dec::unknown(size_t i) const {
@@ -276,11 +279,7 @@ bool Dec::unknown(size_t i) const {
 Ref Dec::srcWide(const Operand& o, Type t, unsigned* bytes) {
   unsigned want = t == Type::None ? 0 : std::max(1u, typeBytes(t));
   switch (o.kind) {
-    case Operand::Register:
-      *bytes = regBytes(o);
-      if (*bytes == 0) fail("register ", fn.regs[(size_t)o.reg].name, " is a predicate");
-      if (o.i) fail("offset on a register operand");
-      return kb.reg(fn, o.reg);
+    case Operand::Register: *bytes = regBytes(o); return reg(o, 0);
     case Operand::Int:
     case Operand::Float: *bytes = std::max(2u, want ? want : 4u); return constant(immediateBits(o, t, *this), *bytes);
     case Operand::Special: {
@@ -308,11 +307,10 @@ Ref Dec::srcWide(const Operand& o, Type t, unsigned* bytes) {
 }
 
 Ref Dec::src(const Operand& o, Type t) {
+  const unsigned want = std::max(2u, typeBytes(t));
+  if (o.kind == Operand::Register) return reg(o, want);
   unsigned bytes;
   const Ref r = srcWide(o, t, &bytes);
-  const unsigned want = std::max(2u, typeBytes(t));
-  if (bytes != want && o.kind == Operand::Register)
-    fail("register ", fn.regs[(size_t)o.reg].name, " has ", bytes * 8, " bits, the instruction wants ", want * 8);
   if (bytes != want) fail("operand has the wrong width");
   return r;
 }
@@ -391,10 +389,13 @@ static Inst decodeInst(KernelBuilder& kb, const Func& f, const PInst& p) {
 
 static void decodeFunction(KernelBuilder& kb, const Func& f) {
   Kernel& k = kb.k;
-  std::vector<bool> leader(f.code.size() + 1, false);
+  const size_t n = f.code.size();
+  std::vector<bool> leader(n + 1, false);
   leader[0] = true;
   for (auto& sc : f.scopes)
     for (auto& l : sc.labels) leader[(size_t)l.second] = true;
+  for (size_t i = 0; i < n; ++i)
+    if (const std::string& op = f.code[i].op[0]; op == "bra" || op == "ret" || op == "exit") leader[i + 1] = true;
   auto add = [&](const PInst& p, bool leads) {
     Inst& in = k.code.emplace_back(decodeInst(kb, f, p));
     if (p.guard >= 0) {
@@ -408,14 +409,10 @@ static void decodeFunction(KernelBuilder& kb, const Func& f) {
     k.source.push_back({p.ptxLine, p.loc, p.text()});
     k.leader.push_back(leads);
   };
-  std::string before;
-  for (size_t i = 0; i < f.code.size(); ++i) {
-    add(f.code[i], leader[i] || before == "bra" || before == "ret" || before == "exit");
-    before = f.code[i].op[0];
-  }
+  for (size_t i = 0; i < n; ++i) add(f.code[i], leader[i]);
   PInst end;  // falling off the end returns
   end.op = {"ret"};
-  end.ptxLine = f.code.empty() ? 0 : f.code.back().ptxLine;
+  end.ptxLine = n ? f.code.back().ptxLine : 0;
   add(end, false);
 }
 

@@ -16,7 +16,8 @@ using DecodeFn = void (*)(Dec&);
 //   (uni)  (cta|gpu)   may be there and means nothing here
 //   space  vector      perhaps a state space -> Inst::space, x[4]; perhaps v2, v4 or v8 -> Inst::vec
 //   f32                the next type is this one -> types[0], types[1], ...
-//   type bits int half the next type is any, no float, an integer, a float of 16 bits (or two)
+//   type bits int      the next type is any, no float, an integer,
+//   half float         a float of 16 bits (or two), one of 32 or 64
 // and of the operands, where T is a type, the number of one of the types, or `wide`, which has twice the width of
 // types[0]; types[0] if it is left out:
 //   d:T                destination -> Inst::d
@@ -80,6 +81,7 @@ struct Dec {
   const Operand& arg(size_t i) const;
   std::vector<Operand> elements(const Operand& o, size_t n) const;  // of a vector, or a single one
 
+  Ref reg(const Operand& o, unsigned bytes);  // bytes 0: any
   unsigned regBytes(const Operand& o) const;  // of a register; 0 for a predicate and what is no register
   Ref dst(size_t i, unsigned bytes) { return dst(arg(i), bytes); }
   Ref dst(const Operand& o, unsigned bytes);  // bytes 0: any

@@ -81,21 +81,11 @@ void lop3Bool(Warp& w, const Inst& in, uint32_t m) {  // d|p = lop3 ..., q: p = 
 
 // ---- comparison
 
-// A comparison C of two values. The forms with u hold when one is NaN; Ne does not, as float comparison has it.
+// What a comparison accepts. The forms with u hold when one value is NaN; ne does not, as float comparison has it.
 #define COMPARISON "eq|ne|lt|le|gt|ge|lo|ls|hi|hs|equ|neu|ltu|leu|gtu|geu|num|nan and|or|xor? ftz? "
-enum Cmp { Eq, Ne, Lt, Le, Gt, Ge, Equ, Neu, Ltu, Leu, Gtu, Geu, Num, Nan };
-template <int C, class T>
-inline bool compare(T a, T b) {
-  if constexpr (C == Eq) return a == b;
-  if constexpr (C == Ne) return a < b || a > b;
-  if constexpr (C == Lt) return a < b;
-  if constexpr (C == Le) return a <= b;
-  if constexpr (C == Gt) return a > b;
-  if constexpr (C == Ge) return a >= b;
-  if constexpr (C >= Equ && C <= Geu) return !compare<(C <= Neu ? Neu - C : Ge + Ltu - C)>(a, b);  // of the opposite
-  if constexpr (C == Num) return a == a && b == b;
-  if constexpr (C == Nan) return a != a || b != b;
-}
+enum { Lt = 1, Eq = 2, Gt = 4, Un = 8, Any = 15 };  // less, equal, greater, unordered
+constexpr uint8_t kAccepted[] = {Eq,      Lt | Gt, Lt,       Lt | Eq, Gt,       Gt | Eq, Lt,       Lt | Eq,  Gt,
+                                 Gt | Eq, Eq | Un, Any - Eq, Lt | Un, Any - Gt, Gt | Un, Any - Lt, Any - Un, Un};
 template <class T, float (*Value)(T)>
 struct As {
   T v;
@@ -110,31 +100,36 @@ struct PartOf {
 };
 
 using CompareFn = uint32_t (*)(Warp&, const Inst&);
-template <int C, class T, class V>
-uint32_t compareLanes(Warp& w, const Inst& in) {
-  const T *a = w.ptr<const T>(in.a), *b = w.ptr<const T>(in.b);
-  uint32_t r = 0;
-  for (unsigned i = 0; i < kLanes; ++i) r |= (uint32_t)compare<C, V>((V)a[i], (V)b[i]) << i;
-  return r;
-}
-template <class T, class V, int... C>
-CompareFn pickCompare(int c, std::integer_sequence<int, C...>) {
-  static const CompareFn table[] = {compareLanes<C, T, V>...};
-  return table[c];
-}
 template <class T, class V = float>
-int64_t pickCompare(Dec& d) {  // x[0] comparison, of which lo, ls, hi, hs are lt, le, gt, ge
-  const int c = d.out.x[0] < 6 ? d.out.x[0] : d.out.x[0] - 4;
-  return (int64_t)pickCompare<T, V>(c, std::make_integer_sequence<int, Nan + 1>());
+uint32_t compareLanes(Warp& w, const Inst& in) {  // x[0]: accepted
+  const T *a = w.ptr<const T>(in.a), *b = w.ptr<const T>(in.b);
+  auto where = [&](auto test) {
+    uint32_t r = 0;
+    for (unsigned i = 0; i < kLanes; ++i) r |= (uint32_t)test((V)a[i], (V)b[i]) << i;
+    return r;
+  };
+  const bool most = __builtin_popcount(in.x[0]) > 2;
+  const unsigned look = most ? Any - in.x[0] : in.x[0];
+  uint32_t r = 0;
+  if (look & Lt) r |= where([](V x, V y) { return x < y; });
+  if (look & Eq) r |= where([](V x, V y) { return x == y; });
+  if (look & Gt) r |= where([](V x, V y) { return x > y; });
+  if (look & Un) r |= where([](V x, V y) { return x != x || y != y; });
+  return most ? ~r : r;
 }
-int64_t pickCompare(Dec& d, Type t) {
-  if (t == Type::F32 && d.out.x[2]) return pickCompare<As<float, flush>>(d);
-  if (t == Type::F16) return pickCompare<AsF16>(d);
-  if (t == Type::BF16) return pickCompare<AsBf16>(d);
-  const int64_t fn = ofType<uint16_t, int16_t, uint32_t, int32_t, uint64_t, int64_t, float, double>(
-      t, [&](auto v) { return pickCompare<decltype(v), decltype(v)>(d); });
+void takeComparison(Dec& d, Type t) {
+  if ((d.out.x[1] != 0) != (d.argc() == 4)) d.fail("a third source goes with a boolean operator");
+  d.out.x[0] = kAccepted[d.out.x[0]];
+  if (!isFloat(t) && __builtin_popcount(d.out.x[0]) == 2) d.out.x[0] |= Un;  // never so: one look does
+}
+int64_t compareFn(Dec& d, Type t) {
+  CompareFn fn = ofType<uint16_t, int16_t, uint32_t, int32_t, uint64_t, int64_t, float, double>(
+      t, [](auto v) -> CompareFn { return compareLanes<decltype(v), decltype(v)>; });
+  if (t == Type::F32 && d.out.x[2]) fn = compareLanes<As<float, flush>>;
+  if (t == Type::F16) fn = compareLanes<AsF16>;
+  if (t == Type::BF16) fn = compareLanes<AsBf16>;
   if (!fn) d.fail("this type cannot be compared");
-  return fn;
+  return (int64_t)fn;
 }
 // x[1]: no boolean operator, and, or, xor
 uint32_t combine(const Inst& in, uint32_t t, uint32_t c) {
@@ -147,28 +142,23 @@ void setp(Warp& w, const Inst& in, uint32_t m) {
   w.setPred(in.d, m, combine(in, t, c), v);
   if (in.ext->refs[0].id) w.setPred(in.ext->refs[0], m, combine(in, ~t, c), v);
 }
-void setpHalf2(Warp& w, const Inst& in, uint32_t m) {  // p|q = the two halves
-  const uint32_t v = w.validOf(in.a) & w.validOf(in.b);
-  const uint32_t low = ((CompareFn)in.ext->v[0])(w, in), high = ((CompareFn)in.ext->v[1])(w, in);
-  w.setPred(in.d, m, low, v);
+template <class H>
+void setpHalves(Warp& w, const Inst& in, uint32_t m) {  // p|q = the two halves
+  const uint32_t v = w.validOf(in.a) & w.validOf(in.b), high = compareLanes<PartOf<H, 1>>(w, in);
+  w.setPred(in.d, m, compareLanes<PartOf<H, 0>>(w, in), v);
   w.setPred(in.ext->refs[0], m, high, v);
 }
-void checkCombination(Dec& d) {
-  if ((d.out.x[1] != 0) != (d.argc() == 4)) d.fail("a third source goes with a boolean operator");
-}
 void decodeSetp(Dec& d) {
-  checkCombination(d);
   const Type t = d.types[0];
+  takeComparison(d, t);
   if (t != Type::F16x2 && t != Type::BF16x2) {
-    d.out.imm = pickCompare(d, t);
+    d.out.imm = compareFn(d, t);
     d.out.fn = setp;
     return;
   }
   if (d.out.x[1] || !d.extra()->refs[0].id)
     d.fail("only the p|q form without a boolean operator is supported for packed halves");
-  d.extra()->v[0] = t == Type::F16x2 ? pickCompare<PartOf<AsF16, 0>>(d) : pickCompare<PartOf<AsBf16, 0>>(d);
-  d.extra()->v[1] = t == Type::F16x2 ? pickCompare<PartOf<AsF16, 1>>(d) : pickCompare<PartOf<AsBf16, 1>>(d);
-  d.out.fn = setpHalf2;
+  d.out.fn = t == Type::F16x2 ? setpHalves<AsF16> : setpHalves<AsBf16>;
 }
 
 // set: d = comparison ? 1.0 or all ones : 0
@@ -181,10 +171,10 @@ void setValue(Warp& w, const Inst& in, uint32_t m) {
   w.setValid(in.d, m, w.validOf(in.a) & w.validOf(in.b) & w.validOf(in.c));
 }
 void decodeSet(Dec& d) {
-  checkCombination(d);
   const Type t = d.types[0];
   d.extra()->v[0] = t == Type::F32 ? 0x3f800000 : t == Type::F16 ? 0x3c00 : t == Type::BF16 ? 0x3f80 : kAll;
-  d.out.imm = pickCompare(d, d.types[1]);
+  takeComparison(d, d.types[1]);
+  d.out.imm = compareFn(d, d.types[1]);
   d.out.fn = typeBytes(t) == 2 ? setValue<uint16_t> : setValue<uint32_t>;
 }
 
@@ -218,40 +208,30 @@ void movSpecial(Warp& w, const Inst& in, uint32_t m) {  // one that changes whil
   w.setValid(in.d, m, kAll);
 }
 
-// mov.b32 d, {a, b} and back: the whole has x[0] bytes, each of ext->refs `bytes` of it in a register of ext->widths; 0
+// mov.b32 d, {a, b} and back: parts of type T, of a whole of `bytes`, in registers ext->refs of ext->widths bytes, 0
 // for a sink.
-using Bits128 = unsigned __int128;
+template <class T>
 void pack(Warp& w, const Inst& in, uint32_t m) {
-  const auto& refs = in.ext->refs;
-  uint32_t v = kAll;
-  for (auto& ref : refs) v &= w.validOf(ref);
-  for (int i : lanesOf(m)) {
-    Bits128 r = 0;
-    for (size_t k = 0; k < refs.size(); ++k) {
-      const uint64_t e = laneBits(w, refs[k], in.ext->widths[k], i);
-      r |= (Bits128)(in.bytes == 1 ? e & 0xff : e) << (8 * in.bytes * k);
-    }
-    if (in.x[0] == 16)
-      memcpy(w.ptr<B128>(in.d) + i, &r, 16);
-    else
-      setLaneBits(w, in.d, in.x[0], i, (uint64_t)r);
+  uint32_t valid = kAll;
+  for (size_t k = 0; k < in.ext->refs.size(); ++k) {
+    const Ref part = in.ext->refs[k];
+    uint8_t *to = w.ptr<uint8_t>(in.d) + k * sizeof(T), *from = w.ptr<uint8_t>(part);
+    for (int i : lanesOf(m)) memcpy(to + in.bytes * i, from + in.ext->widths[k] * (unsigned)i, sizeof(T));
+    valid &= w.validOf(part);
   }
-  w.setValid(in.d, m, v);
+  w.setValid(in.d, m, valid);
 }
+template <class T>
 void unpack(Warp& w, const Inst& in, uint32_t m) {
-  const auto& refs = in.ext->refs;
-  for (int i : lanesOf(m)) {
-    Bits128 r;
-    if (in.x[0] == 16)
-      memcpy(&r, w.ptr<B128>(in.a) + i, 16);
-    else
-      r = laneBits(w, in.a, in.x[0], i);
-    for (size_t k = 0; k < refs.size(); ++k) {
-      const uint64_t e = (uint64_t)(r >> (8 * in.bytes * k));
-      if (in.ext->widths[k]) setLaneBits(w, refs[k], in.ext->widths[k], i, in.bytes == 1 ? e & 0xff : e);
+  for (size_t k = 0; k < in.ext->refs.size(); ++k) {
+    if (!in.ext->widths[k]) continue;
+    for (int i : lanesOf(m)) {
+      T part;
+      memcpy(&part, w.ptr<uint8_t>(in.a) + in.bytes * i + k * sizeof(T), sizeof(T));
+      setLaneBits(w, in.ext->refs[k], in.ext->widths[k], i, part);
     }
+    w.setValid(in.ext->refs[k], m, w.validOf(in.a));
   }
-  for (auto& ref : refs) w.setValid(ref, m, w.validOf(in.a));
 }
 
 void decodeMov(Dec& d) {
@@ -259,24 +239,23 @@ void decodeMov(Dec& d) {
   const unsigned bytes = typeBytes(t);
   const Operand &to = d.arg(0), &from = d.arg(1);
   d.wantArgs(2);
-  d.out.x[0] = (uint8_t)bytes;
+  d.out.bytes = (uint8_t)bytes;
   if (from.kind == Operand::Vector || to.kind == Operand::Vector) {
     const bool packs = from.kind == Operand::Vector;
     const std::vector<Operand>& parts = packs ? from.sub : to.sub;
     const unsigned each = bytes / (unsigned)parts.size(), reg = std::max(2u, each);
     const Type part = each == 1 ? Type::B8 : each == 2 ? Type::B16 : each == 4 ? Type::B32 : Type::B64;
-    unsigned width;
     if (packs)
       d.out.d = d.dst(to, bytes);
     else
-      d.out.a = d.srcWide(from, t, &width);
+      d.out.a = d.src(from, t);
     for (auto& o : parts) {
-      width = o.kind == Operand::Sink ? 0 : reg;
+      unsigned width = o.kind == Operand::Sink ? 0 : reg;
       d.extra()->refs.push_back(packs ? d.srcWide(o, part, &width) : d.dst(o, reg));
       d.extra()->widths.push_back(width);
     }
-    d.out.bytes = (uint8_t)each;
-    d.out.fn = packs ? pack : unpack;
+    auto handler = [&](auto t) -> Handler { return packs ? pack<decltype(t)> : unpack<decltype(t)>; };
+    d.out.fn = each == 1 ? handler(uint8_t()) : ofWidth(each, handler);
     return;
   }
   d.out.d = d.dst(to, bytes);
@@ -284,7 +263,6 @@ void decodeMov(Dec& d) {
   if (from.kind == Operand::Special)
     if (const Special* special = findSpecial(from.name, &dimension); special && special->changes) {
       d.out.imm = (int64_t)special;
-      d.out.bytes = (uint8_t)bytes;
       d.out.fn = movSpecial;
       return;
     }
