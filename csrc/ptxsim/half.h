@@ -21,6 +21,7 @@ inline uint64_t bits(double f) { return bitsAs<uint64_t>(f); }
 inline bool isNan32(uint32_t b) { return (b & 0x7fffffffu) > 0x7f800000u; }
 constexpr uint32_t kNan32 = 0x7fffffffu;
 inline float canonical(float f) { return f != f ? f32(kNan32) : f; }
+inline double canonical(double f) { return f; }
 inline float flush(float f) {
   uint32_t b = bits(f);
   return (b & 0x7f800000u) == 0 ? f32(b & 0x80000000u) : f;

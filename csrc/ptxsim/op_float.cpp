@@ -22,6 +22,8 @@ TYPED(T, Lg2, (T a)) { return (T)std::log2((double)a); }
 TYPED(T, Ex2, (T a)) { return (T)std::exp2((double)a); }
 TYPED(T, Tanh, (T a)) { return (T)std::tanh((double)a); }
 
+template <class Bits>
+constexpr Bits kSign = (Bits)1 << (8 * sizeof(Bits) - 1);
 template <bool Ftz, class T>
 inline T in(T f) {
   if constexpr (Ftz && sizeof(T) == 4) return flush(f);
@@ -58,28 +60,30 @@ void rounded(Dec& d) {  // x[1] ftz, x[2] sat
       d.types[0] == Type::F64, d.out.x[0] > 1, d.out.x[1], d.out.x[2]);
 }
 
-// -0 is below +0; one NaN operand loses unless .NaN; .xorsign takes magnitudes, and the sign from both.
-template <class T, bool Min, bool Xorsign, bool Ftz, bool PropagateNan>
+// -0 is below +0; one NaN operand loses unless .NaN.
+template <class T, bool Min, bool Ftz, bool PropagateNan>
 struct MinMax {
   T operator()(T a, T b) const {
     a = in<Ftz>(a), b = in<Ftz>(b);
-    const T nan = sizeof(T) == 4 ? f32(kNan32) : NAN;
-    if (PropagateNan && (a != a || b != b)) return nan;
-    const T sign = std::signbit(a) != std::signbit(b) ? -1 : 1;
-    if (Xorsign) a = std::fabs(a), b = std::fabs(b);
-    if (a != a) a = b;
-    if (b != b) b = a;
-    const T r = (a == b ? std::signbit(a) == Min : (a < b) == Min) ? a : b;
-    if (sizeof(T) == 4 && r != r) return nan;
-    return Xorsign ? std::copysign(r, sign) : r;
+    if (PropagateNan && (a != a || b != b)) return canonical((T)NAN);
+    if (a != a) return canonical(b);
+    if (b != b) return a;
+    if (a == b) return (bits(a) >> (8 * sizeof(T) - 1)) == Min ? a : b;
+    return (a < b) == Min ? a : b;
   }
 };
-template <bool Min, bool Xorsign>
-void minMax(Dec& d) {
-  d.out.fn =
-      byFlags([](auto wide, auto ftz,
-                 auto nan) { return lanes<MinMax<std::conditional_t<wide, double, float>, Min, Xorsign, ftz, nan>>(); },
-              d.types[0] == Type::F64, d.out.x[0], d.out.x[1]);
+template <class T, bool Min, bool Ftz, bool PropagateNan>
+struct MinMaxXorsign {  // of the magnitudes, and the sign from both
+  float operator()(float a, float b) const {
+    const float r = MinMax<float, Min, Ftz, PropagateNan>()(std::fabs(a), std::fabs(b));
+    return r != r ? r : f32(bits(r) | ((bits(a) ^ bits(b)) & 0x80000000u));
+  }
+};
+template <bool Min, template <class, bool, bool, bool> class F>
+void minMax(Dec& d) {  // x[0] ftz, x[1] NaN
+  d.out.fn = byFlags(
+      [](auto wide, auto ftz, auto nan) { return lanes<F<std::conditional_t<wide, double, float>, Min, ftz, nan>>(); },
+      d.types[0] == Type::F64, d.out.x[0], d.out.x[1]);
 }
 
 // The upper half of a value, as a seed for Newton steps.
@@ -90,8 +94,6 @@ LANE(double, RcpSeed, (double a)) {
 LANE(double, RsqrtSeed, (double a)) { return seed(1.0 / std::sqrt(a)); }
 
 // Of the bits. x[0]: ftz
-template <class T>
-constexpr T kSign = (T)1 << (8 * sizeof(T) - 1);
 template <class T>
 T flushed(const Inst& inst, T a) {
   return sizeof(T) == 4 && inst.x[0] ? (T)bits(flush(f32((uint32_t)a))) : a;
@@ -118,10 +120,10 @@ const Forms kForms = {
     {"mad", kRounded, "d a b c", rounded<Fma>},
     {"div", kRounded, "d a b", rounded<Div>},
     {"div", "rn|rz|rm|rp? ftz? sat? approx|full f32", "d a b", rounded<Div>},
-    {"min", "xorsign abs ftz? NaN? f32", "d a b", minMax<true, true>},
-    {"max", "xorsign abs ftz? NaN? f32", "d a b", minMax<false, true>},
-    {"min", "ftz? NaN? float", "d a b", minMax<true, false>},
-    {"max", "ftz? NaN? float", "d a b", minMax<false, false>},
+    {"min", "xorsign abs ftz? NaN? f32", "d a b", minMax<true, MinMaxXorsign>},
+    {"max", "xorsign abs ftz? NaN? f32", "d a b", minMax<false, MinMaxXorsign>},
+    {"min", "ftz? NaN? float", "d a b", minMax<true, MinMax>},
+    {"max", "ftz? NaN? float", "d a b", minMax<false, MinMax>},
     {"abs", "ftz? float", "d a", byWidth<Abs>},
     {"neg", "ftz? float", "d a", byWidth<Neg>},
     {"rcp", "approx (ftz) f64", "d a", lanes<RcpSeed>()},

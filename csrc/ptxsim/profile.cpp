@@ -111,8 +111,7 @@ bool spins(const Kernel& k, const std::vector<Block>& blocks, const std::vector<
     for (uint32_t i = blocks[b].first; i <= blocks[b].last; ++i) {
       const std::string& op = k.source[i].text;
       const std::string name = mnemonic(op);
-      const bool look = op.compare(0, 16, "mbarrier.try_wai") == 0 || op.compare(0, 16, "mbarrier.test_wa") == 0 ||
-                        (name == "atom" && hasPart(op, "cas")) ||
+      const bool look = hasPart(op, "try_wait") || hasPart(op, "test_wait") || (name == "atom" && hasPart(op, "cas")) ||
                         (name == "ld" && (hasPart(op, "acquire") || hasPart(op, "relaxed") || hasPart(op, "volatile")));
       polls |= look;
       if (!look && has("st red atom cp wgmma mma bar barrier mbarrier call stmatrix ldmatrix brx", ' ', name))
