@@ -153,7 +153,6 @@ struct RaceShadow {
 };
 
 struct RaceState {
-  Launch* launch;
   std::vector<std::shared_ptr<OpRecord>> ops{nullptr};
   std::unordered_map<uint64_t, RaceClock> sync;  // by address: what strong stores released
   std::unordered_map<const Buffer*, RaceShadow> global;
@@ -162,17 +161,9 @@ struct RaceState {
     uint64_t side = ~0ull;
     Entry before[32];
   } memo;
-  uint32_t warpOf(const Entry& e) const { return e.flags & kOpFlag ? ops[e.agent]->issuer : e.agent; }
-  std::string nameOf(uint32_t warp) const {
-    return cat("warp ", warp % launch->warpsPerCta, " of CTA ", warp / launch->warpsPerCta);
-  }
 };
 
-std::shared_ptr<RaceState> raceCreate(Launch& l) {
-  auto s = std::make_shared<RaceState>();
-  s->launch = &l;
-  return s;
-}
+std::shared_ptr<RaceState> raceCreate() { return std::make_shared<RaceState>(); }
 
 void raceStart(Launch& l, Cluster& c, uint64_t index) {
   if (!l.race) return;
@@ -184,9 +175,7 @@ void raceStart(Launch& l, Cluster& c, uint64_t index) {
       w.agent = first + cta->rank * l.warpsPerCta + w.index;
       w.race = std::make_shared<RaceWarp>();
       w.race->self = w.agent;
-      w.race->clock.first = w.race->met.first = first;
-      w.race->clock.own.resize(n);
-      w.race->met.own.resize(n);
+      w.race->clock = w.race->met = {first, std::vector<Seen>(n), {}};
       w.race->now() = 1;
     }
   }
@@ -214,13 +203,13 @@ Side side(const AsyncOp& op, Sight sight) {
 }
 
 // "": ordered. Otherwise what is missing.
-const char* ordered(const RaceState& s, const Side& me, const Entry& e) {
+const char* ordered(const Side& me, const Entry& e) {
   const char *no = "nothing orders them", *noProxy = "no proxy fence (fence.proxy.async) lies between";
   const bool write = e.flags & kWriteFlag;
   if ((e.flags & kOpFlag) == (me.flags & kOpFlag) && e.agent == me.agent) return "";
   if (!(e.flags & kOpFlag))
     return !me.clock.knows(e.agent, e.time) ? no : write && !me.clock.knows(e.agent, e.time, me.sight) ? noProxy : "";
-  const OpRecord& op = *s.ops[e.agent];
+  const OpRecord& op = *me.w.launch->race->ops[e.agent];
   no = "nothing waits for that operation in between";
   for (auto* list : {&op.full, &op.read})
     for (auto& c : *list)
@@ -232,12 +221,16 @@ const char* ordered(const RaceState& s, const Side& me, const Entry& e) {
   return no;
 }
 
+uint32_t warpOf(const RaceState& s, const Entry& e) { return e.flags & kOpFlag ? s.ops[e.agent]->issuer : e.agent; }
+std::string nameOf(const Launch& l, uint32_t warp) {
+  return cat("warp ", warp % l.warpsPerCta, " of CTA ", warp / l.warpsPerCta);
+}
 const char* verb(bool write) { return write ? "write" : "read"; }
-[[noreturn]] void report(const RaceState& s, const Side& me, const Entry& e, bool write, const std::string& place,
-                         const char* why) {
+[[noreturn]] void report(const Side& me, const Entry& e, bool write, const std::string& place, const char* why) {
+  const Launch& l = *me.w.launch;
   me.w.fail(me.in, -1, "race on ", place, ": this ", (me.sight ? "asynchronous " : ""), verb(write), " and the ",
             verb(e.flags & kWriteFlag), " by ", (e.flags & kOpFlag ? "the asynchronous operation issued by " : ""),
-            s.nameOf(s.warpOf(e)), " at ", me.w.kernel->place(e.pc), ": ", why);
+            nameOf(l, warpOf(*l.race, e)), " at ", l.kernel->place(e.pc), ": ", why);
 }
 
 void touch(RaceState& s, Granule& g, const Side& me, uint16_t mask, Kind kind, const Spot& at) {
@@ -247,9 +240,9 @@ void touch(RaceState& s, Granule& g, const Side& me, uint16_t mask, Kind kind, c
     if (e.flags & me.flags & kStrong) return;  // both strong: ordered by the memory system
     Entry& known = s.memo.before[(e.agent * 2 + (e.flags & kWriteFlag ? 1 : 0)) & 31];
     if (known.mask && known.agent == e.agent && known.time >= e.time && known.flags == e.flags) return;
-    const char* why = ordered(s, me, e);
+    const char* why = ordered(me, e);
     if (*why)
-      report(s, me, e, write, cat(at.name(), " at byte ", at.offset / 16 * 16 + (unsigned)__builtin_ctz(e.mask & mask)),
+      report(me, e, write, cat(at.name(), " at byte ", at.offset / 16 * 16 + (unsigned)__builtin_ctz(e.mask & mask)),
              why);
     known = e;
   };
@@ -267,15 +260,15 @@ void touch(RaceState& s, Granule& g, const Side& me, uint16_t mask, Kind kind, c
 }
 
 // Without a shadow where no race can be: in local memory, and in what the launch may only read.
-Spot spotOf(RaceState& s, Cta* cta, const Buffer* buffer, uint64_t offset) {
-  Spot at{cta, buffer, cta ? cta->shadow.get() : nullptr, offset};
-  if (cta || !buffer || !buffer->writable) return at;
-  at.shadow = &s.global[buffer];
-  if (at.shadow->pages.empty()) at.shadow->resize(buffer->end - buffer->begin);
-  return at;
-}
 Spot spotOf(RaceState& s, const Place& p) {
-  return spotOf(s, p.cta, p.buffer, p.cta ? p.offset : p.buffer ? (uint64_t)p.p - p.buffer->begin : 0);
+  if (p.cta) return {p.cta, nullptr, p.cta->shadow.get(), p.offset};
+  if (!p.buffer || !p.buffer->writable) return {};
+  RaceShadow& shadow = s.global[p.buffer];
+  if (shadow.pages.empty()) shadow.resize(p.buffer->end - p.buffer->begin);
+  return {nullptr, p.buffer, &shadow, (uint64_t)p.p - p.buffer->begin};
+}
+Spot spotOf(RaceState& s, Buffer& b, uint64_t address) {
+  return spotOf(s, {(uint8_t*)address, nullptr, nullptr, 0, &b});
 }
 
 void range(const Side& me, Spot at, uint64_t bytes, Kind kind) {
@@ -363,13 +356,12 @@ void raceTensorMap(Warp& w, const Inst& in, Buffer& b, uint64_t address) {
   if (!w.launch->race || !b.writable) return;
   RaceState& s = *w.launch->race;
   const Side me = side(w, in, false);
-  const Spot at = spotOf(s, nullptr, &b, address - b.begin);
+  const Spot at = spotOf(s, b, address);
   range(me, at, 128, Kind::Read);
   for (uint64_t g = at.offset / 16; g < at.offset / 16 + 8; ++g)
     for (const Entry& e : at.shadow->at(g).writes)
       if (e.mask && !(e.flags & kOpFlag) && me.clock.isOwn(e.agent) && !w.race->mapped.knows(e.agent, e.time))
-        report(s, me, e, false, "the tensor map in " + b.name,
-               "no fence.proxy.tensormap (generic, acquire) lies between");
+        report(me, e, false, "the tensor map in " + b.name, "no fence.proxy.tensormap (generic, acquire) lies between");
 }
 
 // ---- synchronisation
@@ -476,10 +468,10 @@ static void checkRemote(Cta& cta) {
   for (auto* list : {&shadow.remote, &shadow.remoteOps})
     for (const Entry& e : *list) {
       const bool op = e.flags & kOpFlag;
-      const uint32_t warp = s.warpOf(e);
-      if (!*ordered(s, me, e) || (!op && shadow.met.knows(warp, e.time))) continue;
+      const uint32_t warp = warpOf(s, e);
+      if (!*ordered(me, e) || (!op && shadow.met.knows(warp, e.time))) continue;
       throw Error("CTA ", cta.linear, " may exit before ", (op ? "the asynchronous operation issued by " : ""),
-                  s.nameOf(warp),
+                  nameOf(*cta.launch, warp),
                   (op ? " has written its shared memory: nothing waits"
                       : " accesses its shared memory: a cluster barrier is missing"),
                   "\n  at kernel ", k.name, ": ", k.place(e.pc));
@@ -516,7 +508,7 @@ void raceAsyncGlobal(AsyncOp& op, Buffer& b, uint64_t address, uint64_t bytes, K
   if (!s) return;
   Side me = side(op, kAsyncGlobal);
   if (kind == Kind::Atomic) me.flags |= kStrong;
-  range(me, spotOf(*s, nullptr, &b, address - b.begin), bytes, kind);
+  range(me, spotOf(*s, b, address), bytes, kind);
 }
 void raceAsyncSignal(const AsyncOp& op, Mbarrier& b) {
   RaceState* s = op.warp->launch->race.get();

@@ -46,7 +46,7 @@ void laneAccess(Warp& w, const Inst& in, int lane, LanePage& page, const Spot& a
 // The same by an asynchronous operation, when it is issued or when the lane has waited for it.
 void laneAsync(Warp& w, const Inst& in, int lane, Cta& cta, uint32_t offset, uint32_t bytes, Kind kind);
 
-std::shared_ptr<RaceState> raceCreate(Launch& l);
+std::shared_ptr<RaceState> raceCreate();
 void raceStart(Launch& l, Cluster& c, uint64_t index);
 enum { FenceMemory, FenceAsync, FenceTensormap, FenceMbarrierInit, FenceAlias };  // in x[0] of the instruction
 void raceFence(Warp& w, const Inst& in, uint32_t m);
