@@ -183,6 +183,16 @@ struct Running {  // what a launch changes is as before when it is over
   }
 };
 
+// What the launches use that may still run when the next one is launched early.
+thread_local std::vector<Declared> gPredecessors;
+void markPredecessors(const std::vector<Declared>& declared) {
+  for (auto& mine : declared)
+    for (auto& other : gPredecessors)
+      if (mine.address < other.address + other.bytes && other.address < mine.address + mine.bytes &&
+          (mine.access | other.access) & 2)
+        Arena::get().find(translate(mine.address, mine.bytes), mine.bytes)->predecessor = true;
+}
+
 // ---- launch
 
 struct LaunchAttribute {  // CUlaunchAttribute
@@ -217,8 +227,10 @@ void shape(Launch& l, const LaunchConfig& cfg, const KernelHandle& handle) {
     }
   };
   if (f.cluster[0]) setCluster(f.cluster);
-  for (unsigned i = 0; i < cfg.numAttributes; ++i)
-    if (cfg.attributes[i].id == 4) setCluster(cfg.attributes[i].v.dim);
+  for (unsigned i = 0; i < cfg.numAttributes; ++i) switch (cfg.attributes[i].id) {
+      case 4: setCluster(cfg.attributes[i].v.dim); break;
+      case 6: l.early = cfg.attributes[i].v.value; break;
+    }
   uint64_t threads = 1;
   const unsigned maxBlock[3] = {1024, 1024, 64}, maxGrid[3] = {0x7fffffff, 65535, 65535};
   for (int d = 0; d < 3; ++d) {
@@ -288,6 +300,7 @@ void launch(const LaunchConfig& cfg, KernelHandle& handle, void** params, void**
   std::string failure;
   try {
     copyIn(declared);
+    if (l.early) markPredecessors(declared);
     for (uint32_t at = 0; at + 8 <= k.paramBytes; at += 8) {
       uint64_t v;
       memcpy(&v, k.params + at, 8);
@@ -302,6 +315,8 @@ void launch(const LaunchConfig& cfg, KernelHandle& handle, void** params, void**
   gCounters = l.n;
   gKernelName = k.name;
   gInstructions = instructionCounts(k);
+  if (!l.early || l.waited) gPredecessors.clear();  // this launch has ended, and so have those before it
+  gPredecessors.insert(gPredecessors.end(), declared.begin(), declared.end());
   profileEnd(k);
   const bool outside = failure.find("out-of-bounds global") != std::string::npos;
   require(failure.empty(), outside ? IllegalAddress : LaunchFailed, failure);
@@ -358,10 +373,10 @@ using namespace ptxsim;
   SIM_API int name(__VA_ARGS__) { return Success; }
 SIM_NOTHING(cuInit, unsigned)
 SIM_NOTHING(cuDevicePrimaryCtxRelease_v2, int)
-SIM_NOTHING(cuCtxSynchronize, void)
-SIM_NOTHING(cuStreamSynchronize, void*)
 SIM_NOTHING(cuThreadExchangeStreamCaptureMode, int*)
 SIM_NOTHING(cuFuncSetCacheConfig, void*, int)
+SIM_API int cuCtxSynchronize() { return gPredecessors.clear(), Success; }
+SIM_API int cuStreamSynchronize(void*) { return cuCtxSynchronize(); }
 
 SIM_API int cuDriverGetVersion(int* v) { return *v = 13000, Success; }
 SIM_API int cuDeviceGet(int* d, int ordinal) {

@@ -33,6 +33,7 @@ struct Untouched {
 struct Buffer {
   uint64_t begin = 0, end = 0;
   bool writable = true;
+  bool predecessor = false;  // the launch before may still use it: see Launch::early
   std::string name;
   std::vector<uint8_t, Untouched<uint8_t>> valid;  // of a buffer the kernel may not read before it wrote: 1 = written
 };

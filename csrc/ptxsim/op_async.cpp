@@ -214,13 +214,14 @@ LANE(uint32_t, PendingCount, (uint64_t state)) { return (uint32_t)(state >> 32);
 // ---- cp.async
 
 struct CpAsync : AsyncOp {
-  uint8_t* from[kLanes];
+  Place from[kLanes];
   uint32_t to[kLanes], have[kLanes];
   bool step() override {
     Cta& c = *warp->cta;
     for (int i : lanesOf(mask)) {
+      if (have[i]) raceAsyncGlobal(*this, *from[i].buffer, (uint64_t)from[i].p, have[i], Kind::Read);
       raceAsyncShared(*this, c, to[i], inst->bytes, Kind::Write);
-      memcpy(c.smem + to[i], from[i], have[i]);
+      if (have[i]) memcpy(c.smem + to[i], from[i].p, have[i]);
       memset(c.smem + to[i] + have[i], 0, inst->bytes - have[i]);
       memset(c.smemValid + to[i], 1, inst->bytes);
     }
@@ -242,11 +243,10 @@ void cpAsync(Warp& w, const Inst& in, uint32_t m) {
     if (have > in.bytes) w.fail(in, i, "cp.async: src-size ", have, " exceeds cp-size ", in.bytes);
     op->to[i] = p.offset;
     op->have[i] = have;
-    op->from[i] = p.p;
     if (have) {
       const uint64_t g = laneAddress(w, in, in.ext->second, i);
       if (g % in.bytes) w.fail(in, i, "misaligned cp.async source");
-      op->from[i] = locateGlobal(w, in, i, g, have, Kind::Read, 1).p;
+      op->from[i] = locateGlobal(w, in, i, g, have, Kind::Read, 1);
     }
     w.launch->n.globalRead += have;
     w.launch->n.sharedWrite += in.bytes;

@@ -64,6 +64,10 @@ void ret(Warp& w, const Inst&, uint32_t m) {
 }
 void exitThread(Warp& w, const Inst&, uint32_t m) { w.exitLanes(m); }
 void trap(Warp& w, const Inst& in, uint32_t m) { w.fail(in, firstLane(m), "trap"); }
+void gridWait(Warp& w, const Inst&, uint32_t) {
+  w.launch->waited = true;
+  raceGridWait(w);
+}
 void nothing(Warp&, const Inst&, uint32_t) {}
 
 const char* cstring(Warp& w, const Inst& in, int lane, uint64_t a) {
@@ -227,7 +231,8 @@ const Forms kForms = {
     {"exit", "", "", exitThread},
     {"trap|brkpt", "", "", trap},
     {"nanosleep", "u32", "a", nothing},
-    {"griddepcontrol", "wait|launch_dependents", "", nothing},
+    {"griddepcontrol", "wait", "", gridWait},
+    {"griddepcontrol", "launch_dependents", "", nothing},
     {"fence|membar", "global|shared::cta|shared::cluster? sc|acq_rel|acquire|release? (cta|cluster|gpu|sys|gl)",
      nullptr, decodeFence},
     {"setmaxnreg", "inc|dec sync aligned u32", "imm", decodeSetmaxnreg},

@@ -63,6 +63,8 @@ struct RaceWarp {
 
 namespace {
 
+constexpr uint32_t kPredecessor = ~0u;  // the launch before, as an agent: its end is at time 1
+
 enum Flag : uint8_t { kStrong = 1, kOpFlag = 2, kWriteFlag = 4 };
 struct Entry {
   uint32_t agent, time, pc;  // an operation: agent is its id
@@ -262,7 +264,7 @@ void touch(RaceState& s, Granule& g, const Side& me, uint16_t mask, Kind kind, c
 // Without a shadow where no race can be: in local memory, and in what the launch may only read.
 Spot spotOf(RaceState& s, const Place& p) {
   if (p.cta) return {p.cta, nullptr, p.cta->shadow.get(), p.offset};
-  if (!p.buffer || !p.buffer->writable) return {};
+  if (!p.buffer || !p.buffer->writable) return {nullptr, p.buffer, nullptr, 0};
   RaceShadow& shadow = s.global[p.buffer];
   if (shadow.pages.empty()) shadow.resize(p.buffer->end - p.buffer->begin);
   return {nullptr, p.buffer, &shadow, (uint64_t)p.p - p.buffer->begin};
@@ -272,6 +274,10 @@ Spot spotOf(RaceState& s, Buffer& b, uint64_t address) {
 }
 
 void range(const Side& me, Spot at, uint64_t bytes, Kind kind) {
+  if (at.buffer && at.buffer->predecessor && !me.clock.knows(kPredecessor, 1))
+    me.w.fail(me.in, -1, "race between launches on ", at.name(),
+              ": this one was launched early, and the one before may ",
+              "still use that; nothing orders this access after a griddepcontrol.wait");
   if (!at.shadow) return;
   RaceState& s = *me.w.launch->race;
   const uint64_t end = at.offset + bytes;
@@ -353,11 +359,11 @@ void racePlace(Warp& w, const Inst& in, const Place& p, uint32_t bytes, Kind kin
   if (w.launch->race) range(side(w, in, false), spotOf(*w.launch->race, p), bytes, kind);
 }
 void raceTensorMap(Warp& w, const Inst& in, Buffer& b, uint64_t address) {
-  if (!w.launch->race || !b.writable) return;
-  RaceState& s = *w.launch->race;
+  if (!w.launch->race) return;
   const Side me = side(w, in, false);
-  const Spot at = spotOf(s, b, address);
+  const Spot at = spotOf(*w.launch->race, b, address);
   range(me, at, 128, Kind::Read);
+  if (!at.shadow) return;
   for (uint64_t g = at.offset / 16; g < at.offset / 16 + 8; ++g)
     for (const Entry& e : at.shadow->at(g).writes)
       if (e.mask && !(e.flags & kOpFlag) && me.clock.isOwn(e.agent) && !w.race->mapped.knows(e.agent, e.time))
@@ -365,6 +371,10 @@ void raceTensorMap(Warp& w, const Inst& in, Buffer& b, uint64_t address) {
 }
 
 // ---- synchronisation
+
+void raceGridWait(Warp& w) {
+  if (w.launch->race && w.launch->early) w.race->clock[kPredecessor] = {1, 1, 1};
+}
 
 void raceFence(Warp& w, const Inst& in, uint32_t m) {
   if (!w.launch->race) return;

@@ -49,6 +49,7 @@ void laneAsync(Warp& w, const Inst& in, int lane, Cta& cta, uint32_t offset, uin
 std::shared_ptr<RaceState> raceCreate();
 void raceStart(Launch& l, Cluster& c, uint64_t index);
 enum { FenceMemory, FenceAsync, FenceTensormap, FenceMbarrierInit, FenceAlias };  // in x[0] of the instruction
+void raceGridWait(Warp& w);                                                       // griddepcontrol.wait
 void raceFence(Warp& w, const Inst& in, uint32_t m);
 void raceBarrier(Cta& cta, NamedBarrier& b);                               // b is complete: its waiters go on
 void raceTensorMap(Warp& w, const Inst& in, Buffer& b, uint64_t address);  // a copy uses the 128 bytes there
