@@ -134,6 +134,8 @@ TensorMap readMap(Warp& w, const Inst& in, int lane, uint64_t address) {
   memcpy(&map, p.p, sizeof map);
   if (map.magic != TensorMap::kMagic || map.rank < 1 || map.rank > 5 || !map.elementBytes())
     w.fail(in, lane, "there is no tensor map at ", Arena::get().describe(address, 128));
+  for (unsigned d = 0; d < map.rank; ++d)
+    if (!map.elementStride[d]) w.fail(in, lane, "the tensor map's element stride of dimension ", d, " was never set");
   return map;
 }
 
