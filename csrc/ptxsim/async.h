@@ -36,7 +36,6 @@ void combine(int op, Type t, uint8_t* to, const uint8_t* from, uint32_t n, const
 
 // ---- decoding
 size_t takeMemoryModifiers(Dec& d, bool isLoad);
-constexpr char kAsyncStore[] = "async (weak) (relaxed) (cluster) shared::cluster (mbarrier::complete_tx::bytes) vector";
 void decodeAsyncStore(Dec& d);  // st.async, red.async
 
 }  // namespace ptxsim

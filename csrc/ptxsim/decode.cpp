@@ -151,7 +151,8 @@ void Dec::operands(std::string_view words) {
     std::string_view word = cut(words, ' ');
     if (word == "imm") out.imm = intArg(i);
     if (word == "[a]") out.a = address(arg(i), &out.imm);
-    if (word == "imm" || word == "[a]") continue;
+    if (word == "[e]") extra()->second = second(arg(i));
+    if (word == "imm" || word[0] == '[') continue;
     const bool absent = dropEnd(word, "?") && i >= argc(), pair = dropEnd(word, "|p"), list = dropEnd(word, "}");
     const std::string_view slot = cut(word, ':');
     const char name = slot[list];

@@ -25,7 +25,7 @@ using DecodeFn = void (*)(Dec&);
 //   a:T b:T c:T        source -> Inst::a, b, c
 //   e:T                source -> ext->refs
 //   {d:T} {e:T}        Inst::vec destinations or sources in braces -> ext->refs
-//   [a]                address -> Inst::a and imm
+//   [a] [e]            address -> Inst::a and imm, ext->second
 //   imm                integer constant -> Inst::imm
 //   a:T?               may be left out
 // A source predicate may be negated: Warp::predicate reads it.

@@ -121,7 +121,7 @@ void invalBarrier(Warp& w, const Inst& in, uint32_t m) {
   w.launch->progress();
 }
 
-// f(lane, its mbarrier, the operand) for every lane, which may be about to change the phase.
+// f(lane, mbarrier, operand) does something to the mbarrier of every lane.
 template <class F>
 void atBarriers(Warp& w, const Inst& in, uint32_t m, F f) {
   for (int i : lanesOf(m)) {
@@ -302,13 +302,13 @@ struct StAsync : AsyncOp {
   bool step() override {
     Place p = locateShared(*warp, *inst, lane, address, bytes, Kind::Write, 1, false);
     raceAsyncShared(*this, *p.cta, p.offset, bytes, Kind::Write);
-    combine(inst->x[0] - 1, (Type)inst->x[3], p.p, data, bytes);
+    combine(inst->x[1] ? inst->x[0] : -1, (Type)inst->x[3], p.p, data, bytes);
     memset(p.valid, 1, bytes);
     completeOn(*this, lane, barrier, bytes);
     return true;
   }
 };
-// a: destination, second address: barrier, ext->refs: values, x[0] atomic op + 1, x[3] type
+// a: destination, second address: barrier, ext->refs: values, x[1] atomic with operation x[0], x[3] type
 void stAsync(Warp& w, const Inst& in, uint32_t m) {
   for (int i : lanesOf(m)) {
     auto op = std::make_shared<StAsync>();
@@ -354,14 +354,9 @@ const Forms kForms = {
 }  // namespace
 
 void decodeAsyncStore(Dec& d) {
-  d.out.x[0] = d.p.op[0] == "red" ? (uint8_t)(1 + takeAtomOp(d)) : 0;
-  const Type t = d.needType();
-  d.wantArgs(3, 3);
-  d.extra()->second = d.second(d.arg(2));
-  for (auto& o : d.elements(d.arg(1), d.out.vec)) d.extra()->refs.push_back(d.src(o, t));
-  d.operands("[a]");
-  d.out.bytes = (uint8_t)typeBytes(t);
-  d.out.x[3] = (uint8_t)t;
+  d.out.x[1] = d.p.op[0] == "red";
+  d.out.x[3] = (uint8_t)d.types[0];
+  d.out.bytes = (uint8_t)typeBytes(d.types[0]);
   d.out.storesD = true;
   d.out.fn = stAsync;
 }

@@ -99,7 +99,9 @@ void decodeAtomic(Dec& d, bool returns) {
 
 const Forms kForms = {
     {"atom", [](Dec& d) { decodeAtomic(d, true); }},
-    {"red", kAsyncStore, nullptr, decodeAsyncStore},
+    {"red",
+     "async (relaxed) (cluster) add|min|max|and|or|xor|inc|dec shared::cluster (mbarrier::complete_tx::bytes) type",
+     "[a] {e} [e]", decodeAsyncStore},
     {"red", [](Dec& d) { decodeAtomic(d, false); }},
 };
 

@@ -125,12 +125,11 @@ void decodeBarrier(Dec& d) {
   d.out.fn = barrier;
 }
 
-Forms forms(const char* name) {
-  return {{name, "cluster arrive relaxed? (release) aligned?", "", clusterArrive},
-          {name, "cluster wait (acquire) aligned?", "", clusterWait},
-          {name, "sync|arrive|red popc|and|or? (cta) aligned?", nullptr, decodeBarrier}};
-}
-const Forms kBar = forms("bar"), kBarrier = forms("barrier");
+const Forms kForms = {
+    {"bar|barrier", "cluster arrive relaxed? (release) aligned?", "", clusterArrive},
+    {"bar|barrier", "cluster wait (acquire) aligned?", "", clusterWait},
+    {"bar|barrier", "sync|arrive|red popc|and|or? (cta) aligned?", nullptr, decodeBarrier},
+};
 
 }  // namespace
 

@@ -86,8 +86,7 @@ void decodeMma(Dec& d) {
 }
 
 const Forms kForms = {
-    {"ldmatrix", "sync aligned m8n8 x1|x2|x4 trans? space b16", nullptr, decodeMove},
-    {"stmatrix", "sync aligned m8n8 x1|x2|x4 trans? space b16", nullptr, decodeMove},
+    {"ldmatrix|stmatrix", "sync aligned m8n8 x1|x2|x4 trans? space b16", nullptr, decodeMove},
     {"movmatrix", "sync aligned m8n8 trans b16", "d:b32 a:b32", movmatrix},
     {"mma", "sync aligned row col m16n8k4|m16n8k8|m16n8k16|m16n8k32 satfinite? type type type type", nullptr,
      decodeMma},

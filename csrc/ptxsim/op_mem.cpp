@@ -287,14 +287,11 @@ void ignore(Dec& d) {
 }
 
 const Forms kForms = {
-    {"ld", [](Dec& d) { loadStore(d, true); }},
-    {"ldu", [](Dec& d) { loadStore(d, true); }},
-    {"st", kAsyncStore, nullptr, decodeAsyncStore},
+    {"ld|ldu", [](Dec& d) { loadStore(d, true); }},
+    {"st", "async (weak|relaxed) (cluster) shared::cluster (mbarrier::complete_tx::bytes) vector type", "[a] {e} [e]",
+     decodeAsyncStore},
     {"st", [](Dec& d) { loadStore(d, false); }},
-    {"prefetch", ignore},
-    {"prefetchu", ignore},
-    {"applypriority", ignore},
-    {"pmevent", ignore},
+    {"prefetch|prefetchu|applypriority|pmevent", ignore},
     {"createpolicy",
      [](Dec& d) {
        ignore(d);

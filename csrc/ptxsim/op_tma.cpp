@@ -26,12 +26,12 @@ struct Bulk : AsyncOp {
   uint32_t source = 0, target = 0, barrier = 0, bytes = 0;  // shared::cluster addresses
   uint32_t ranks = 0;                                       // CTAs in which target and barrier lie
   uint64_t global = 0;
-  Type type;
   bool told = false;
   TensorMap map{};
   int32_t coord[5] = {0, 0, 0, 0, 0};
   std::vector<uint8_t> data, good;  // box contents in logical order; per byte: initialised, and inside the tensor
-  Bulk(const BulkInst& inst, int l) : b(inst), lane(l), type(inst.type) {}
+  Bulk(const BulkInst& inst, int l) : b(inst), lane(l) {}
+  Type type() const { return b.tensor ? kMapTypes[map.type].reduction : b.type; }
 
   // Where element e of the box lies in global memory, and whether that is in the tensor, whatever the innermost
   // coordinate.
@@ -69,7 +69,7 @@ struct Bulk : AsyncOp {
         memcpy(good.data() + i, valid, n);
         continue;
       }
-      combine(b.reduce, type, memory, data.data() + i, n);
+      combine(b.reduce, type(), memory, data.data() + i, n);
       memcpy(valid, good.data() + i, n);
       if (b.tensor) raceTag(*p.cta, off, {placeOf(i / map.elementBytes()).first, id});
       for (uint32_t k = 0; k < n; k += 8)
@@ -92,7 +92,7 @@ struct Bulk : AsyncOp {
         warp->fail(*inst, lane, "a bulk store writes uninitialised shared memory to global memory");
       if (kind == Kind::Atomic && !allValid(p.valid, n))
         warp->fail(*inst, lane, "a bulk reduction adds to uninitialised global memory");
-      combine(b.reduce, type, p.p, data.data() + at, n);
+      combine(b.reduce, type(), p.p, data.data() + at, n);
       markValid(p.valid, n, true);
       warp->launch->n.tmaWrite += n;
     });
@@ -155,8 +155,7 @@ void bulk(Warp& w, const Inst& in, uint32_t m) {
         if (b.way == BulkInst::Store && op->coord[d] < 0)
           w.fail(in, i, "a tensor store at a negative coordinate (dimension ", d, ")");
       }
-      if (b.reduce >= 0) op->type = kMapTypes[map.type].reduction;
-      if (b.reduce >= 0 && op->type == Type::None) w.fail(in, i, "the data type of the tensor map has no reduction");
+      if (b.reduce >= 0 && op->type() == Type::None) w.fail(in, i, "the data type of the tensor map has no reduction");
     } else {
       op->bytes = lane32(w, in, b.size, i, "copy size");
       if (op->bytes % 16) w.fail(in, i, "a bulk copy of ", op->bytes, " bytes: the size must be a multiple of 16");
@@ -187,7 +186,7 @@ void bulk(Warp& w, const Inst& in, uint32_t m) {
       if (b.ctaDst) op->barrier = inCta(op->barrier, w.cta->rank);
       if (b.way == BulkInst::ToCluster && op->target >> 24 == w.cta->rank && ctas.size() > 1)
         w.fail(in, i, "a copy to shared::cluster must go to another CTA");
-      op->ranks = b.multicast ? w.ptr<uint16_t>(b.mask)[i] : 1u << (op->target >> 24);
+      op->ranks = b.multicast ? w.ptr<uint16_t>(b.mask)[i] : 1u << (op->target >> 24 & 31);
       if (b.multicast && (!op->ranks || op->ranks >> ctas.size()))
         w.fail(in, i, "multicast mask ", op->ranks, " in a cluster of ", ctas.size());
       if (!b.multicast && op->barrier >> 24 != op->target >> 24)
@@ -268,13 +267,6 @@ void copyMap(Warp& w, const Inst& in, uint32_t m) {
   w.launch->progress();
 }
 
-void decodeCopyMap(Dec& d) {
-  d.wantArgs(3, 3);
-  d.extra()->second = d.second(d.arg(1));
-  d.operands("[a]");
-  d.out.fn = copyMap;
-}
-
 template <BulkInst::Way kWay>
 void decodeBulk(Dec& d) {
   auto& b = own<BulkInst>(d);
@@ -321,8 +313,8 @@ const Forms kForms = {
      decodeBulk<BulkInst::ToCluster>},
     {"cp", "async bulk prefetch L2 global", nullptr, decodeBulk<BulkInst::Prefetch>},
     {"tensormap",
-     "cp_fenceproxy (global) (shared::cta) (tensormap::generic) (release) (cta|cluster|gpu|sys) sync aligned", nullptr,
-     decodeCopyMap},
+     "cp_fenceproxy (global) (shared::cta) (tensormap::generic) (release) (cta|cluster|gpu|sys) sync aligned",
+     "[a] [e] c:u32", copyMap},
     {"tensormap", "replace (tile) space (b1024)", nullptr, decodeReplace},
 };
 

@@ -110,8 +110,7 @@ const Forms kForms = {
      }},
     {"elect", "sync", "d:b32|p b:b32", elect},
     {"activemask", "type", "d:b32", activemask},
-    {"bar", "warp sync", "b:b32", warpSync},
-    {"barrier", "warp sync", "b:b32", warpSync},
+    {"bar|barrier", "warp sync", "b:b32", warpSync},
 };
 
 }  // namespace

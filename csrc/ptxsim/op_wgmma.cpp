@@ -155,7 +155,7 @@ struct Wgmma : AsyncOp {
         fetch(a(16 * (part->warp->index % 4), 16), m.A[0], MatrixOperands::kMaxK, 1, m.badRow);
       if (s->sign < 0)
         for (auto& row : m.A)
-          for (float& x : row) x = -x;
+          for (unsigned k = 0; k < s->k; ++k) row[k] = -row[k];
       multiplyMatrices(*part->warp, *s, m, accumulate ? acc.data() : nullptr, acc.data(), truncate);
       part->done = part->readDone = true;
     }
