@@ -1,6 +1,6 @@
 // Memory accesses of lanes, checked: which bytes they may touch and where these are on the host.
 #pragma once
-#include "sim.h"
+#include "ops.h"
 
 namespace ptxsim {
 
@@ -22,31 +22,24 @@ Place locateShared(Warp& w, const Inst& in, int lane, uint32_t address, uint32_t
                    bool own);
 Place locateGlobal(Warp& w, const Inst& in, int lane, uint64_t address, uint32_t bytes, Kind kind, uint32_t align);
 
-// The lanes of `m` access `bytes` each, aligned to their size.
+// The lanes of `m` access `bytes` each at in.a + in.imm (in.x[5] bytes of the register), aligned to their size.
 struct Span {
+  uint64_t a[kLanes];
   uint8_t* p[kLanes];
   uint8_t* v[kLanes];
+  uint32_t bytes;
   bool tracked = false;  // some v is set
+  Span(Warp& w, const Inst& in, uint32_t m, uint32_t size, Kind kind);
+  uint8_t* valid(int lane, uint32_t offset) const { return v[lane] ? v[lane] + offset : nullptr; }
+  // After a write, which looks for races only now: those lanes altered memory.
+  void written(Warp& w, const Inst& in, uint32_t m, uint32_t changed) const;
 };
-void resolve(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* address, uint32_t bytes, Kind kind,
-             Span& s);
-void place(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* address, uint32_t bytes, Kind kind,
-           Span& s);  // the same, races not looked for: raceWrites follows
-void addresses(Warp& w, const Inst& in, uint32_t m, uint64_t* out);  // in.a + in.imm; in.x[5] bytes of the register
 
-inline bool allValid(const uint8_t* v, uint32_t bytes) {
-  if (!v) return true;
-  if (bytes % 8 == 0) {
-    for (uint32_t i = 0; i < bytes; i += 8) {
-      uint64_t x;
-      memcpy(&x, v + i, 8);
-      if (x != 0x0101010101010101ull) return false;
-    }
-    return true;
-  }
-  for (uint32_t i = 0; i < bytes; ++i)
-    if (!v[i]) return false;
-  return true;
+std::string hex(uint64_t v);                              // for reports
+inline bool allValid(const uint8_t* v, uint32_t bytes) {  // they are 1 or 0
+  uint8_t all = 1;
+  for (uint32_t i = 0; v && i < bytes; ++i) all &= v[i];
+  return all;
 }
 inline void markValid(uint8_t* v, uint32_t bytes, bool valid) {
   if (v) memset(v, valid, bytes);

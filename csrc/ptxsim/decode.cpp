@@ -1,29 +1,30 @@
 #include "decode.h"
 
 #include <algorithm>
-#include <cmath>
+
+#include "half.h"
 
 namespace ptxsim {
 
-const OpTable& opTable() {
-  static const OpTable* table = [] {
-    auto* t = new OpTable;
-    addIntegerOps(*t);
-    addLogicOps(*t);
-    addFloatOps(*t);
-    addConvertOps(*t);
-    addMemoryOps(*t);
-    addAtomicOps(*t);
-    addWarpOps(*t);
-    addControlOps(*t);
-    addBarrierOps(*t);
-    addAsyncOps(*t);
-    addTmaOps(*t);
-    addMatrixOps(*t);
-    addWgmmaOps(*t);
-    return t;
-  }();
-  return *table;
+// The text up to the separator, which `text` loses with it.
+static std::string_view cut(std::string_view& text, char separator) {
+  const std::string_view first = text.substr(0, text.find(separator));
+  text.remove_prefix(std::min(text.size(), first.size() + 1));
+  return first;
+}
+static bool dropEnd(std::string_view& text, std::string_view end) {
+  if (text.size() < end.size() || text.substr(text.size() - end.size()) != end) return false;
+  text.remove_suffix(end.size());
+  return true;
+}
+
+OpTable& opTable() {
+  static OpTable table;
+  return table;
+}
+Forms::Forms(std::initializer_list<Form> forms) {
+  for (const Form& f : forms)
+    for (std::string_view names = f.names; !names.empty();) opTable()[std::string(cut(names, '|'))].push_back(f);
 }
 
 // ---- module variables
@@ -31,8 +32,7 @@ const OpTable& opTable() {
 uint64_t globalAddress(Module& m, Var& v) {
   if (v.address) return v.address;
   if (v.isExtern) throw Error("variable '", v.name, "' is declared .extern and defined nowhere");
-  v.address =
-      Arena::get().allocate(std::max<uint64_t>(v.bytes, 1), v.name, true);  // written below, then as the module says
+  v.address = Arena::get().allocate(std::max<uint64_t>(v.bytes, 1), v.name, true);  // writable while it is filled
   if (!v.init.empty()) memcpy((void*)v.address, v.init.data(), v.init.size());
   for (auto& r : v.relocs) {
     auto it = m.varByName.find(r.second);
@@ -48,23 +48,21 @@ uint64_t globalAddress(Module& m, Var& v) {
 
 // ---- KernelBuilder
 
-static unsigned slotBytes(Type t) { return t == Type::Pred ? 4 : std::max(2u, typeBytes(t)); }
+static uint32_t roundUp(uint32_t n, uint32_t align) { return (n + align - 1) / align * align; }
 
-Ref KernelBuilder::reg(const Func& f, int index, unsigned* bytes) {
-  auto& table = regs[&f];
-  if (table.size() < f.regs.size()) table.resize(f.regs.size(), Placed{0, 0, 0});
-  Placed& p = table[(size_t)index];
-  if (!p.id) {
-    Type t = f.regs[(size_t)index].type;
-    p.bytes = t == Type::Pred ? 0 : slotBytes(t);
-    p.id = k.numIds++;
-    p.off = k.regBytes;
-    k.regBytes += t == Type::Pred ? 64 : p.bytes * kLanes;
-  }
-  if (bytes) *bytes = p.bytes;
-  return {p.off, p.id};
+Ref KernelBuilder::slot(uint32_t bytes) {
+  const Ref r{k.regBytes, k.numIds++};
+  k.regBytes += bytes;
+  return r;
 }
-
+Ref KernelBuilder::reg(const Func& f, int index) {
+  auto& table = regs[&f];
+  table.resize(f.regs.size());
+  Ref& r = table[(size_t)index];
+  const Type t = f.regs[(size_t)index].type;
+  if (!r.id) r = slot(t == Type::Pred ? 64 : std::max(2u, typeBytes(t)) * kLanes);
+  return r;
+}
 Ref KernelBuilder::special(const Special& s, unsigned dimension, unsigned bytes, uint32_t add) {
   for (auto& u : k.specials)
     if (u.special == &s && u.dimension == dimension && u.bytes == bytes && u.add == add) return {u.off, 0};
@@ -74,55 +72,117 @@ Ref KernelBuilder::special(const Special& s, unsigned dimension, unsigned bytes,
 }
 
 uint32_t KernelBuilder::sharedOffset(const Var& v) {
-  auto it = shared.find(&v);
-  if (it != shared.end()) return it->second;
+  if (auto it = shared.find(&v); it != shared.end()) return it->second;
   if (v.isExtern) throw Error("dynamic shared memory '", v.name, "' was not placed");
-  uint32_t off = (kSharedReserved + k.staticShared + v.align - 1) / v.align * v.align;
+  uint32_t off = roundUp(kSharedReserved + k.staticShared, v.align);
   k.staticShared = off + (uint32_t)v.bytes - kSharedReserved;
   k.sharedVars.emplace_back(off, const_cast<Var*>(&v));
   return shared[&v] = off;
 }
-
 uint32_t KernelBuilder::frameOffset(const Var& v) {
-  auto it = frame.find(&v);
-  if (it != frame.end()) return it->second;
-  unsigned align = std::max(v.align, 1u);
-  uint32_t off = (k.localBytes + align - 1) / align * align;
+  if (auto it = frame.find(&v); it != frame.end()) return it->second;
+  uint32_t off = roundUp(k.localBytes, std::max(v.align, 1u));
   k.localBytes = off + (uint32_t)std::max<uint64_t>(v.bytes, 1);
   return frame[&v] = off;
 }
 
 // ---- Dec
 
-bool Dec::has(const char* mod) const {
+size_t Dec::find(std::string_view mod) const {
   for (size_t i = 1; i < p.op.size(); ++i)
-    if (!used[i] && p.op[i] == mod) return true;
-  return false;
+    if (!used[i] && p.op[i] == mod) return i;
+  return 0;
 }
-bool Dec::take(const char* mod) {
-  for (size_t i = 1; i < p.op.size(); ++i)
-    if (!used[i] && p.op[i] == mod) {
-      used[i] = true;
-      return true;
-    }
-  return false;
+bool Dec::take(std::string_view mod) {
+  const size_t i = find(mod);
+  if (i) used[i] = true;
+  return i != 0;
 }
-int Dec::takeOneOf(std::initializer_list<const char*> mods) {
-  int n = 0;
-  for (auto m : mods) {
-    if (take(m)) return n;
-    ++n;
-  }
+int Dec::takeOneOf(std::string_view mods) {
+  for (int n = 0; !mods.empty(); ++n)
+    if (take(cut(mods, '|'))) return n;
   return -1;
 }
+
+std::string Dec::choose(const Form& form) {
+  static const std::pair<const char*, bool (*)(Type)> kClasses[] = {
+      {"type", [](Type) { return true; }},
+      {"bits", [](Type t) { return !isFloat(t); }},
+      {"int", [](Type t) { return (t >= Type::U8 && t <= Type::S64) || t == Type::U16x2 || t == Type::S16x2; }},
+      {"half", [](Type t) { return t >= Type::F16 && t <= Type::BF16x2; }},
+      {"float", [](Type t) { return t == Type::F32 || t == Type::F64; }}};
+  unsigned next = 0;
+  for (std::string_view words = form.modifiers; !words.empty();) {
+    std::string_view word = cut(words, ' ');
+    const auto* known = std::find_if(kClasses, std::end(kClasses), [&](auto& c) { return word == c.first; });
+    const Type exact = typeFromName(std::string(word));
+    if (known != std::end(kClasses) || exact != Type::None) {
+      const Type t = takeType();
+      if (t == Type::None) return "a type is missing";
+      if (exact == Type::None ? !known->second(t) : t != exact) return "this type is not supported";
+      types.push_back(t);
+      continue;
+    }
+    if (word == "space" || word == "vector") {
+      word == "space" ? takeSpace() : takeVector();
+      continue;
+    }
+    if (word[0] == '(') {
+      takeOneOf(word.substr(1, word.size() - 2));
+      continue;
+    }
+    const bool optional = dropEnd(word, "?"), several = word.find('|') != word.npos;
+    const int which = takeOneOf(word);
+    if (which < 0 && !optional) return cat(several ? "one of ." : ".", std::string(word), " is missing");
+    out.convergeAll |= word == "aligned" && which == 0;
+    if (optional || several) out.x[next++] = (uint8_t)(which + optional);
+  }
+  if (!form.operands) return "";
+  const std::string_view words = form.operands;
+  const size_t most = words.empty() ? 0 : 1 + (size_t)std::count(words.begin(), words.end(), ' '),
+               least = most - (size_t)std::count(words.begin(), words.end(), '?');
+  if (argc() < least || argc() > most) return cat("takes ", least, " to ", most, " operands, got ", argc());
+  operands(words);
+  return "";
+}
+
+void Dec::operands(std::string_view words) {
+  for (size_t i = 0; !words.empty(); ++i) {
+    std::string_view word = cut(words, ' ');
+    if (word == "imm") out.imm = intArg(i);
+    if (word == "[a]") out.a = address(arg(i), &out.imm);
+    if (word == "[e]") extra()->second = second(arg(i));
+    if (word == "imm" || word[0] == '[') continue;
+    const bool absent = dropEnd(word, "?") && i >= argc(), pair = dropEnd(word, "|p"), list = dropEnd(word, "}");
+    const std::string_view slot = cut(word, ':');
+    const char name = slot[list];
+    const Type t = word.empty()       ? types.at(0)
+                   : isdigit(word[0]) ? types.at((size_t)(word[0] - '0'))
+                   : word == "wide"   ? (Type)((int)types.at(0) + 1)
+                                      : typeFromName(std::string(word));
+    auto ref = [&](const Operand& o) {
+      if (name == 'd') return t == Type::Pred ? predDst(o) : dst(o, std::max(2u, typeBytes(t)));
+      return t == Type::Pred ? pred(o) : src(o, t);
+    };
+    if (list) {
+      for (auto& part : elements(arg(i), out.vec)) extra()->refs.push_back(ref(part));
+      continue;
+    }
+    const bool two = pair && arg(i).kind == Operand::Pair;
+    const Ref r = absent ? Ref() : ref(two ? arg(i).sub[0] : arg(i));
+    if (name == 'e')
+      extra()->refs.push_back(r);
+    else
+      (name == 'd' ? out.d : name == 'a' ? out.a : name == 'b' ? out.b : out.c) = r;
+    if (pair) extra()->refs.push_back(two ? predDst(arg(i).sub[1]) : Ref());
+  }
+}
+
 Type Dec::takeType() {
   for (size_t i = 1; i < p.op.size(); ++i)
-    if (!used[i]) {
-      Type t = typeFromName(p.op[i]);
-      if (t != Type::None) {
-        used[i] = true;
-        return t;
-      }
+    if (const Type t = used[i] ? Type::None : typeFromName(p.op[i]); t != Type::None) {
+      used[i] = true;
+      return t;
     }
   return Type::None;
 }
@@ -131,9 +191,19 @@ Type Dec::needType() {
   if (t == Type::None) fail("a type is missing");
   return t;
 }
-void Dec::takePrefix(const char* prefix) {
+void Dec::takeSpace() {
+  static const Space kSpaces[] = {Space::Global, Space::Shared, Space::Shared, Space::Shared, Space::Local,
+                                  Space::Param,  Space::Param,  Space::Param,  Space::Const};
+  out.x[4] = has("shared::cluster");
+  const int i = takeOneOf("global|shared|shared::cta|shared::cluster|local|param|param::entry|param::func|const");
+  if (i >= 0) out.space = kSpaces[i];
+}
+void Dec::takeVector() { out.vec = (uint8_t)(1u << (1 + takeOneOf("v2|v4|v8"))); }
+bool Dec::takePrefix(std::string_view prefix) {
+  bool any = false;
   for (size_t i = 1; i < p.op.size(); ++i)
-    if (p.op[i].compare(0, strlen(prefix), prefix) == 0) used[i] = true;
+    if (p.op[i].compare(0, prefix.size(), prefix) == 0) used[i] = any = true;
+  return any;
 }
 void Dec::wantArgs(size_t lo, size_t hi) {
   if (p.args.size() < lo || p.args.size() > hi) fail("takes ", lo, " to ", hi, " operands, got ", p.args.size());
@@ -142,11 +212,13 @@ const Operand& Dec::arg(size_t i) const {
   if (i >= p.args.size()) fail("operand ", i, " is missing");
   return p.args[i];
 }
+std::vector<Operand> Dec::elements(const Operand& o, size_t n) const {
+  const std::vector<Operand> parts = o.kind == Operand::Vector ? o.sub : std::vector<Operand>{o};
+  if (parts.size() != n) fail("wrong number of registers: ", n, " are expected");
+  return parts;
+}
 Extra* Dec::extra() {
-  if (!out.ext) {
-    kb.k.extras.emplace_back();
-    out.ext = &kb.k.extras.back();
-  }
+  if (!out.ext) out.ext = &kb.k.extras.emplace_back();
   return const_cast<Extra*>(out.ext);
 }
 int64_t Dec::intArg(size_t i) const {
@@ -155,73 +227,44 @@ int64_t Dec::intArg(size_t i) const {
 }
 
 unsigned Dec::regBytes(const Operand& o) const {
-  if (o.kind != Operand::Register) return 0;
-  unsigned b;
-  kb.reg(fn, o.reg, &b);
-  return b;
+  const Type t = o.kind == Operand::Register ? fn.regs[(size_t)o.reg].type : Type::Pred;
+  return t == Type::Pred ? 0 : std::max(2u, typeBytes(t));
 }
 
 Ref Dec::constant(uint64_t bits, unsigned bytes) {
   if (bytes < 8) bits &= (1ull << (8 * bytes)) - 1;
-  std::string key = std::to_string(bytes) + ":" + std::to_string(bits);
-  auto it = kb.consts.find(key);
-  if (it != kb.consts.end()) return it->second;
+  Ref& r = kb.consts[{bytes, bits}];
+  if (r.off) return r;
   auto& pool = kb.k.constants;
-  Ref r{(uint32_t)(pool.size() * 8) | Ref::kConstBit, 0};
-  size_t words = bytes * kLanes / 8, at = pool.size();
-  pool.resize(at + words, 0);
-  uint8_t* to = reinterpret_cast<uint8_t*>(&pool[at]);
-  for (unsigned l = 0; l < kLanes; ++l) memcpy(to + l * bytes, &bits, std::min(bytes, 8u));
-  return kb.consts[key] = r;
+  const size_t at = pool.size();
+  pool.resize(at + bytes * kLanes / 8, 0);
+  for (unsigned l = 0; l < kLanes; ++l) memcpy((uint8_t*)&pool[at] + l * bytes, &bits, std::min(bytes, 8u));
+  return r = {(uint32_t)(at * 8) | Ref::kConstBit, 0};
 }
 
-uint64_t immediateBits(const Operand& o, Type t, const Dec& d) {
-  uint64_t bits = 0;
-  if (o.kind == Operand::Float) {
-    if (o.width == 32 && (t == Type::F64)) {
-      float f;
-      uint32_t b = (uint32_t)o.bits;
-      memcpy(&f, &b, 4);
-      double x = f;
-      memcpy(&bits, &x, 8);
-      return bits;
-    }
-    if (o.width == 64 && typeBytes(t) == 4) {
-      double x;
-      memcpy(&x, &o.bits, 8);
-      float f = (float)x;
-      memcpy(&bits, &f, 4);
-      return bits;
-    }
-    return o.bits;
-  }
-  if (o.kind != Operand::Int) d.fail("expected a constant");
-  if (t == Type::F32) {  // an integer constant in a float instruction is a value
-    float f = (float)o.i;
-    memcpy(&bits, &f, 4);
-    return bits;
-  }
-  if (t == Type::F64) {
-    double x = (double)o.i;
-    memcpy(&bits, &x, 8);
-    return bits;
-  }
-  return (uint64_t)o.i;
+static uint64_t immediateBits(const Operand& o, Type t, const Dec& d) {
+  const bool integer = o.kind == Operand::Int;  // a value, in a float instruction
+  if (!integer && o.kind != Operand::Float) d.fail("expected a constant");
+  if (integer && t != Type::F32 && t != Type::F64) return (uint64_t)o.i;
+  if (!integer && (o.width == 32 ? t != Type::F64 : typeBytes(t) != 4)) return o.bits;
+  double x = (double)o.i;
+  if (!integer && o.width == 32) x = f32((uint32_t)o.bits);
+  if (!integer && o.width == 64) memcpy(&x, &o.bits, 8);
+  return t == Type::F64 ? bits(x) : bits((float)x);
 }
 
-Ref Dec::dst(const Operand& o, unsigned bytes) {
-  if (o.kind == Operand::Sink) {  // a slot nobody reads
-    Ref r{kb.k.regBytes, kb.k.numIds++};
-    kb.k.regBytes += std::max(bytes, 8u) * kLanes;
-    return r;
-  }
-  if (o.kind != Operand::Register) fail("the destination must be a register");
-  unsigned b;
-  Ref r = kb.reg(fn, o.reg, &b);
+Ref Dec::reg(const Operand& o, unsigned bytes) {
+  const unsigned b = regBytes(o);
   if (b == 0) fail("register ", fn.regs[(size_t)o.reg].name, " is a predicate");
   if (bytes && b != bytes)
     fail("register ", fn.regs[(size_t)o.reg].name, " has ", b * 8, " bits, the instruction wants ", bytes * 8);
-  return r;
+  if (o.i) fail("offset on a register operand");
+  return kb.reg(fn, o.reg);
+}
+Ref Dec::dst(const Operand& o, unsigned bytes) {
+  if (o.kind == Operand::Sink) return kb.slot(std::max(bytes, 8u) * kLanes);  // nobody reads it
+  if (o.kind != Operand::Register) fail("the destination must be a register");
+  return reg(o, bytes);
 }
 
 bool Dec::unknown(size_t i) const {
@@ -238,96 +281,83 @@ bool Dec::unknown(size_t i) const {
 Ref Dec::srcWide(const Operand& o, Type t, unsigned* bytes) {
   unsigned want = t == Type::None ? 0 : std::max(1u, typeBytes(t));
   switch (o.kind) {
-    case Operand::Register: {
-      Ref r = kb.reg(fn, o.reg, bytes);
-      if (*bytes == 0) fail("register ", fn.regs[(size_t)o.reg].name, " is a predicate");
-      if (o.i) fail("offset on a register operand");
-      return r;
-    }
+    case Operand::Register: *bytes = regBytes(o); return reg(o, 0);
     case Operand::Int:
     case Operand::Float: *bytes = std::max(2u, want ? want : 4u); return constant(immediateBits(o, t, *this), *bytes);
     case Operand::Special: {
       unsigned dimension;
       const Special* special = findSpecial(o.name, &dimension);
-      if (!special || !special->value) fail("special register ", o.name, " is not supported here");
+      if (!special || special->changes) fail("special register ", o.name, " is not supported here");
       *bytes = want >= 8 ? 8 : want == 2 ? 2 : 4;
       return kb.special(*special, dimension, *bytes);
     }
     case Operand::Symbol: {
       const Var& v = *o.var;
+      const uint64_t offset = (uint64_t)o.i;
       *bytes = want >= 8 ? 8 : 4;
-      if (v.space == Space::Shared) return kb.special(kSharedAddress, 0, *bytes, kb.sharedOffset(v) + (uint32_t)o.i);
+      if (v.space == Space::Shared) return kb.special(kSharedAddress, 0, *bytes, kb.sharedOffset(v) + (uint32_t)offset);
       // 32 bits hold an offset in the parameter space, which cvta.param makes an address of; 64 bits the address
       // itself.
-      if (v.space == Space::Param && kb.isEntryParam(v) && *bytes == 4)
-        return constant(kb.params[&v] + (uint64_t)o.i, 4);
       if (v.space == Space::Param && kb.isEntryParam(v))
-        return constant((uint64_t)kb.k.params + kb.params[&v] + (uint64_t)o.i, 8);
-      if (v.space == Space::Param) return constant(kLocalWindow + kb.frameOffset(v) + (uint64_t)o.i, 8);
-      if (v.space == Space::Local) return constant(kb.frameOffset(v) + (uint64_t)o.i, *bytes);
-      return constant(globalAddress(kb.module, const_cast<Var&>(v)) + (uint64_t)o.i, 8);
+        return constant((*bytes == 4 ? 0 : (uint64_t)kb.k.params) + kb.params[&v] + offset, *bytes);
+      if (v.space == Space::Param) return constant(kLocalWindow + kb.frameOffset(v) + offset, 8);
+      if (v.space == Space::Local) return constant(kb.frameOffset(v) + offset, *bytes);
+      return constant(globalAddress(kb.module, const_cast<Var&>(v)) + offset, 8);
     }
     default: fail("operand is not a value");
   }
 }
 
 Ref Dec::src(const Operand& o, Type t) {
+  const unsigned want = std::max(2u, typeBytes(t));
+  if (o.kind == Operand::Register) return reg(o, want);
   unsigned bytes;
-  Ref r = srcWide(o, t, &bytes);
-  unsigned want = std::max(2u, typeBytes(t));
-  if (bytes != want) {
-    if (o.kind == Operand::Register)
-      fail("register ", fn.regs[(size_t)o.reg].name, " has ", bytes * 8, " bits, the instruction wants ", want * 8);
-    fail("operand has the wrong width");
-  }
+  const Ref r = srcWide(o, t, &bytes);
+  if (bytes != want) fail("operand has the wrong width");
   return r;
 }
 
-Ref Dec::pred(const Operand& o, bool* negate) {
-  if (negate)
-    *negate = o.negate;
-  else if (o.negate)
-    fail("a negated predicate is not allowed here");
+Ref Dec::pred(const Operand& o) {
   if (o.kind == Operand::Int) return constant(o.i ? kAll : 0, 4);
   if (o.kind != Operand::Register || fn.regs[(size_t)o.reg].type != Type::Pred) fail("operand must be a predicate");
-  return kb.reg(fn, o.reg, nullptr);
+  Ref r = kb.reg(fn, o.reg);
+  if (o.negate) r.off |= Ref::kNegated;
+  return r;
 }
-
 Ref Dec::predDst(const Operand& o) {
-  if (o.kind == Operand::Sink) {
-    Ref r{kb.k.regBytes, kb.k.numIds++};
-    kb.k.regBytes += 64;
-    return r;
-  }
-  return pred(o, nullptr);
+  if (o.kind == Operand::Sink) return kb.slot(64);
+  if (o.negate) fail("a negated predicate is not allowed here");
+  return pred(o);
 }
 
 Ref Dec::address(const Operand& o, int64_t* offset) {
-  const Operand& b = o.kind == Operand::Address ? o.sub[0] : o;
-  *offset = 0;
-  if (b.kind == Operand::Register) {
-    unsigned bytes;
-    Ref r = kb.reg(fn, b.reg, &bytes);
-    if (bytes != 4 && bytes != 8) fail("an address register has 32 or 64 bits");
-    *offset = b.i;
-    out.x[5] = (uint8_t)bytes;
-    return r;
-  }
-  Operand plain = b;
-  *offset = b.i;
-  plain.i = 0;
-  if (b.kind == Operand::Int) {
-    out.x[5] = 8;
-    *offset = 0;
-    return constant((uint64_t)b.i, 8);
-  }
+  Operand base = o.kind == Operand::Address ? o.sub[0] : o;
+  *offset = base.kind == Operand::Int ? 0 : base.i;
+  if (base.kind != Operand::Int) base.i = 0;
   unsigned bytes;
-  Ref r = srcWide(plain, Type::U64, &bytes);
+  const Ref r = srcWide(base, Type::U64, &bytes);
+  if (bytes != 4 && bytes != 8) fail("an address register has 32 or 64 bits");
   out.x[5] = (uint8_t)bytes;
   return r;
 }
 
+AddressOperand Dec::second(const Operand& o) {
+  const uint8_t first = out.x[5];
+  AddressOperand a;
+  a.ref = address(o, &a.offset);
+  a.bytes = out.x[5];
+  out.x[5] = first;
+  return a;
+}
+
 // ---- a kernel
+
+const Func* callee(const Module& m, const PInst& inst) {
+  for (auto& a : inst.args)
+    if (a.kind == Operand::Name)
+      if (auto it = m.funcByName.find(a.name); it != m.funcByName.end()) return it->second;
+  return nullptr;
+}
 
 static void collectCalls(const Module& m, const Func& f, std::vector<const Func*>& order,
                          std::vector<const Func*>& stack) {
@@ -336,56 +366,56 @@ static void collectCalls(const Module& m, const Func& f, std::vector<const Func*
   if (std::find(order.begin(), order.end(), &f) != order.end()) return;
   order.push_back(&f);
   stack.push_back(&f);
-  for (auto& in : f.code) {
-    if (in.op[0] != "call") continue;
-    for (auto& a : in.args)
-      if (a.kind == Operand::Name)
-        if (auto it = m.funcByName.find(a.name); it != m.funcByName.end() && it->second->hasBody)
-          collectCalls(m, *it->second, order, stack);
-  }
+  for (auto& in : f.code)
+    if (const Func* called = in.op[0] == "call" ? callee(m, in) : nullptr; called && called->hasBody)
+      collectCalls(m, *called, order, stack);
   stack.pop_back();
+}
+
+static Inst decodeInst(KernelBuilder& kb, const Func& f, const PInst& p) {
+  auto it = opTable().find(p.op[0]);
+  if (it == opTable().end()) Dec(kb, f, p).fail("no such instruction here");
+  std::string misfit, leftOver;  // why the last form does not fit, and the first that understands all but a modifier
+  for (const Form& form : it->second) {
+    Dec d(kb, f, p);
+    misfit = d.choose(form);
+    if (!misfit.empty()) continue;
+    d.out.fn = form.fn;
+    if (form.decode) form.decode(d);
+    const size_t unknown = (size_t)(std::find(d.used.begin(), d.used.end(), false) - d.used.begin());
+    if (d.out.fn && unknown == d.used.size()) return d.out;
+    if (d.out.fn && leftOver.empty()) leftOver = cat("modifier .", p.op[unknown], " is not supported here");
+  }
+  Dec(kb, f, p).fail(!leftOver.empty() ? leftOver : !misfit.empty() ? misfit : "this form is not supported");
 }
 
 static void decodeFunction(KernelBuilder& kb, const Func& f) {
   Kernel& k = kb.k;
-  size_t first = k.code.size();
-  kb.start[&f] = (int)first;
-  std::vector<bool> leader(f.code.size() + 1, false);
-  if (!leader.empty()) leader[0] = true;
+  const size_t n = f.code.size();
+  std::vector<bool> leader(n + 1, false);
+  leader[0] = true;
   for (auto& sc : f.scopes)
     for (auto& l : sc.labels) leader[(size_t)l.second] = true;
-  for (size_t i = 0; i < f.code.size(); ++i) {
-    const PInst& p = f.code[i];
-    auto it = opTable().find(p.op[0]);
-    Dec d(kb, f, p);
-    if (it == opTable().end()) d.fail("no such instruction here");
+  for (size_t i = 0; i < n; ++i)
+    if (const std::string& op = f.code[i].op[0]; op == "bra" || op == "ret" || op == "exit") leader[i + 1] = true;
+  auto add = [&](const PInst& p, bool leads) {
+    Inst& in = k.code.emplace_back(decodeInst(kb, f, p));
     if (p.guard >= 0) {
-      if (f.regs[(size_t)p.guard].type != Type::Pred) d.fail("the guard is not a predicate");
-      Ref g = kb.reg(f, p.guard, nullptr);
-      d.out.guard = g.off;
-      d.out.guardId = g.id;
-      d.out.guardNegate = p.guardNegate;
+      const Ref g = kb.reg(f, p.guard);
+      if (f.regs[(size_t)p.guard].type != Type::Pred)
+        throw Error("PTX line ", p.ptxLine, ": the guard is no predicate");
+      in.guard = g.off;
+      in.guardId = g.id;
+      in.guardNegate = p.guardNegate;
     }
-    it->second(d);
-    if (!d.out.fn) d.fail("this form is not supported");
-    for (size_t j = 0; j < d.used.size(); ++j)
-      if (!d.used[j]) d.fail("modifier .", p.op[j], " is not supported here");
-    k.code.push_back(d.out);
     k.source.push_back({p.ptxLine, p.loc, p.text()});
-    k.leader.push_back(leader[i] || (i && (f.code[i - 1].op[0] == "bra" || f.code[i - 1].op[0] == "ret" ||
-                                           f.code[i - 1].op[0] == "exit")));
-  }
-  // Falling off the end returns.
-  static const PInst kRet = [] {
-    PInst r;
-    r.op = {"ret"};
-    return r;
-  }();
-  Dec d(kb, f, kRet);
-  opTable().at("ret")(d);
-  k.code.push_back(d.out);
-  k.source.push_back({f.code.empty() ? 0 : f.code.back().ptxLine, 0, "ret"});
-  k.leader.push_back(false);
+    k.leader.push_back(leads);
+  };
+  for (size_t i = 0; i < n; ++i) add(f.code[i], leader[i]);
+  PInst end;  // falling off the end returns
+  end.op = {"ret"};
+  end.ptxLine = n ? f.code.back().ptxLine : 0;
+  add(end, false);
 }
 
 std::unique_ptr<Kernel> decodeKernel(Module& m, Func& f) {
@@ -397,7 +427,7 @@ std::unique_ptr<Kernel> decodeKernel(Module& m, Func& f) {
   KernelBuilder kb(m, k);
   uint32_t off = 0;
   for (Var* p : f.params) {
-    off = (off + p->align - 1) / p->align * p->align;
+    off = roundUp(off, p->align);
     kb.params[p] = off;
     k.paramLayout.emplace_back(off, (uint32_t)p->bytes);
     off += (uint32_t)p->bytes;
@@ -408,14 +438,12 @@ std::unique_ptr<Kernel> decodeKernel(Module& m, Func& f) {
   std::vector<const Func*> order, stack;
   collectCalls(m, f, order, stack);
   std::vector<const Var*> dynamic;
-  std::vector<bool> seen;
   auto visit = [&](const Operand& o, auto&& self) -> void {
     if (o.kind == Operand::Symbol && o.var->space == Space::Shared) {
-      if (o.var->isExtern) {
-        if (std::find(dynamic.begin(), dynamic.end(), o.var) == dynamic.end()) dynamic.push_back(o.var);
-      } else {
+      if (!o.var->isExtern)
         kb.sharedOffset(*o.var);
-      }
+      else if (std::find(dynamic.begin(), dynamic.end(), o.var) == dynamic.end())
+        dynamic.push_back(o.var);
     }
     for (auto& s : o.sub) self(s, self);
   };
@@ -423,46 +451,34 @@ std::unique_ptr<Kernel> decodeKernel(Module& m, Func& f) {
     for (auto& in : fn->code)
       for (auto& a : in.args) visit(a, visit);
   for (auto* v : dynamic) k.dynSharedAlign = std::max(k.dynSharedAlign, v->align);
-  uint32_t dynStart = (kSharedReserved + k.staticShared + k.dynSharedAlign - 1) / k.dynSharedAlign * k.dynSharedAlign;
+  const uint32_t dynStart = roundUp(kSharedReserved + k.staticShared, k.dynSharedAlign);
   k.staticShared = dynStart - kSharedReserved;
   for (auto* v : dynamic) {
     kb.shared[v] = dynStart;
     k.sharedVars.emplace_back(dynStart, const_cast<Var*>(v));
   }
   k.localBytes = 16;
-  for (auto* fn : order) decodeFunction(kb, *fn);
-  // Branches hold label positions relative to their function, calls hold functions: make both absolute.
+  uint32_t start = 0;
   for (auto* fn : order) {
-    int start = kb.start[fn];
-    for (size_t i = 0; i < fn->code.size(); ++i) {
-      Inst& in = k.code[(size_t)start + i];
-      const PInst& p = fn->code[i];
-      if (p.op[0] == "bra") in.imm += start;
-      if (p.op[0] == "brx")
-        for (auto& t : const_cast<Extra*>(in.ext)->targets) t += start;
-      if (p.op[0] == "call" && in.ext)
-        for (auto& a : p.args)
-          if (a.kind == Operand::Name)
-            if (auto it = m.funcByName.find(a.name); it != m.funcByName.end() && kb.start.count(it->second))
-              in.imm = kb.start[it->second];
-    }
+    kb.start[fn] = start;
+    start += (uint32_t)fn->code.size() + 1;
   }
-  std::vector<bool> fenced(k.numIds, false);  // registers of wgmmas
-  auto each = [](const Inst& in, auto visit) {
-    visit(in.d);
-    if (in.ext)
-      for (auto& r : in.ext->refs) visit(r);
-  };
+  for (auto* fn : order) decodeFunction(kb, *fn);
+  // What writes a register of a wgmma must wait for wgmma.fence.
+  std::vector<bool> fenced(k.numIds, false);
   for (auto& in : k.code)
-    if (in.isWgmma && in.ext) {
-      for (auto& r : in.ext->refs) fenced[r.id] = true;
-      for (auto& r : in.ext->refs2) fenced[r.id] = true;
-    }
+    if (in.isWgmma && in.ext)
+      for (auto* refs : {&in.ext->refs, &in.ext->refs2})
+        for (auto& r : *refs) fenced[r.id] = true;
   fenced[0] = false;
-  for (auto& in : k.code)
-    if (!in.isWgmma && !in.storesD) each(in, [&](Ref r) { in.needsFence |= fenced[r.id]; });
-  k.entry = kb.start[&f];
-  k.localBytes = (k.localBytes + 15) / 16 * 16;
+  for (auto& in : k.code) {
+    if (in.isWgmma || in.storesD) continue;
+    in.needsFence = fenced[in.d.id];
+    if (in.ext)
+      for (auto& r : in.ext->refs) in.needsFence |= fenced[r.id];
+  }
+  k.entry = (int)kb.start[&f];
+  k.localBytes = roundUp(k.localBytes, 16);
   return kernel;
 }
 

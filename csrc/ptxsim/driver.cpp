@@ -2,10 +2,8 @@
 #include <dlfcn.h>
 #include <immintrin.h>
 
-#include <algorithm>
-#include <cstdio>
-#include <cstdlib>
 #include <mutex>
+#include <sstream>
 
 #include "decode.h"
 #include "race.h"
@@ -16,47 +14,71 @@
 namespace ptxsim {
 namespace {
 
-enum Result {
-  Success = 0,
-  InvalidValue = 1,
-  OutOfMemory = 2,
-  NotInitialized = 3,
-  InvalidDevice = 101,
-  InvalidPtx = 218,
-  NotFound = 500,
-  IllegalAddress = 700,
-  LaunchOutOfResources = 701,
-  LaunchFailed = 719,
-  NotSupported = 801,
-  InvalidHandle = 400
-};
+#define RESULTS(X)                                                                                                \
+  X(Success, 0, SUCCESS), X(InvalidValue, 1, ERROR_INVALID_VALUE), X(OutOfMemory, 2, ERROR_OUT_OF_MEMORY),        \
+      X(InvalidDevice, 101, ERROR_INVALID_DEVICE), X(InvalidPtx, 218, ERROR_INVALID_PTX),                         \
+      X(InvalidHandle, 400, ERROR_INVALID_HANDLE), X(NotFound, 500, ERROR_NOT_FOUND),                             \
+      X(IllegalAddress, 700, ERROR_ILLEGAL_ADDRESS), X(LaunchOutOfResources, 701, ERROR_LAUNCH_OUT_OF_RESOURCES), \
+      X(LaunchFailed, 719, ERROR_LAUNCH_FAILED), X(NotSupported, 801, ERROR_NOT_SUPPORTED)
+#define ENUMERATOR(name, code, cudaName) name = code
+enum Result { RESULTS(ENUMERATOR) };
+#undef ENUMERATOR
 
 std::recursive_mutex gMutex;
 thread_local std::string gLastError;
 thread_local uint64_t gContext = 0;
+Options gOptions;
 
-int report(int code, const std::string& text) {
-  gLastError = text;
-  return code;
+struct Refused : Error {
+  Result code;
+  template <class... Parts>
+  explicit Refused(Result c, const Parts&... why) : Error(why...), code(c) {}
+};
+template <class... Parts>
+void require(bool ok, Result otherwise, const Parts&... why) {
+  if (!ok) throw Refused(otherwise, why...);
 }
 
-struct Library;
+int failed(Result code, const char* text) { return gLastError = text, code; }
+template <class F>
+int guarded(F f) {
+  std::lock_guard<std::recursive_mutex> lock(gMutex);
+  try {
+    return f(), Success;
+  } catch (const Refused& e) {
+    return failed(e.code, e.what());
+  } catch (const Error& e) {
+    return failed(InvalidPtx, e.what());
+  } catch (const std::bad_alloc&) {
+    return failed(OutOfMemory, "out of memory");
+  }
+}
+
 struct KernelHandle {
-  Library* library;
-  std::string name;
-  std::unique_ptr<Kernel> kernel;  // decoded when first needed
+  Module& module;
+  Func& func;
+  std::unique_ptr<Kernel> kernel = nullptr;  // decoded when first needed
   int maxDynamicShared = 48 * 1024;
   bool nonPortableCluster = false;
-  Kernel& get();
+  Kernel& get() {
+    if (!kernel) kernel = decodeKernel(module, func);
+    return *kernel;
+  }
 };
 struct Library {
   std::unique_ptr<Module> module;
-  std::unordered_map<std::string, std::unique_ptr<KernelHandle>> kernels;
+  std::unordered_map<std::string, KernelHandle> kernels;
+  explicit Library(const char* text) : module(parse(text)) {
+    for (auto& f : module->funcs)
+      if (f->entry && f->hasBody) kernels.emplace(f->name, KernelHandle{*module, *f});
+  }
+  ~Library() {
+    for (auto& k : kernels)
+      if (k.second.kernel) Arena::get().release((uint64_t)k.second.kernel->params);
+    for (auto& v : module->vars)
+      if (v->address) Arena::get().release(v->address);
+  }
 };
-Kernel& KernelHandle::get() {
-  if (!kernel) kernel = decodeKernel(*library->module, *library->module->funcByName.at(name));
-  return *kernel;
-}
 
 // ---- tensors of the host: announced, copied in, copied back
 
@@ -68,17 +90,15 @@ thread_local std::vector<Declared> gDeclared;
 
 struct Region {  // a union of declarations that overlap
   uint64_t begin, end, copy;
-  bool read = false, write = false;
-  std::vector<Declared> parts;
+  bool read, allRead, write;
   std::vector<uint8_t> before;
 };
-std::vector<Region>* gRegions = nullptr;
+std::vector<Region> gRegions;  // of the launch that runs
 
 // An address that ends one region and begins the next belongs to the latter.
 uint64_t translate(uint64_t a, uint64_t bytes) {
-  if (!gRegions) return 0;
   uint64_t end = 0;
-  for (auto& r : *gRegions) {
+  for (auto& r : gRegions) {
     if (a < r.begin || a + bytes > r.end) continue;
     if (a < r.end) return a - r.begin + r.copy;
     end = a - r.begin + r.copy;
@@ -99,82 +119,78 @@ void copyInput(uint8_t* to, const uint8_t* from, size_t n) {
     if (piece == n || memcmp(from + i, zeros, m)) memcpy(to + i, from + i, m);
   }
 }
+void markWritten(uint64_t a, size_t bytes) {
+  Buffer* b = bytes ? Arena::get().find(a, bytes) : nullptr;
+  if (b && !b->valid.empty()) memset(b->valid.data() + (a - b->begin), 1, bytes);
+}
 
-std::vector<Region> copyIn(std::vector<Declared> list) {
+void copyIn(std::vector<Declared> list) {
   std::sort(list.begin(), list.end(), [](const Declared& x, const Declared& y) { return x.address < y.address; });
-  std::vector<Region> regions;
   for (auto& d : list) {
     if (!d.bytes) continue;
-    if (regions.empty() || d.address >= regions.back().end) {
-      regions.emplace_back();
-      regions.back().begin = d.address;
-      regions.back().end = d.address + d.bytes;
-    }
-    Region& r = regions.back();
+    if (gRegions.empty() || d.address >= gRegions.back().end)
+      gRegions.push_back({d.address, d.address, 0, false, true, false, {}});
+    Region& r = gRegions.back();
+    const bool reads = d.access & 1, writes = d.access & 2;
     r.end = std::max(r.end, d.address + d.bytes);
-    r.read |= d.access & 1;
-    r.write |= (d.access & 2) != 0;
-    r.parts.push_back(d);
+    r.read |= reads;
+    r.allRead &= reads;
+    r.write |= writes;
   }
-  int index = 0;
-  for (auto& r : regions) {
+  for (auto& r : gRegions) {
     const size_t n = r.end - r.begin;
     // As aligned as the host's pointer is, and never more than the allocator promises.
-    r.copy = Arena::get().allocate(n, "buffer " + std::to_string(index++), r.write, (unsigned)(r.begin % 64));
-    bool allRead = true, anyRead = false;
-    for (auto& p : r.parts) allRead &= (p.access & 1) != 0, anyRead |= (p.access & 1) != 0;
-    Buffer& b = *Arena::get().find(r.copy, 1);
-    if (allRead) {
-      copyInput((uint8_t*)r.copy, (const uint8_t*)r.begin, n);
-    } else {
-      if (n < kSparse) memset((void*)r.copy, 0xa5, n);
-      b.valid.resize(n);
-      for (auto& p : r.parts)
-        if (p.access & 1) {
-          memcpy((void*)(r.copy + (p.address - r.begin)), (void*)p.address, p.bytes);
-          memset(b.valid.data() + (p.address - r.begin), 1, p.bytes);
-        }
-    }
-    if (r.write && anyRead) r.before.assign((uint8_t*)r.copy, (uint8_t*)r.copy + n);
+    r.copy = Arena::get().allocate(n, cat("buffer ", &r - gRegions.data()), r.write, (unsigned)(r.begin % 64));
+    if (r.allRead) continue;
+    if (n < kSparse) memset((void*)r.copy, 0xa5, n);
+    Arena::get().find(r.copy, 1)->valid.resize(n);
   }
-  return regions;
+  for (auto& d : list) {
+    if (!d.bytes || !(d.access & 1)) continue;
+    const uint64_t to = translate(d.address, d.bytes);
+    copyInput((uint8_t*)to, (const uint8_t*)d.address, d.bytes);
+    markWritten(to, d.bytes);
+  }
+  for (auto& r : gRegions)
+    if (r.write && r.read) r.before.assign((uint8_t*)r.copy, (uint8_t*)r.copy + (r.end - r.begin));
 }
 
 // Only bytes that the kernel wrote go back: a span may contain somebody else's.
-void copyBack(std::vector<Region>& regions) {
-  for (auto& r : regions) {
-    if (!r.write) continue;
-    const size_t n = r.end - r.begin;
-    const uint8_t* now = (uint8_t*)r.copy;
-    uint8_t* host = (uint8_t*)r.begin;
-    const auto& valid = Arena::get().find(r.copy, 1)->valid;
-    if (r.before.empty()) {  // nothing was read, so that what is valid was written
-      for (size_t i = 0; i < n;) {
-        const void* at = memchr(valid.data() + i, 1, n - i);
-        if (!at) break;
-        i = (size_t)((const uint8_t*)at - valid.data());
-        size_t j = i;
-        while (j < n && valid[j]) ++j;
-        memcpy(host + i, now + i, j - i);
-        i = j;
-      }
-      continue;
+void copyBack(const Region& r) {
+  const size_t n = r.end - r.begin;
+  const auto* now = (const uint8_t*)r.copy;
+  const auto& valid = Arena::get().find(r.copy, 1)->valid;
+  // Where nothing was read, what is valid was written.
+  auto written = [&](size_t i) { return (!valid.empty() && valid[i]) || (!r.before.empty() && now[i] != r.before[i]); };
+  for (size_t i = 0, end; i < n; i = std::max(end, i + 1)) {
+    if (r.before.empty()) {  // perhaps a large one, written in few places
+      const void* at = memchr(valid.data() + i, 1, n - i);
+      if (!at) return;
+      i = (size_t)((const uint8_t*)at - valid.data());
     }
-    for (size_t i = 0; i < n;) {
-      if (now[i] == r.before[i] && (valid.empty() || !valid[i])) {
-        ++i;
-        continue;
-      }
-      size_t j = i;
-      while (j < n && (now[j] != r.before[j] || (!valid.empty() && valid[j]))) ++j;
-      memcpy(host + i, now + i, j - i);
-      i = j;
-    }
+    for (end = i; end < n && written(end);) ++end;
+    memcpy((uint8_t*)r.begin + i, now + i, end - i);
   }
 }
-void release(std::vector<Region>& regions) {
-  for (auto& r : regions) Arena::get().release(r.copy);
-  gRegions = nullptr;
+
+struct Running {  // what a launch changes is as before when it is over
+  unsigned mxcsr = _mm_getcsr();
+  ~Running() {
+    _mm_setcsr(mxcsr);
+    for (auto& r : gRegions)
+      if (r.copy) Arena::get().release(r.copy);
+    gRegions.clear();
+  }
+};
+
+// What the launches use that may still run when the next one is launched early.
+thread_local std::vector<Declared> gPredecessors;
+void markPredecessors(const std::vector<Declared>& declared) {
+  for (auto& mine : declared)
+    for (auto& other : gPredecessors)
+      if (mine.address < other.address + other.bytes && other.address < mine.address + mine.bytes &&
+          (mine.access | other.access) & 2)
+        Arena::get().find(translate(mine.address, mine.bytes), mine.bytes)->predecessor = true;
 }
 
 // ---- launch
@@ -198,65 +214,58 @@ static_assert(sizeof(LaunchAttribute) == 72 && sizeof(LaunchConfig) == 56, "the 
 Counters gCounters;
 std::string gKernelName, gInstructions;
 
-int launch(const LaunchConfig& cfg, KernelHandle& handle, void** params, void** extra) {
-  Kernel& k = handle.get();
+// The shape of a launch, checked against what the kernel and an SM allow.
+void shape(Launch& l, const LaunchConfig& cfg, const KernelHandle& handle) {
+  const Kernel& k = *l.kernel;
   const Func& f = *k.func;
-  Launch l;
-  l.kernel = &k;
-  l.opt = options();
-  l.rng.seed(l.opt.seed + 1);
-  l.alias = translate;
-  for (int d = 0; d < 3; ++d) l.grid[d] = cfg.grid[d], l.block[d] = cfg.block[d];
-  l.dynShared = cfg.sharedBytes;
-  for (int d = 0; d < 3; ++d)
-    if (f.cluster[d]) l.clusterDim[d] = f.cluster[d], l.explicitCluster = true;
-  for (unsigned i = 0; i < cfg.numAttributes; ++i)
-    if (cfg.attributes[i].id == 4) {
-      l.explicitCluster = true;
-      for (int d = 0; d < 3; ++d) {
-        if (f.cluster[d] && f.cluster[d] != cfg.attributes[i].v.dim[d])
-          return report(InvalidValue, "the cluster size differs from the one the kernel was compiled for");
-        l.clusterDim[d] = cfg.attributes[i].v.dim[d];
-      }
+  auto setCluster = [&](const unsigned (&dim)[3]) {
+    l.explicitCluster = true;
+    for (int d = 0; d < 3; ++d) {
+      require(!f.cluster[d] || f.cluster[d] == dim[d], InvalidValue,
+              "the cluster size differs from the one the kernel was compiled for");
+      l.clusterDim[d] = dim[d];
     }
-  auto n = [](uint64_t v) { return std::to_string(v); };
+  };
+  if (f.cluster[0]) setCluster(f.cluster);
+  for (unsigned i = 0; i < cfg.numAttributes; ++i) switch (cfg.attributes[i].id) {
+      case 4: setCluster(cfg.attributes[i].v.dim); break;
+      case 6: l.early = cfg.attributes[i].v.value; break;
+    }
   uint64_t threads = 1;
   const unsigned maxBlock[3] = {1024, 1024, 64}, maxGrid[3] = {0x7fffffff, 65535, 65535};
   for (int d = 0; d < 3; ++d) {
-    if (l.grid[d] < 1 || l.grid[d] > maxGrid[d])
-      return report(InvalidValue, "grid dimension " + n(d) + " is " + n(l.grid[d]));
-    if (l.block[d] < 1 || l.block[d] > maxBlock[d])
-      return report(InvalidValue, "block dimension " + n(d) + " is " + n(l.block[d]));
-    if (l.clusterDim[d] < 1 || l.grid[d] % l.clusterDim[d])
-      return report(InvalidValue, "grid dimension " + n(d) + " of " + n(l.grid[d]) +
-                                      " is no multiple of the cluster's " + n(l.clusterDim[d]));
-    threads *= l.block[d];
-    l.ctasPerCluster *= l.clusterDim[d];
+    const unsigned grid = l.grid[d] = cfg.grid[d], block = l.block[d] = cfg.block[d], cluster = l.clusterDim[d];
+    require(grid >= 1 && grid <= maxGrid[d], InvalidValue, "grid dimension ", d, " is ", grid);
+    require(block >= 1 && block <= maxBlock[d], InvalidValue, "block dimension ", d, " is ", block);
+    require(cluster >= 1 && grid % cluster == 0, InvalidValue, "grid dimension ", d, " of ", grid,
+            " is no multiple of the cluster's ", cluster);
+    threads *= block;
+    l.ctasPerCluster *= cluster;
   }
-  if (threads > 1024) return report(InvalidValue, n(threads) + " threads per CTA; 1024 is the most");
-  if (f.maxThreads && threads > f.maxThreads)
-    return report(InvalidValue, n(threads) + " threads per CTA; the kernel was compiled for " + n(f.maxThreads));
-  if (f.required)
-    for (int d = 0; d < 3; ++d)
-      if (l.block[d] != f.maxDim[d]) return report(InvalidValue, "the kernel requires another block size (.reqntid)");
-  if (l.ctasPerCluster > (handle.nonPortableCluster ? 16u : 8u))
-    return report(InvalidValue, "a cluster of " + n(l.ctasPerCluster) + " CTAs" +
-                                    (handle.nonPortableCluster ? "" : " needs NON_PORTABLE_CLUSTER_SIZE_ALLOWED"));
-  if ((int)l.dynShared > handle.maxDynamicShared)
-    return report(InvalidValue, n(l.dynShared) + " bytes of dynamic shared memory; the kernel's attribute allows " +
-                                    n((uint64_t)handle.maxDynamicShared));
-  if (k.staticShared + l.dynShared > 232448)
-    return report(InvalidValue, n(k.staticShared + l.dynShared) + " bytes of shared memory; a CTA may have 232448");
+  require(threads <= 1024, InvalidValue, threads, " threads per CTA; 1024 is the most");
+  require(!f.maxThreads() || threads <= f.maxThreads(), InvalidValue, threads,
+          " threads per CTA; the kernel was compiled for ", f.maxThreads());
+  require(!f.required || std::equal(l.block, l.block + 3, f.maxDim), InvalidValue,
+          "the kernel requires another block size (.reqntid)");
+  require(l.ctasPerCluster <= (handle.nonPortableCluster ? 16 : 8), InvalidValue, "a cluster of ", l.ctasPerCluster,
+          " CTAs", handle.nonPortableCluster ? "" : " needs NON_PORTABLE_CLUSTER_SIZE_ALLOWED");
+  l.dynShared = cfg.sharedBytes;
+  require((int)l.dynShared <= handle.maxDynamicShared, InvalidValue, l.dynShared,
+          " bytes of dynamic shared memory; the kernel's attribute allows ", handle.maxDynamicShared);
+  require(k.staticShared + l.dynShared <= kMaxShared, InvalidValue, k.staticShared + l.dynShared,
+          " bytes of shared memory; a CTA may have ", kMaxShared);
   l.threads = (unsigned)threads;
   l.warpsPerCta = (l.threads + kLanes - 1) / kLanes;
-  if (f.maxnreg * l.warpsPerCta * kLanes > 65536)
-    return report(LaunchOutOfResources,
-                  n(f.maxnreg) + " registers for each of " + n(threads) + " threads; an SM has 65536");
-  l.regsPerThread = f.maxnreg ? f.maxnreg : std::min(255u, 65536u / (l.warpsPerCta * kLanes)) / 8 * 8;
-  const unsigned perSm = std::min(std::min(32u, 2048u / (l.warpsPerCta * kLanes)),
-                                  233472u / (k.staticShared + l.dynShared + kSharedReserved));
+  const unsigned allocated = l.warpsPerCta * kLanes;
+  require(f.maxnreg * allocated <= kRegisters, LaunchOutOfResources, f.maxnreg, " registers for each of ", threads,
+          " threads; an SM has ", kRegisters);
+  l.regsPerThread = f.maxnreg ? f.maxnreg : std::min(255u, kRegisters / allocated) / 8 * 8;
+  const unsigned perSm =
+      std::min({32u, kThreadsPerSm / allocated, kSharedPerSm / (k.staticShared + l.dynShared + kSharedReserved)});
   l.maxResident = std::max(1u, l.opt.sms * std::max(1u, perSm) / l.ctasPerCluster);
+}
 
+void setParameters(const Kernel& k, void** params, void** extra) {
   if (params) {
     for (size_t i = 0; i < k.paramLayout.size(); ++i)
       memcpy(k.params + k.paramLayout[i].first, params[i], k.paramLayout[i].second);
@@ -267,98 +276,91 @@ int launch(const LaunchConfig& cfg, KernelHandle& handle, void** params, void** 
       if ((uintptr_t)*e == 1) buffer = e[1];
       if ((uintptr_t)*e == 2) bytes = *(size_t*)e[1];
     }
-    if (!buffer || bytes < k.paramBytes) return report(InvalidValue, "the parameter buffer is too small");
+    require(buffer && bytes >= k.paramBytes, InvalidValue, "the parameter buffer is too small");
     memcpy(k.params, buffer, k.paramBytes);
-  } else if (k.paramBytes) {
-    return report(InvalidValue, "no kernel parameters given");
+  } else {
+    require(!k.paramBytes, InvalidValue, "no kernel parameters given");
   }
-  std::vector<Declared> declared;
-  declared.swap(gDeclared);
-  std::vector<Region> regions = copyIn(declared);
-  gRegions = &regions;
-  for (uint32_t at = 0; at + 8 <= k.paramBytes; at += 8) {
-    uint64_t v;
-    memcpy(&v, k.params + at, 8);
-    if (uint64_t moved = translate(v, 0)) memcpy(k.params + at, &moved, 8);
-  }
-  const unsigned mxcsr = _mm_getcsr();
-  _mm_setcsr(0x1f80);
-  std::unique_ptr<RaceState, void (*)(RaceState*)> race(l.opt.detect ? raceCreate(l) : nullptr, raceDestroy);
-  l.race = race.get();
+}
+
+void launch(const LaunchConfig& cfg, KernelHandle& handle, void** params, void** extra,
+            const std::vector<Declared>& declared) {
+  Kernel& k = handle.get();
+  Launch l;
+  l.kernel = &k;
+  l.opt = gOptions;
+  l.rng.seed(l.opt.seed + 1);
+  l.alias = translate;
+  shape(l, cfg, handle);
+  setParameters(k, params, extra);
+  Running running;
+  _mm_setcsr(0x1f80);  // IEEE: to nearest even, denormals kept
+  if (l.opt.detect) l.race = raceCreate();
   profileStart(k);
-  int code = Success;
+  std::string failure;
   try {
+    copyIn(declared);
+    if (l.early) markPredecessors(declared);
+    for (uint32_t at = 0; at + 8 <= k.paramBytes; at += 8) {
+      uint64_t v;
+      memcpy(&v, k.params + at, 8);
+      if (uint64_t moved = translate(v, 0)) memcpy(k.params + at, &moved, 8);
+    }
     l.run();
-    copyBack(regions);
+    for (auto& r : gRegions)
+      if (r.write) copyBack(r);
   } catch (const Error& e) {
-    code = report(strstr(e.what(), "out-of-bounds global") ? IllegalAddress : LaunchFailed, e.what());
+    failure = e.what();
   }
-  _mm_setcsr(mxcsr);
-  release(regions);
   gCounters = l.n;
   gKernelName = k.name;
   gInstructions = instructionCounts(k);
+  if (!l.early || l.waited) gPredecessors.clear();  // this launch has ended, and so have those before it
+  gPredecessors.insert(gPredecessors.end(), declared.begin(), declared.end());
   profileEnd(k);
-  return code;
+  const bool outside = failure.find("out-of-bounds global") != std::string::npos;
+  require(failure.empty(), outside ? IllegalAddress : LaunchFailed, failure);
 }
+
+// ---- options
 
 bool setOption(const std::string& name, const std::string& value) {
-  Options& o = options();
-  auto number = [&] { return strtoull(value.c_str(), nullptr, 0); };
-  if (name == "seed")
-    o.seed = number();
-  else if (name == "timing") {
-    if (value == "early")
-      o.timing = Timing::Early;
-    else if (value == "late")
-      o.timing = Timing::Late;
-    else if (value == "random")
-      o.timing = Timing::Random;
-    else
-      return false;
-  } else if (name == "sms") {
-    if (!number()) return false;
-    o.sms = (unsigned)number();
-  } else if (name == "order") {
-    if (value != "forward" && value != "reverse" && value != "random") return false;
-    o.order = value;
-  } else if (name == "eager")
-    o.eager = number();
-  else if (name == "detect")
-    o.detect = number();
-  else if (name == "fp8_truncate")
-    o.fp8Truncate = number();
-  else if (name == "max_idle")
-    o.maxIdle = number();
-  else if (name == "banks")
-    o.verbose = number();
-  else
-    return false;
-  return true;
+  Options& o = gOptions;
+  auto number = [&](auto& to) {
+    to = (std::decay_t<decltype(to)>)strtoull(value.c_str(), nullptr, 0);
+    return true;
+  };
+  auto choice = [&](auto& to, std::initializer_list<const char*> names) {
+    auto it = std::find(names.begin(), names.end(), value);
+    if (it != names.end()) to = (std::decay_t<decltype(to)>)(it - names.begin());
+    return it != names.end();
+  };
+  if (name == "timing") return choice(o.timing, {"early", "late", "random"});
+  if (name == "order") return choice(o.order, {"forward", "reverse", "random"});
+  if (name == "sms") return strtoull(value.c_str(), nullptr, 0) && number(o.sms);
+  if (name == "seed") return number(o.seed);
+  if (name == "eager") return number(o.eager);
+  if (name == "detect") return number(o.detect);
+  if (name == "fp8_truncate") return number(o.fp8Truncate);
+  if (name == "max_idle") return number(o.maxIdle);
+  if (name == "banks") return number(o.verbose);
+  return false;
 }
-void readEnvironment() {  // DSV3_KERNELS_SIM="seed=3,timing=late"
-  const char* e = getenv("DSV3_KERNELS_SIM");
-  for (std::string s = e ? e : ""; !s.empty();) {
-    size_t end = std::min(s.find(','), s.size()), eq = s.find('=');
-    if (eq == std::string::npos || eq > end || !setOption(s.substr(0, eq), s.substr(eq + 1, end - eq - 1)))
-      fprintf(stderr, "DSV3_KERNELS_SIM: bad option '%s'\n", s.substr(0, end).c_str());
-    s = end < s.size() ? s.substr(end + 1) : "";
+struct Startup {  // DSV3_KERNELS_SIM="seed=3,timing=late"
+  Startup() {
+    const char* e = getenv("DSV3_KERNELS_SIM");
+    std::istringstream list(e ? e : "");
+    for (std::string option; std::getline(list, option, ',');) {
+      const size_t eq = option.find('=');
+      if (eq == std::string::npos || !setOption(option.substr(0, eq), option.substr(eq + 1)))
+        fprintf(stderr, "DSV3_KERNELS_SIM: bad option '%s'\n", option.c_str());
+    }
   }
-}
-struct Startup {
-  Startup() { readEnvironment(); }
 } gStartup;
 
-template <class F>
-int guarded(F f) {
-  std::lock_guard<std::recursive_mutex> lock(gMutex);
-  try {
-    return f();
-  } catch (const Error& e) {
-    return report(InvalidPtx, e.what());
-  } catch (const std::bad_alloc&) {
-    return report(OutOfMemory, "out of memory");
-  }
+size_t give(const std::string& s, char* out, size_t size) {
+  if (size) out[s.copy(out, size - 1)] = 0;
+  return s.size();
 }
 
 }  // namespace
@@ -371,39 +373,40 @@ using namespace ptxsim;
   SIM_API int name(__VA_ARGS__) { return Success; }
 SIM_NOTHING(cuInit, unsigned)
 SIM_NOTHING(cuDevicePrimaryCtxRelease_v2, int)
-SIM_NOTHING(cuCtxSynchronize, void)
-SIM_NOTHING(cuStreamSynchronize, void*)
 SIM_NOTHING(cuThreadExchangeStreamCaptureMode, int*)
 SIM_NOTHING(cuFuncSetCacheConfig, void*, int)
+SIM_API int cuCtxSynchronize() { return gPredecessors.clear(), Success; }
+SIM_API int cuStreamSynchronize(void*) { return cuCtxSynchronize(); }
 
 SIM_API int cuDriverGetVersion(int* v) { return *v = 13000, Success; }
 SIM_API int cuDeviceGet(int* d, int ordinal) {
-  return ordinal ? report(InvalidDevice, "the simulator has one device") : (*d = 0, Success);
+  return guarded([&] { require(ordinal == 0, InvalidDevice, "the simulator has one device"), *d = 0; });
 }
 SIM_API int cuDeviceGetCount(int* n) { return *n = 1, Success; }
 SIM_API int cuDeviceGetName(char* name, int len, int) {
   return snprintf(name, (size_t)len, "PTX simulator (sm_90a)"), Success;
 }
 SIM_API int cuDeviceGetAttribute(int* v, int attribute, int) {
-  const std::pair<int, int> known[] = {
-      {1, 1024},                 // threads per block
-      {8, 49152},                // shared memory per block
-      {10, 32},                  // warp size
-      {12, 65536},               // registers per block
-      {16, (int)options().sms},  // multiprocessors
-      {39, 2048},                // threads per multiprocessor
-      {75, 9},                   // compute capability
+  const std::unordered_map<int, unsigned> known = {
+      {1, 1024},            // threads per block
+      {8, 49152},           // shared memory per block
+      {10, kLanes},         // warp size
+      {12, kRegisters},     // registers per block
+      {16, gOptions.sms},   // multiprocessors
+      {39, kThreadsPerSm},  // threads per multiprocessor
+      {75, 9},              // compute capability
       {76, 0},
-      {81, 233472},  // shared memory per multiprocessor
-      {82, 65536},   // registers per multiprocessor
-      {97, 232448},  // opt-in shared memory per block
-      {120, 1},      // cluster launch
+      {81, kSharedPerSm},  // shared memory per multiprocessor
+      {82, kRegisters},    // registers per multiprocessor
+      {97, kMaxShared},    // opt-in shared memory per block
+      {120, 1},            // cluster launch
   };
-  for (auto& k : known)
-    if (k.first == attribute) return *v = k.second, Success;
-  return report(InvalidValue, "device attribute " + std::to_string(attribute) + " is not modelled");
+  return guarded([&] {
+    require(known.count(attribute), InvalidValue, "device attribute ", attribute, " is not modelled");
+    *v = (int)known.at(attribute);
+  });
 }
-SIM_API int cuDevicePrimaryCtxRetain(void** c, int) { return *c = &options(), Success; }
+SIM_API int cuDevicePrimaryCtxRetain(void** c, int) { return *c = &gOptions, Success; }
 SIM_API int cuCtxGetCurrent(void** c) { return *c = (void*)gContext, Success; }
 SIM_API int cuCtxSetCurrent(void* c) { return gContext = (uint64_t)c, Success; }
 SIM_API int cuCtxPushCurrent_v2(void* c) { return gContext = (uint64_t)c, Success; }
@@ -413,22 +416,12 @@ SIM_API int cuCtxPopCurrent_v2(void** c) {
 }
 SIM_API int cuCtxGetDevice(int* d) { return *d = 0, Success; }
 SIM_API int cuGetErrorName(int e, const char** text) {
-  static const std::pair<int, const char*> kNames[] = {
-      {Success, "CUDA_SUCCESS"},
-      {InvalidValue, "CUDA_ERROR_INVALID_VALUE"},
-      {OutOfMemory, "CUDA_ERROR_OUT_OF_MEMORY"},
-      {InvalidDevice, "CUDA_ERROR_INVALID_DEVICE"},
-      {InvalidPtx, "CUDA_ERROR_INVALID_PTX"},
-      {InvalidHandle, "CUDA_ERROR_INVALID_HANDLE"},
-      {NotFound, "CUDA_ERROR_NOT_FOUND"},
-      {IllegalAddress, "CUDA_ERROR_ILLEGAL_ADDRESS"},
-      {LaunchOutOfResources, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"},
-      {LaunchFailed, "CUDA_ERROR_LAUNCH_FAILED"},
-      {NotSupported, "CUDA_ERROR_NOT_SUPPORTED"},
-  };
-  for (auto& k : kNames)
-    if (k.first == e) return *text = k.second, Success;
-  return *text = nullptr, InvalidValue;
+#define ROW(name, code, cudaName) std::make_pair((int)name, "CUDA_" #cudaName)
+  static const std::unordered_map<int, const char*> kNames = {RESULTS(ROW)};
+#undef ROW
+  auto it = kNames.find(e);
+  *text = it == kNames.end() ? nullptr : it->second;
+  return *text ? Success : InvalidValue;
 }
 // The text of this thread's last error: a driver knows only the code, the simulator knows what happened.
 SIM_API int cuGetErrorString(int e, const char** text) {
@@ -438,106 +431,77 @@ SIM_API int cuGetErrorString(int e, const char** text) {
 }
 
 SIM_API int cuLibraryLoadData(void** library, const void* code, void*, void*, unsigned, void*, void*, unsigned) {
-  return guarded([&]() -> int {
+  return guarded([&] {
     const char* text = (const char*)code;
-    if (!text) return report(InvalidValue, "no image");
-    if (!memcmp(text, "\177ELF", 4) || !memcmp(text, "\x50\xed\x55\xba", 4))
-      return report(NotSupported, "the simulator runs PTX text; it was given machine code");
-    auto lib = std::make_unique<Library>();
-    lib->module = parse(text, strlen(text));
-    for (auto& f : lib->module->funcs)
-      if (f->entry && f->hasBody) lib->kernels[f->name].reset(new KernelHandle{lib.get(), f->name, nullptr});
-    *library = lib.release();
-    return Success;
+    require(text, InvalidValue, "no image");
+    require(strncmp(text, "\177ELF", 4) && strncmp(text, "\x50\xed\x55\xba", 4), NotSupported,
+            "the simulator runs PTX text; it was given machine code");
+    *library = new Library(text);
   });
 }
 SIM_API int cuLibraryUnload(void* library) {
-  return guarded([&]() -> int {
-    Library* lib = (Library*)library;
-    for (auto& k : lib->kernels)
-      if (k.second->kernel) Arena::get().release((uint64_t)k.second->kernel->params);
-    for (auto& v : lib->module->vars)
-      if (v->address) Arena::get().release(v->address);
-    delete lib;
-    return Success;
-  });
+  return guarded([&] { delete (Library*)library; });
 }
 SIM_API int cuLibraryGetKernel(void** kernel, void* library, const char* name) {
-  return guarded([&]() -> int {
-    auto& ks = ((Library*)library)->kernels;
-    auto it = ks.find(name);
-    if (it == ks.end()) return report(NotFound, std::string("the module has no kernel '") + name + "'");
-    *kernel = it->second.get();
-    return Success;
+  return guarded([&] {
+    auto& kernels = ((Library*)library)->kernels;
+    auto it = kernels.find(name);
+    require(it != kernels.end(), NotFound, "the module has no kernel '", name, "'");
+    *kernel = &it->second;
   });
 }
 SIM_API int cuLibraryGetGlobal(uint64_t* address, size_t* bytes, void* library, const char* name) {
-  return guarded([&]() -> int {
+  return guarded([&] {
     Module& m = *((Library*)library)->module;
     auto it = m.varByName.find(name);
-    if (it == m.varByName.end()) return report(NotFound, std::string("the module has no variable '") + name + "'");
+    require(it != m.varByName.end(), NotFound, "the module has no variable '", name, "'");
     if (address) *address = globalAddress(m, *it->second);
     if (bytes) *bytes = it->second->bytes;
-    return Success;
   });
 }
 SIM_API int cuKernelGetFunction(void** function, void* kernel) {
-  return guarded([&]() -> int {
-    ((KernelHandle*)kernel)->get();
-    *function = kernel;
-    return Success;
-  });
-}
-static int setAttribute(KernelHandle* h, int attribute, int value) {
-  return guarded([&]() -> int {
-    if (attribute == 8) {
-      if (value < 0 || (uint32_t)value + h->get().staticShared > 232448)
-        return report(InvalidValue,
-                      std::to_string(value) + " bytes of dynamic shared memory are more than a CTA may have");
-      h->maxDynamicShared = value;
-    } else if (attribute == 14) {
-      h->nonPortableCluster = value != 0;
-    } else if (attribute != 9) {
-      return report(InvalidValue, "function attribute " + std::to_string(attribute) + " is not modelled");
-    }
-    return Success;
-  });
+  return guarded([&] { ((KernelHandle*)kernel)->get(), *function = kernel; });
 }
 SIM_API int cuKernelGetParamInfo(void* kernel, size_t index, size_t* offset, size_t* bytes) {
-  return guarded([&]() -> int {
+  return guarded([&] {
     const auto& layout = ((KernelHandle*)kernel)->get().paramLayout;
-    if (index >= layout.size()) return report(InvalidValue, "the kernel has no parameter " + std::to_string(index));
+    require(index < layout.size(), InvalidValue, "the kernel has no parameter ", index);
     if (offset) *offset = layout[index].first;
     if (bytes) *bytes = layout[index].second;
-    return Success;
+  });
+}
+SIM_API int cuFuncSetAttribute(void* f, int attribute, int value) {
+  return guarded([&] {
+    KernelHandle& h = *(KernelHandle*)f;
+    require(attribute == 8 || attribute == 9 || attribute == 14, InvalidValue, "function attribute ", attribute,
+            " is not modelled");
+    require(attribute != 8 || (value >= 0 && (uint32_t)value + h.get().staticShared <= kMaxShared), InvalidValue, value,
+            " bytes of dynamic shared memory are more than a CTA may have");
+    if (attribute == 8) h.maxDynamicShared = value;
+    if (attribute == 14) h.nonPortableCluster = value != 0;
   });
 }
 SIM_API int cuKernelSetAttribute(int attribute, int value, void* kernel, int) {
-  return setAttribute((KernelHandle*)kernel, attribute, value);
-}
-SIM_API int cuFuncSetAttribute(void* f, int attribute, int value) {
-  return setAttribute((KernelHandle*)f, attribute, value);
+  return cuFuncSetAttribute(kernel, attribute, value);
 }
 SIM_API int cuFuncGetAttribute(int* value, int attribute, void* f) {
-  return guarded([&]() -> int {
+  return guarded([&] {
     KernelHandle& h = *(KernelHandle*)f;
     switch (attribute) {
-      case 0: *value = h.get().func->maxThreads ? (int)h.get().func->maxThreads : 1024; break;
+      case 0: *value = h.func.maxThreads() ? (int)h.func.maxThreads() : 1024; break;
       case 1: *value = (int)h.get().staticShared; break;
       case 3: *value = (int)h.get().localBytes; break;
-      case 4: *value = h.get().func->maxnreg ? (int)h.get().func->maxnreg : 255; break;
+      case 4: *value = h.func.maxnreg ? (int)h.func.maxnreg : 255; break;
       case 8: *value = h.maxDynamicShared; break;
-      default: return report(InvalidValue, "function attribute " + std::to_string(attribute) + " is not modelled");
+      default: throw Refused(InvalidValue, "function attribute ", attribute, " is not modelled");
     }
-    return Success;
   });
 }
 SIM_API int cuLaunchKernelEx(const void* config, void* function, void** params, void** extra) {
-  return guarded([&]() -> int {
-    int code = InvalidHandle;
-    if (function) code = launch(*(const LaunchConfig*)config, *(KernelHandle*)function, params, extra);
-    gDeclared.clear();
-    return code;
+  return guarded([&] {
+    const auto declared = std::exchange(gDeclared, {});
+    require(function, InvalidHandle, "no kernel");
+    launch(*(const LaunchConfig*)config, *(KernelHandle*)function, params, extra, declared);
   });
 }
 SIM_API int cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
@@ -548,118 +512,77 @@ SIM_API int cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsig
 SIM_API int cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* address, const uint64_t* dims,
                                    const uint64_t* strides, const uint32_t* box, const uint32_t* elementStrides,
                                    int interleave, int swizzle, int promotion, int fill) {
-  std::string e =
-      encodeTensorMap((TensorMap*)map, (unsigned)type, rank, (uint64_t)address, dims, strides, box, elementStrides,
-                      (unsigned)interleave, (unsigned)swizzle, (unsigned)promotion, (unsigned)fill);
-  return e.empty() ? Success : report(InvalidValue, "cuTensorMapEncodeTiled: " + e);
+  return guarded([&] {
+    const std::string e =
+        encodeTensorMap((TensorMap*)map, (unsigned)type, rank, (uint64_t)address, dims, strides, box, elementStrides,
+                        (unsigned)interleave, (unsigned)swizzle, (unsigned)promotion, (unsigned)fill);
+    require(e.empty(), InvalidValue, "cuTensorMapEncodeTiled: ", e);
+  });
 }
 SIM_API int cuTensorMapReplaceAddress(void* map, void* address) {
-  if (!address || (uint64_t)address % 16)
-    return report(InvalidValue, "cuTensorMapReplaceAddress: the address must be a multiple of 16 bytes");
-  ((TensorMap*)map)->address = (uint64_t)address;
-  return Success;
+  return guarded([&] {
+    require(address && (uint64_t)address % 16 == 0, InvalidValue,
+            "cuTensorMapReplaceAddress: the address must be a multiple of 16 bytes");
+    ((TensorMap*)map)->address = (uint64_t)address;
+  });
 }
 SIM_API int cuMemAlloc_v2(uint64_t* p, size_t bytes) {
-  return guarded([&]() -> int {
-    if (!bytes) return report(InvalidValue, "zero bytes");
-    *p = Arena::get().allocate(bytes, "cuMemAlloc of " + std::to_string(bytes) + " bytes");
+  return guarded([&] {
+    require(bytes, InvalidValue, "zero bytes");
+    *p = Arena::get().allocate(bytes, cat("cuMemAlloc of ", bytes, " bytes"));
     Arena::get().find(*p, 1)->valid.resize(bytes);
-    return Success;
   });
 }
 SIM_API int cuMemFree_v2(uint64_t p) {
-  return guarded([&]() -> int { return p ? Arena::get().release(p) : (void)0, Success; });
-}
-static void written(uint64_t a, size_t bytes) {
-  if (!bytes) return;
-  if (Buffer* b = Arena::get().find(a, bytes))
-    if (!b->valid.empty()) memset(b->valid.data() + (a - b->begin), 1, bytes);
+  return guarded([&] { p ? Arena::get().release(p) : (void)0; });
 }
 SIM_API int cuMemcpyHtoD_v2(uint64_t d, const void* s, size_t n) {
-  return guarded([&]() -> int { return memcpy((void*)d, s, n), written(d, n), Success; });
+  return guarded([&] { memcpy((void*)d, s, n), markWritten(d, n); });
 }
 SIM_API int cuMemcpyDtoH_v2(void* d, uint64_t s, size_t n) { return memcpy(d, (void*)s, n), Success; }
 SIM_API int cuMemsetD8_v2(uint64_t d, unsigned char v, size_t n) {
-  return guarded([&]() -> int { return memset((void*)d, v, n), written(d, n), Success; });
+  return guarded([&] { memset((void*)d, v, n), markWritten(d, n); });
 }
 SIM_API int cuMemsetD32Async(uint64_t d, unsigned v, size_t n, void*) {
-  return guarded([&]() -> int { return std::fill_n((uint32_t*)d, n, v), written(d, 4 * n), Success; });
+  return guarded([&] { std::fill_n((uint32_t*)d, n, v), markWritten(d, 4 * n); });
 }
+// Only the functions of this very library, wherever else the process has some of the same name.
 SIM_API int cuGetProcAddress_v2(const char* symbol, void** fn, int, uint64_t, int* status) {
-  static const char* kSuffix[] = {"", "_v2"};
-  *fn = nullptr;
-  for (auto s : kSuffix)
-    if (!*fn) *fn = dlsym(RTLD_DEFAULT, (std::string(symbol) + s).c_str());
-  Dl_info info;
   Dl_info self;
-  bool ours = *fn && dladdr(*fn, &info) && dladdr((void*)&cuInit, &self) && info.dli_fbase == self.dli_fbase;
-  if (!ours) {
-    if (dladdr((void*)&cuInit, &self)) {
-      void* h = dlopen(self.dli_fname, RTLD_NOW | RTLD_NOLOAD);
-      *fn = nullptr;
-      for (auto s : kSuffix)
-        if (!*fn && h) *fn = dlsym(h, (std::string(symbol) + s).c_str());
-    }
-  }
+  void* library = dladdr((void*)&cuInit, &self) ? dlopen(self.dli_fname, RTLD_NOW | RTLD_NOLOAD) : nullptr;
+  *fn = library ? dlsym(library, symbol) : nullptr;
+  if (library && !*fn) *fn = dlsym(library, cat(symbol, "_v2").c_str());
   if (status) *status = *fn ? 0 : 1;
-  return *fn ? Success : report(NotFound, std::string(symbol) + " is not modelled");
+  return guarded([&] { require(*fn, NotFound, symbol, " is not modelled"); });
 }
 
 // ---- not CUDA
 
 // The next launch of this thread may read (access & 1) or write (access & 2) these bytes.
 SIM_API int dsv3SimDeclareBuffer(const void* address, size_t bytes, unsigned access) {
-  if (!(access & 3)) return report(InvalidValue, "access must be 1, 2 or 3");
-  gDeclared.push_back({(uint64_t)address, bytes, access});
-  return Success;
+  return guarded([&] {
+    require(access & 3, InvalidValue, "access must be 1, 2 or 3");
+    gDeclared.push_back({(uint64_t)address, bytes, access});
+  });
 }
 SIM_API const char* dsv3SimLastError() { return gLastError.c_str(); }
 SIM_API int dsv3SimSetOption(const char* name, const char* value) {
-  std::lock_guard<std::recursive_mutex> lock(gMutex);
-  return setOption(name, value) ? Success : report(InvalidValue, std::string("no option ") + name + "=" + value);
+  return guarded([&] { require(setOption(name, value), InvalidValue, "no option ", name, "=", value); });
 }
 // Parses a module and decodes every kernel: what a build checks.
 SIM_API int dsv3SimCheck(const char* ptx) {
-  return guarded([&]() -> int {
-    auto m = parse(ptx, strlen(ptx));
-    for (auto& f : m->funcs)
-      if (f->entry && f->hasBody) Arena::get().release((uint64_t)decodeKernel(*m, *f)->params);
-    for (auto& v : m->vars)
-      if (v->address) Arena::get().release(v->address);
-    return Success;
+  return guarded([&] {
+    Library library(ptx);
+    for (auto& k : library.kernels) k.second.get();
   });
-}
-static size_t give(const std::string& s, char* out, size_t size) {
-  if (size) {
-    const size_t n = std::min(size - 1, s.size());
-    memcpy(out, s.data(), n);
-    out[n] = 0;
-  }
-  return s.size();
 }
 // What the last launch did, as JSON; returns the length.
 SIM_API size_t dsv3SimCounters(char* out, size_t size) {
   std::lock_guard<std::recursive_mutex> lock(gMutex);
-  const Counters& c = gCounters;
-  const std::pair<const char*, uint64_t> values[] = {{"warp_instructions", c.warpInst},
-                                                     {"thread_instructions", c.threadInst},
-                                                     {"global_read", c.globalRead},
-                                                     {"global_write", c.globalWrite},
-                                                     {"atomic", c.atomics},
-                                                     {"shared_read", c.sharedRead},
-                                                     {"shared_write", c.sharedWrite},
-                                                     {"shared_wavefronts", c.sharedWavefronts},
-                                                     {"shared_ideal", c.sharedIdeal},
-                                                     {"tma_read", c.tmaRead},
-                                                     {"tma_write", c.tmaWrite},
-                                                     {"wgmma", c.wgmma},
-                                                     {"wgmma_cycles", c.wgmmaCycles},
-                                                     {"mma", c.mma},
-                                                     {"branches", c.branches},
-                                                     {"divergent", c.divergent},
-                                                     {"barriers", c.barriers}};
   std::string s = "{\"kernel\": \"" + gKernelName + "\"";
-  for (auto& v : values) s += std::string(", \"") + v.first + "\": " + std::to_string(v.second);
+#define PRINT(name, field) s += cat(", \"" #name "\": ", gCounters.field)
+  COUNTERS(PRINT);
+#undef PRINT
   return give(s + ", \"instructions\": {" + gInstructions + "}}", out, size);
 }
 // Executions of the basic blocks of every kernel of that name, over all launches: see coverageOf. Returns the length.

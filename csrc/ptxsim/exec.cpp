@@ -1,15 +1,7 @@
 // Scheduling: fragments inside a warp, warps inside a cluster, clusters inside a launch.
-#include <algorithm>
-
 #include "race.h"
-#include "sim.h"
 
 namespace ptxsim {
-
-Options& options() {
-  static Options o;
-  return o;
-}
 
 // ---- errors
 
@@ -19,19 +11,14 @@ std::string Kernel::place(size_t pc) const {
     const std::string at = module->position(loc);
     out += (out.empty() ? "" : " inlined at ") + at.substr(at.rfind('/') + 1);
   }
-  return out + (out.empty() ? "" : ", ") + "PTX line " + std::to_string(source[pc].ptxLine) + " (" + source[pc].text +
-         ")";
+  return cat(out, out.empty() ? "" : ", ", "PTX line ", source[pc].ptxLine, " (", source[pc].text, ")");
 }
 
 std::string where(const Warp& w, const Inst& in, int lane) {
-  const Kernel& k = *w.kernel;
   const unsigned* id = w.cta->id;
-  char text[96];
-  snprintf(text, sizeof text, ", CTA (%u,%u,%u), warp %u", id[0], id[1], id[2], w.index);
-  std::string out = "kernel " + k.name + ": " + k.place((size_t)(&in - k.code.data())) + text;
-  if (lane >= 0)
-    out += ", lane " + std::to_string(lane) + " (thread " + std::to_string(w.index * kLanes + (unsigned)lane) + ")";
-  return out;
+  const std::string out = cat("kernel ", w.kernel->name, ": ", w.kernel->place(pcOf(w, in)), ", CTA (", id[0], ",",
+                              id[1], ",", id[2], "), warp ", w.index);
+  return lane < 0 ? out : cat(out, ", lane ", lane, " (thread ", w.index * kLanes + (unsigned)lane, ")");
 }
 
 void Warp::needValid(const Inst& in, Ref r, uint32_t mask, const char* role) {
@@ -95,69 +82,57 @@ static bool canMerge(const Fragment& a, const Fragment& b) {
 // joins; one that has run long without meeting anyone gives way, so that every fragment makes progress.
 void Warp::schedule() {
   reschedule = false;
-  for (size_t i = 0; i < frags.size();) {
-    if (frags[i].mask == 0) {
-      frags.erase(frags.begin() + (long)i);
+  for (auto f = frags.begin(); f != frags.end();) {
+    auto met = f->mask ? std::find_if(frags.begin(), f, [&](auto& g) { return canMerge(*f, g); }) : frags.end();
+    if (met == f) {
+      ++f;
       continue;
     }
-    bool merged = false;
-    for (size_t j = 0; j < i && !merged; ++j)
-      if (canMerge(frags[i], frags[j])) {
-        frags[j].mask |= frags[i].mask;
-        frags[j].wait = Wait::None;
-        frags[j].age = std::max(frags[i].age, frags[j].age);
-        merged = true;
-      }
-    if (merged)
-      frags.erase(frags.begin() + (long)i);
-    else
-      ++i;
+    if (f->mask) {
+      met->mask |= f->mask;
+      met->wait = Wait::None;
+      met->age = std::max(f->age, met->age);
+    }
+    f = frags.erase(f);
   }
-  int best = -1;
-  const bool rotate = frags.size() > 1 && (executed >> 12) != (frags.size() ? sliceStamp : 0);
+  const bool rotate = frags.size() > 1 && executed >> 12 != sliceStamp;
   if (rotate) sliceStamp = executed >> 12;
-  for (size_t i = 0; i < frags.size(); ++i) {
-    Fragment& f = frags[i];
+  Fragment* best = nullptr;
+  for (auto& f : frags) {
     if (f.wait == Wait::Poll && f.pollEpoch != launch->epoch) f.wait = Wait::None;
     if (f.wait != Wait::None) continue;
-    if (best < 0)
-      best = (int)i;
-    else if (rotate ? f.age < frags[(size_t)best].age : f.pc < frags[(size_t)best].pc)
-      best = (int)i;
+    if (!best || (rotate ? f.age < best->age : f.pc < best->pc)) best = &f;
   }
-  cur = best < 0 ? 0 : (unsigned)best;
-  ready = best >= 0;
+  cur = best ? (unsigned)(best - frags.data()) : 0;
+  ready = best;
   stopPc = kAll;
   if (!ready) return;
-  frags[cur].age = executed;
-  for (size_t i = 0; i < frags.size(); ++i)
-    if (i != cur && frags[i].pc > frags[cur].pc && frags[i].wait != Wait::Barrier)
-      stopPc = std::min(stopPc, frags[i].pc);
+  best->age = executed;
+  for (auto& f : frags)
+    if (f.pc > best->pc && f.wait != Wait::Barrier) stopPc = std::min(stopPc, f.pc);
 }
 
-void Warp::checkInflight(const Inst& in) {
+// An instruction beside wgmmas in flight.
+static void checkInflight(Warp& w, const Inst& in) {
   auto test = [&](Ref r, bool write) {
-    uint8_t f = r.id < inflight.size() ? inflight[r.id] : 0;
+    const uint8_t f = w.inflight[r.id];
     if (f == 1)
-      fail(in, -1,
-           write ? "an accumulator of a wgmma that has not been waited for is overwritten"
-                 : "an accumulator is read before wgmma.wait_group");
-    if (f == 2 && write) fail(in, -1, "an A register of a wgmma that has not been waited for is overwritten");
+      w.fail(in, -1,
+             write ? "an accumulator of a wgmma that has not been waited for is overwritten"
+                   : "an accumulator is read before wgmma.wait_group");
+    if (f == 2 && write) w.fail(in, -1, "an A register of a wgmma that has not been waited for is overwritten");
   };
   test(in.d, !in.storesD);
-  test(in.a, false);
-  test(in.b, false);
-  test(in.c, false);
-  if (in.ext) {
-    for (auto& r : in.ext->refs) test(r, !in.storesD);
-    for (auto& r : in.ext->refs2) test(r, false);
-  }
+  for (Ref r : {in.a, in.b, in.c}) test(r, false);
+  if (!in.ext) return;
+  for (Ref r : in.ext->refs) test(r, !in.storesD);
+  for (Ref r : in.ext->refs2) test(r, false);
 }
 
-void Warp::noteUnfenced(const Inst& in) {
-  unfenced[in.d.id] = 1;
+static void noteUnfenced(Warp& w, const Inst& in) {
+  w.unfenced[in.d.id] = 1;
   if (in.ext)
-    for (auto& r : in.ext->refs) unfenced[r.id] = 1;
+    for (Ref r : in.ext->refs) w.unfenced[r.id] = 1;
 }
 
 bool Warp::run(unsigned quantum) {
@@ -181,20 +156,18 @@ bool Warp::run(unsigned quantum) {
       taken[pc] += m != 0;
     }
     ++executed;
-    if (m) {
-      if (in.convergeAll && m != live) {
-        if (mask == live)
-          fail(in, __builtin_ctz(live & ~m), "an .aligned instruction is predicated off for some lanes of the warp");
-        block(Wait::Converge);
-      } else {
-        ++hits[pc];
-        threadInst += (unsigned)__builtin_popcount(m);
-        if (__builtin_expect(numInflight != 0, 0) && !in.isWgmma) checkInflight(in);
-        if (__builtin_expect(in.needsFence, 0)) noteUnfenced(in);
-        in.fn(*this, in, m);
-      }
+    if (m && in.convergeAll && m != live) {
+      if (mask == live)
+        fail(in, __builtin_ctz(live & ~m), "an .aligned instruction is predicated off for some lanes of the warp");
+      block(Wait::Converge);
     } else {
       ++hits[pc];
+      if (m) {
+        threadInst += (unsigned)__builtin_popcount(m);
+        if (__builtin_expect(numInflight != 0, 0) && !in.isWgmma) checkInflight(*this, in);
+        if (__builtin_expect(in.needsFence, 0)) noteUnfenced(*this, in);
+        in.fn(*this, in, m);
+      }
     }
     pc = next;
     if (__builtin_expect(reschedule || pc == stopPc, 0)) {
@@ -214,104 +187,82 @@ bool Warp::run(unsigned quantum) {
 
 // ---- clusters
 
-static void initWarp(Warp& w) {
-  const Kernel& k = *w.kernel;
-  memset(w.base[0], 0xa5, k.regBytes);
-  memset(w.valid, 0, k.numIds * 4);
-  w.valid[0] = kAll;
-  if (w.localValid) memset(w.localValid, 0, (size_t)k.localBytes * kLanes);
-  for (auto& s : k.specials)
-    for (unsigned i = 0; i < kLanes; ++i) {
-      const uint64_t v = s.special->value(w, i, s.dimension) + s.add;
-      memcpy(w.base[0] + s.off + i * s.bytes, &v, s.bytes);
+// Memory of CTAs that are over.
+static std::vector<std::list<std::vector<Line>>> gSpare;
+constexpr size_t kMostSpare = 16;
+
+static void place(unsigned (&id)[3], uint64_t index, const unsigned (&size)[3]) {  // x runs fastest
+  for (int d = 0; d < 3; ++d, index /= size[d - 1]) id[d] = (unsigned)(index % size[d]);
+}
+
+std::unique_ptr<Cta> Launch::makeCta(Cluster& c, unsigned rank) {
+  const Kernel& k = *kernel;
+  auto cta = std::make_unique<Cta>();
+  Cta& t = *cta;
+  t.launch = this;
+  t.cluster = &c;
+  t.rank = rank;
+  place(t.id, rank, clusterDim);
+  for (int d = 0; d < 3; ++d) t.id[d] += c.id[d] * clusterDim[d];
+  t.linear = t.id[0] + (uint64_t)grid[0] * (t.id[1] + (uint64_t)grid[1] * t.id[2]);
+  t.smemBytes = kSharedReserved + k.staticShared + dynShared;
+
+  if (!gSpare.empty()) {
+    t.memory = std::move(gSpare.back());
+    gSpare.pop_back();
+  }
+  auto block = t.memory.begin();
+  auto take = [&](uint32_t bytes, uint8_t fill) {
+    if (block == t.memory.end()) block = t.memory.emplace(block);
+    block->resize(bytes / sizeof(Line) + 1);
+    return (uint8_t*)memset(block++->data(), fill, bytes);
+  };
+  t.smem = take(t.smemBytes, 0xa5);
+  t.smemValid = take(t.smemBytes, 0);
+  for (auto& v : k.sharedVars)
+    if (!v.second->init.empty()) {
+      memcpy(t.smem + v.first, v.second->init.data(), v.second->init.size());
+      memset(t.smemValid + v.first, 1, v.second->init.size());
     }
+  t.mbarIndex.assign((t.smemBytes + 7) / 8 + 1, 0);
+  t.mbars.resize(1);
+  t.wgmma.resize((warpsPerCta + 3) / 4);
+  t.liveThreads = threads;
+  t.warps.resize(warpsPerCta);
+  for (Warp& w : t.warps) {
+    w.cta = &t;
+    w.launch = this;
+    w.kernel = kernel;
+    w.index = (unsigned)(&w - t.warps.data());
+    const unsigned n = std::min(kLanes, threads - w.index * kLanes);
+    w.live = n == kLanes ? kAll : (1u << n) - 1;
+    w.base[0] = take(k.regBytes, 0xa5);
+    w.base[1] = (uint8_t*)k.constants.data();
+    w.valid = (uint32_t*)take(k.numIds * 4, 0);
+    w.valid[0] = kAll;
+    w.local = take(k.localBytes * kLanes, 0xa5);
+    w.localValid = take(k.localBytes * kLanes, 0);
+    w.frags.resize(1);
+    w.frag().pc = (uint32_t)k.entry;
+    w.frag().mask = w.live;
+    w.inflight.resize(k.numIds);
+    w.unfenced.resize(k.numIds);
+    w.maxnreg = regsPerThread;
+    for (auto& s : k.specials)
+      for (unsigned i = 0; i < kLanes; ++i) {
+        const uint64_t v = s.special->value(w, i, s.dimension) + s.add;
+        memcpy(w.base[0] + s.off + i * s.bytes, &v, s.bytes);
+      }
+  }
+  return cta;
 }
 
 std::unique_ptr<Cluster> Launch::makeCluster(uint64_t index) {
   auto c = std::make_unique<Cluster>();
-  unsigned nc[3] = {grid[0] / clusterDim[0], grid[1] / clusterDim[1], grid[2] / clusterDim[2]};
-  c->id[0] = (unsigned)(index % nc[0]);
-  c->id[1] = (unsigned)(index / nc[0] % nc[1]);
-  c->id[2] = (unsigned)(index / nc[0] / nc[1]);
-  const Kernel& k = *kernel;
-  const uint32_t smemBytes = kSharedReserved + k.staticShared + dynShared;
-  for (unsigned r = 0; r < ctasPerCluster; ++r) {
-    std::unique_ptr<Cta> cta;
-    if (!pool.empty()) {
-      cta = std::move(pool.back());
-      pool.pop_back();
-    } else {
-      cta = std::make_unique<Cta>();
-      cta->launch = this;
-      cta->smemBytes = smemBytes;
-      cta->memory.reset(new uint64_t[(2 * (size_t)smemBytes + 64) / 8 + 2]);
-      cta->smem = reinterpret_cast<uint8_t*>(((uintptr_t)cta->memory.get() + 15) & ~(uintptr_t)15);
-      cta->smemValid = cta->smem + smemBytes;
-      cta->warps.resize(warpsPerCta);
-      const size_t regs = (k.regBytes + 63) / 64 * 64, ids = ((size_t)k.numIds * 4 + 63) / 64 * 64,
-                   local = (size_t)k.localBytes * kLanes;
-      const size_t each = regs + ids + 2 * local + 64;
-      cta->regMemory.reset(new uint64_t[(each * warpsPerCta + 64) / 8 + 8]);
-      uint8_t* at = reinterpret_cast<uint8_t*>(((uintptr_t)cta->regMemory.get() + 63) & ~(uintptr_t)63);
-      for (unsigned i = 0; i < warpsPerCta; ++i, at += each / 64 * 64) {
-        Warp& w = cta->warps[i];
-        w.base[0] = at;
-        w.valid = reinterpret_cast<uint32_t*>(at + regs);
-        w.local = at + regs + ids;
-        w.localValid = w.local + local;
-      }
-    }
-    Cta& t = *cta;
-    t.cluster = c.get();
-    t.rank = r;
-    for (int d = 0; d < 3; ++d) {
-      unsigned inner = d == 0   ? r % clusterDim[0]
-                       : d == 1 ? r / clusterDim[0] % clusterDim[1]
-                                : r / clusterDim[0] / clusterDim[1];
-      t.id[d] = c->id[d] * clusterDim[d] + inner;
-    }
-    t.linear = t.id[0] + (uint64_t)grid[0] * (t.id[1] + (uint64_t)grid[1] * t.id[2]);
-    memset(t.smem, 0xa5, smemBytes);
-    memset(t.smemValid, 0, smemBytes);
-    for (auto& v : k.sharedVars)
-      if (!v.second->init.empty()) {
-        memcpy(t.smem + v.first, v.second->init.data(), v.second->init.size());
-        memset(t.smemValid + v.first, 1, v.second->init.size());
-      }
-    for (auto& b : t.bars) b = NamedBarrier();
-    t.mbarIndex.assign((smemBytes + 7) / 8 + 1, 0);
-    t.mbars.assign(1, Mbarrier());
-    t.liveThreads = threads;
-    t.regPool = 0;
-    t.wgmma.assign((warpsPerCta + 3) / 4, {});
-    c->liveThreads += threads;
-    for (unsigned i = 0; i < warpsPerCta; ++i) {
-      Warp& w = t.warps[i];
-      w.cta = &t;
-      w.launch = this;
-      w.kernel = kernel;
-      w.index = i;
-      unsigned n = std::min(kLanes, threads - i * kLanes);
-      w.live = n == kLanes ? kAll : (1u << n) - 1;
-      w.base[1] = reinterpret_cast<uint8_t*>(const_cast<uint64_t*>(k.constants.data()));
-      w.frags.assign(1, Fragment());
-      w.frags[0].pc = (uint32_t)k.entry;
-      w.frags[0].mask = w.live;
-      w.cur = 0;
-      w.executed = 0;
-      w.sliceStamp = 0;
-      w.carry = 0;
-      w.clusterArrived = 0;
-      w.bulk = w.cp = w.wgmma = OpTrack();
-      w.inflight.assign(k.numIds, 0);
-      w.numInflight = 0;
-      w.unfenced.assign(k.numIds, 0);
-      w.wgmmaCount = 0;
-      w.maxnreg = regsPerThread;
-      initWarp(w);
-    }
-    c->ctas.push_back(std::move(cta));
-  }
+  const unsigned clusters[3] = {grid[0] / clusterDim[0], grid[1] / clusterDim[1], grid[2] / clusterDim[2]};
+  place(c->id, index, clusters);
+  c->liveThreads = threads * ctasPerCluster;
+  for (unsigned r = 0; r < ctasPerCluster; ++r) c->ctas.push_back(makeCta(*c, r));
   raceStart(*this, *c, index);
   return c;
 }
@@ -340,10 +291,10 @@ bool Launch::performSome(Cluster& c) {
     auto it = c.pending.begin();
     if (opt.timing == Timing::Random) std::advance(it, (long)(rng() % c.pending.size()));
     std::shared_ptr<AsyncOp> op = *it;
-    const bool was = op->done;
-    if (!was) performNow(*op, false);
+    const bool open = !op->done;
+    if (open) performNow(*op, false);
     if (op->done) c.pending.erase(it);
-    if (!was) return true;
+    if (open) return true;
   }
   return false;
 }
@@ -365,35 +316,28 @@ Launch::Progress Launch::runCluster(Cluster& c) {
     }
     if (c.liveThreads == 0) {
       for (auto& cta : c.ctas) checkExit(*cta);
-      while (performSome(c)) {
-      }
+      while (performSome(c)) continue;
       return Finished;
     }
     if (!ran && epoch == epochBefore && !performSome(c)) return Blocked;
-    if (epoch == epochBefore) {
-      if (++idleRounds > 100) {
-        if (performSome(c)) continue;
-        return Idle;
-      }
-    } else {
-      idleRounds = 0;
+    idleRounds = epoch == epochBefore ? idleRounds + 1 : 0;
+    if (idleRounds > 100) {
+      if (performSome(c)) continue;
+      return Idle;
     }
     if (n.threadInst - startInst > (opt.eager ? 20000u : 4000000u)) return Slice;
   }
-}
-
-void Launch::retire(Cluster& c) {
-  for (auto& cta : c.ctas) pool.push_back(std::move(cta));
 }
 
 void Launch::run() {
   numClusters = 1;
   for (int d = 0; d < 3; ++d) numClusters *= grid[d] / clusterDim[d];
   std::vector<uint32_t> order;
-  if (opt.order != "forward") {
+  if (opt.order != Order::Forward) {
     order.resize(numClusters);
-    for (uint64_t i = 0; i < numClusters; ++i) order[i] = (uint32_t)(opt.order == "reverse" ? numClusters - 1 - i : i);
-    if (opt.order == "random") std::shuffle(order.begin(), order.end(), rng);
+    std::iota(order.begin(), order.end(), 0);
+    if (opt.order == Order::Reverse) std::reverse(order.begin(), order.end());
+    if (opt.order == Order::Random) std::shuffle(order.begin(), order.end(), rng);
   }
   uint64_t nextCluster = 0, idleSince = epoch, idleInst = 0;
   size_t at = 0, stuck = 0;
@@ -408,7 +352,8 @@ void Launch::run() {
     Cluster& c = *resident[at];
     Progress p = runCluster(c);
     if (p == Finished) {
-      retire(c);
+      for (auto& cta : c.ctas)
+        if (gSpare.size() < kMostSpare) gSpare.push_back(std::move(cta->memory));
       resident.erase(resident.begin() + (long)at);
       stuck = 0, allBlocked = true;
       continue;
@@ -434,48 +379,48 @@ void Launch::run() {
   }
 }
 
+template <class F>
+void Launch::eachFragment(F visit) {
+  for (auto& c : resident)
+    for (auto& cta : c->ctas)
+      for (auto& w : cta->warps)
+        for (w.cur = 0; w.cur < w.frags.size(); ++w.cur)
+          if (w.frag().mask) visit(w, w.frag());
+}
+
 // A potentially blocking wait may also return false after a while. Each such wait gets that once before a deadlock is
 // called.
 bool Launch::giveUpWaits() {
   bool any = false;
-  for (auto& c : resident)
-    for (auto& cta : c->ctas)
-      for (auto& w : cta->warps)
-        for (auto& f : w.frags)
-          if (f.mask && f.wait == Wait::Poll && f.mayGiveUp) {
-            if (f.gaveUpEpoch != epoch) f.gaveUp = 0;
-            if (++f.gaveUp > 200) continue;  // it comes back to the same wait and nothing happens
-            f.gaveUpEpoch = epoch;
-            f.giveUp = true;
-            f.wait = Wait::None;
-            any = true;
-          }
+  eachFragment([&](Warp&, Fragment& f) {
+    if (f.wait != Wait::Poll || !f.mayGiveUp) return;
+    if (f.gaveUpEpoch != epoch) f.gaveUp = 0;
+    if (++f.gaveUp > 200) return;  // it comes back to the same wait and nothing happens
+    f.gaveUpEpoch = epoch;
+    f.giveUp = true;
+    f.wait = Wait::None;
+    any = true;
+  });
   return any;
 }
 
 void Launch::reportDeadlock() {
   std::string s = "deadlock: no thread of kernel " + kernel->name + " can go on\n";
   unsigned lines = 0;
-  for (auto& c : resident)
-    for (auto& cta : c->ctas)
-      for (auto& w : cta->warps)
-        for (size_t i = 0; i < w.frags.size(); ++i) {
-          Fragment& f = w.frags[i];
-          if (!f.mask || lines++ > 40) continue;
-          const Inst& in = kernel->code[f.wait == Wait::Barrier ? f.shownPc : f.pc];
-          char lanes[32];
-          snprintf(lanes, sizeof lanes, "lanes %08x ", f.mask);
-          w.cur = (unsigned)i;
-          const char* kind = f.wait == Wait::Converge  ? "waits for the other lanes of its warp"
-                             : f.wait == Wait::Barrier ? "waits at a barrier"
-                             : f.wait == Wait::Poll    ? "waits"
-                                                       : "runs without effect";
-          s += "  " + std::string(lanes) + (f.describe && f.wait != Wait::None ? f.describe(w, in) : kind) + ", at " +
-               where(w, in, -1) + "\n";
-        }
-  if (nextResidentHint())
-    s += "  (" + std::to_string(resident.size()) +
-         " clusters are resident, the most this launch may have; others have not started)\n";
+  eachFragment([&](Warp& w, Fragment& f) {
+    if (lines++ > 40) return;
+    const Inst& in = kernel->code[f.wait == Wait::Barrier ? f.shownPc : f.pc];
+    char lanes[32];
+    snprintf(lanes, sizeof lanes, "  lanes %08x ", f.mask);
+    const char* kind = f.wait == Wait::Converge  ? "waits for the other lanes of its warp"
+                       : f.wait == Wait::Barrier ? "waits at a barrier"
+                       : f.wait == Wait::Poll    ? "waits"
+                                                 : "runs without effect";
+    s += cat(lanes, f.describe && f.wait != Wait::None ? f.describe(w, in) : kind, ", at ", where(w, in, -1), "\n");
+  });
+  if (resident.size() == maxResident && numClusters > maxResident)
+    s += cat("  (", resident.size(),
+             " clusters are resident, the most this launch may have; others have not started)\n");
   throw Error(s);
 }
 

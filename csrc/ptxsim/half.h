@@ -8,24 +8,20 @@ namespace ptxsim {
 
 enum class Round : uint8_t { Nearest, Zero, Down, Up, NearestAway };
 
-inline float f32(uint32_t b) {
-  float f;
-  memcpy(&f, &b, 4);
-  return f;
+template <class T, class U>
+inline T bitsAs(U u) {
+  static_assert(sizeof(T) == sizeof(U), "same size");
+  T t;
+  memcpy(&t, &u, sizeof t);
+  return t;
 }
-inline uint32_t bits(float f) {
-  uint32_t b;
-  memcpy(&b, &f, 4);
-  return b;
-}
-inline uint64_t bits(double f) {
-  uint64_t b;
-  memcpy(&b, &f, 8);
-  return b;
-}
+inline float f32(uint32_t b) { return bitsAs<float>(b); }
+inline uint32_t bits(float f) { return bitsAs<uint32_t>(f); }
+inline uint64_t bits(double f) { return bitsAs<uint64_t>(f); }
 inline bool isNan32(uint32_t b) { return (b & 0x7fffffffu) > 0x7f800000u; }
 constexpr uint32_t kNan32 = 0x7fffffffu;
 inline float canonical(float f) { return f != f ? f32(kNan32) : f; }
+inline double canonical(double f) { return f; }
 inline float flush(float f) {
   uint32_t b = bits(f);
   return (b & 0x7f800000u) == 0 ? f32(b & 0x80000000u) : f;
@@ -65,7 +61,7 @@ inline uint64_t roundMagnitude(uint64_t m, int e, bool sticky, int mant, int emi
 
 struct Narrow {  // a binary interchange format, or one of the two fp8
   int mant, emin;
-  uint32_t inf, maxFinite, nan;  // codes without sign; inf == 0: the format has none
+  uint64_t inf, maxFinite, nan;  // codes without sign; inf == 0: the format has none
   int signBit;
 };
 constexpr Narrow kF16{10, -14, 0x7c00, 0x7bff, 0x7fff, 15};
@@ -74,10 +70,10 @@ constexpr Narrow kE4m3{3, -6, 0, 0x7e, 0x7f, 7};
 constexpr Narrow kE5m2{2, -14, 0x7c, 0x7b, 0x7f, 7};
 
 // `saturate`: overflow and infinity go to the largest finite value (cvt .satfinite).
-inline uint32_t narrowFrom(uint64_t m, int e, bool sticky, bool negative, bool infinite, bool nan, const Narrow& f,
+inline uint64_t narrowFrom(uint64_t m, int e, bool sticky, bool negative, bool infinite, bool nan, const Narrow& f,
                            Round mode, bool saturate) {
   if (nan) return f.nan;
-  uint32_t sign = negative ? 1u << f.signBit : 0;
+  const uint64_t sign = (uint64_t)negative << f.signBit;
   if (infinite) return sign | (saturate ? f.maxFinite : f.inf ? f.inf : f.nan);
   if (m == 0) return sign;
   bool up = (mode == Round::Up && !negative) || (mode == Round::Down && negative);
@@ -87,19 +83,15 @@ inline uint32_t narrowFrom(uint64_t m, int e, bool sticky, bool negative, bool i
     bool toInf = mode == Round::Nearest || mode == Round::NearestAway || up;
     return sign | (toInf ? (f.inf ? f.inf : f.nan) : f.maxFinite);
   }
-  return sign | (uint32_t)code;
+  return sign | code;
 }
-inline uint32_t narrowFromFloat(float x, const Narrow& f, Round mode = Round::Nearest, bool saturate = false) {
-  uint32_t b = bits(x), frac = b & 0x7fffffu;
-  int ex = (int)((b >> 23) & 0xff);
-  return narrowFrom(ex ? frac | 0x800000u : frac, (ex ? ex : 1) - 150, false, b >> 31, ex == 255 && !frac,
-                    ex == 255 && frac, f, mode, saturate);
-}
-inline uint32_t narrowFromDouble(double x, const Narrow& f, Round mode = Round::Nearest, bool saturate = false) {
-  uint64_t b = bits(x), frac = b & 0xfffffffffffffull;
-  int ex = (int)((b >> 52) & 0x7ff);
-  return narrowFrom(ex ? frac | 1ull << 52 : frac, (ex ? ex : 1) - 1075, false, b >> 63, ex == 2047 && !frac,
-                    ex == 2047 && frac, f, mode, saturate);
+template <class F>
+inline uint64_t narrowFrom(F x, const Narrow& f, Round mode = Round::Nearest, bool saturate = false) {
+  constexpr int mant = sizeof(F) == 4 ? 23 : 52, most = sizeof(F) == 4 ? 0xff : 0x7ff;
+  const uint64_t b = bits(x), one = 1ull << mant, frac = b & (one - 1);
+  const int ex = (int)(b >> mant) & most;
+  return narrowFrom(ex ? frac | one : frac, (ex ? ex : 1) - most / 2 - mant, false, std::signbit(x),
+                    ex == most && !frac, ex == most && frac, f, mode, saturate);
 }
 inline float widen(uint32_t code, const Narrow& f) {
   uint32_t sign = (code >> f.signBit) & 1, mag = code & ((1u << f.signBit) - 1);
@@ -122,6 +114,6 @@ extern const float* const kHalfTable;  // 65536 values
 extern const float* const kE4m3Table;  // 256
 extern const float* const kE5m2Table;
 inline float fromF16(uint16_t h) { return kHalfTable[h]; }
-inline uint16_t toF16(float x) { return (uint16_t)narrowFromFloat(x, kF16); }
+inline uint16_t toF16(float x) { return (uint16_t)narrowFrom(x, kF16); }
 
 }  // namespace ptxsim

@@ -1,9 +1,9 @@
 // Simulated address spaces. A global address is a host address inside one reserved arena in which every buffer stands
 // alone between guard chunks; shared and local memory are 4 GB windows of the generic space.
 #pragma once
-#include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <map>
 #include <new>
 #include <string>
 #include <vector>
@@ -33,9 +33,8 @@ struct Untouched {
 struct Buffer {
   uint64_t begin = 0, end = 0;
   bool writable = true;
-  bool live = false;
+  bool predecessor = false;  // the launch before may still use it: see Launch::early
   std::string name;
-  uint8_t* host = nullptr;                         // where it is copied back to
   std::vector<uint8_t, Untouched<uint8_t>> valid;  // of a buffer the kernel may not read before it wrote: 1 = written
 };
 
@@ -47,21 +46,19 @@ class Arena {
   void release(uint64_t address);
   // The buffer that holds all of [a, a+bytes), or nullptr.
   Buffer* find(uint64_t a, uint64_t bytes) {
-    uint64_t off = a - base_;
-    if (off >= size_) return nullptr;
-    uint32_t id = owner_[off >> kShift];
-    Buffer& b = buffers_[id];
-    return a >= b.begin && a + bytes <= b.end && b.live ? &b : nullptr;
+    const uint64_t off = a - base_;
+    Buffer* b = off < size_ ? owner_[off >> kShift] : nullptr;
+    return b && a >= b->begin && a + bytes <= b->end ? b : nullptr;
   }
   std::string describe(uint64_t a, uint64_t bytes) const;  // for out-of-bounds reports
 
  private:
   Arena();
   static constexpr unsigned kShift = 16;
-  uint64_t base_ = 0, size_ = 0;
-  std::vector<uint32_t> owner_;  // chunk -> buffer; 0 none
-  std::vector<Buffer> buffers_;
-  std::vector<uint32_t> freeIds_;
+  static constexpr uint64_t size_ = 1ull << 36;
+  uint64_t base_ = 0;
+  std::vector<Buffer*> owner_;        // of each chunk, nullptr: nobody
+  std::map<size_t, Buffer> buffers_;  // by first chunk
   size_t cursor_ = 1;
 };
 

@@ -1,25 +1,18 @@
 // Named barriers of a CTA and the cluster barrier (PTX ISA 9.7.13.1 to 9.7.13.4).
-#include <algorithm>
-
 #include "ops.h"
 #include "race.h"
 
 namespace ptxsim {
-
-bool gatherLanes(Warp& w, const Inst& in, Ref maskRef, uint32_t m);
-void decodeWarpSync(Dec& d);
-
 namespace {
 
-enum { Sync, Arrive, RedPopc, RedAnd, RedOr };
+enum { Sync, Arrive, Red };  // x[0]
+enum { Popc = 1, And, Or };  // x[1]
 
 std::string describeBarrier(Warp& w, const Inst& in) {
-  Ref id = in.a;
-  unsigned k = lane32(w, id, (unsigned)firstLane(w.frag().mask)) & 15;
-  NamedBarrier& b = w.cta->bars[k];
-  unsigned want = b.all ? w.cta->liveThreads : b.expected;
-  return "waits at barrier " + std::to_string(k) + ": " + std::to_string(b.arrived) + " of " + std::to_string(want) +
-         " threads have arrived";
+  const unsigned id = lane32(w, in.a, (unsigned)firstLane(w.frag().mask)) & 15;
+  const NamedBarrier& b = w.cta->bars[id];
+  return cat("waits at barrier ", id, ": ", b.arrived, " of ", b.all ? w.cta->liveThreads : b.expected,
+             " threads have arrived");
 }
 
 void complete(Cta& cta, NamedBarrier& b) {
@@ -28,27 +21,16 @@ void complete(Cta& cta, NamedBarrier& b) {
     for (auto& f : x.warp->frags)
       if (f.wait == Wait::Barrier && f.mask == x.mask) f.wait = Wait::None;
     const Inst& in = *x.inst;
-    if (in.x[0] >= RedPopc) {
-      uint32_t r = in.x[0] == RedPopc ? b.redCount : in.x[0] == RedAnd ? b.redAnd : b.redOr;
-      if (in.x[0] == RedPopc) {
-        uint32_t v[kLanes];
-        for (auto& y : v) y = r;
-        storeLanes(*x.warp, in.d, v, x.mask);
-      } else {
-        uint32_t& p = x.warp->pred(in.d);
-        p = r ? p | x.mask : p & ~x.mask;
-      }
-      x.warp->setValid(in.d, x.mask, kAll);
-    }
+    if (in.x[1] == Popc) setLanes<uint32_t>(*x.warp, in.d, x.mask, kAll, [&](int) { return b.redCount; });
+    if (in.x[1] == And || in.x[1] == Or)
+      x.warp->setPred(in.d, x.mask, (in.x[1] == And ? b.redAnd : b.redOr) ? kAll : 0, kAll);
   }
-  uint64_t g = b.generation;
   b = NamedBarrier();
-  b.generation = g + 1;
   cta.launch->progress();
   ++cta.launch->n.barriers;
 }
 
-// x[0] kind, x[1] aligned, x[2] has a count, x[3] predicate negated; a id, b count, c predicate
+// a: number, b: thread count, if any, c: predicate
 void barrier(Warp& w, const Inst& in, uint32_t m) {
   Cta& cta = *w.cta;
   w.needValid(in, in.a, m, "barrier number");
@@ -56,23 +38,23 @@ void barrier(Warp& w, const Inst& in, uint32_t m) {
   const uint32_t id = lane32(w, in.a, (unsigned)lane);
   if (id > 15) w.fail(in, lane, "barrier ", id, " does not exist (0..15)");
   NamedBarrier& b = cta.bars[id];
-  const unsigned count = in.x[2] ? lane32(w, in.b, (unsigned)lane) : 0;
-  if (in.x[2] && (count == 0 || count % kLanes))
+  const bool counted = (bool)in.b;
+  const unsigned count = counted ? lane32(w, in.b, (unsigned)lane) : 0;
+  if (counted && (count == 0 || count % kLanes))
     w.fail(in, lane, "barrier ", id, ": a thread count of ", count, " is no multiple of 32");
-  if (in.x[2] && count > (w.launch->warpsPerCta) * kLanes)
+  if (count > w.launch->warpsPerCta * kLanes)
     w.fail(in, lane, "barrier ", id, ": a thread count of ", count, " in a CTA of ", w.launch->threads, " threads");
-  if (b.arrived && (b.all != !in.x[2] || b.expected != count))
-    w.fail(in, lane, "barrier ", id, " is used with ", (count ? std::to_string(count) : "all"),
-           " threads while a phase with ", (b.all ? "all" : std::to_string(b.expected)), " threads is open");
-  b.all = !in.x[2];
+  if (b.arrived && (b.all == counted || b.expected != count))
+    w.fail(in, lane, "barrier ", id, " is used with ", counted ? cat(count) : "all", " threads while a phase with ",
+           b.all ? "all" : cat(b.expected), " threads is open");
+  b.all = !counted;
   b.expected = count;
   if (b.lanes.empty()) b.lanes.assign(cta.warps.size(), 0);
   if (b.lanes[w.index] & m) w.fail(in, lane, "warp ", w.index, " arrives twice at barrier ", id, " in one phase");
   b.lanes[w.index] |= m;
-  const unsigned add = in.x[1] && in.x[2] ? kLanes : (unsigned)__builtin_popcount(m);
-  b.arrived += add;
-  if (in.x[0] >= RedPopc) {
-    uint32_t p = (w.pred(in.c) ^ (in.x[3] ? kAll : 0)) & m;
+  b.arrived += in.convergeAll && counted ? kLanes : (unsigned)__builtin_popcount(m);
+  if (in.x[0] == Red) {
+    const uint32_t p = w.predicate(in.c) & m;
     b.redCount += (uint32_t)__builtin_popcount(p);
     b.redAnd &= p == m ? kAll : 0;
     b.redOr |= p;
@@ -104,8 +86,8 @@ void clusterCheck(Cluster& c, Launch& l) {
   }
 }
 std::string describeCluster(Warp& w, const Inst&) {
-  return "waits at the cluster barrier: " + std::to_string(w.cta->cluster->arrived) + " of " +
-         std::to_string(w.cta->cluster->liveThreads) + " threads have arrived";
+  const Cluster& c = *w.cta->cluster;
+  return cat("waits at the cluster barrier: ", c.arrived, " of ", c.liveThreads, " threads have arrived");
 }
 void clusterArrive(Warp& w, const Inst& in, uint32_t m) {
   Cluster& c = *w.cta->cluster;
@@ -129,50 +111,25 @@ void clusterWait(Warp& w, const Inst& in, uint32_t m) {
   raceClusterWait(w);
 }
 
-void decodeBarrier(Dec& d, bool aligned) {
-  if (d.take("warp")) {
-    d.take("sync");
-    decodeWarpSync(d);
-    return;
-  }
-  if (d.take("cluster")) {
-    bool wait = d.takeOneOf({"arrive", "wait"}) == 1;
-    d.out.x[0] = d.take("relaxed");
-    d.take("release");
-    d.take("acquire");
-    d.out.convergeAll = d.take("aligned");
-    d.wantArgs(0, 0);
-    d.out.fn = wait ? clusterWait : clusterArrive;
-    return;
-  }
-  d.take("cta");
-  int kind = d.take("sync") ? Sync : d.take("arrive") ? Arrive : -1;
-  size_t at = 0;
-  if (d.take("red")) {
-    int op = d.takeOneOf({"popc", "and", "or"});
-    if (op < 0) d.fail("an operation is missing");
-    kind = RedPopc + op;
-    at = 1;
-  }
-  if (kind < 0) d.fail("sync, arrive or red is expected");
-  d.out.convergeAll = d.take("aligned") || aligned;
-  if (kind >= RedPopc) d.needType();
-  const size_t extra = kind >= RedPopc ? 1 : 0;
-  d.wantArgs(at + 1 + extra, at + 2 + extra);
-  d.out.x[0] = (uint8_t)kind;
-  d.out.x[1] = d.out.convergeAll;
-  d.out.x[2] = d.argc() == at + 2 + extra;
-  if (kind == Arrive && !d.out.x[2]) d.fail("a thread count is required");
-  if (at) d.out.d = kind == RedPopc ? d.dst(0, 4) : d.predDst(d.arg(0));
-  d.out.a = d.src(at, Type::U32);
-  if (d.out.x[2]) d.out.b = d.src(at + 1, Type::U32);
-  if (extra) {
-    bool neg;
-    d.out.c = d.pred(d.arg(d.argc() - 1), &neg);
-    d.out.x[3] = neg;
-  }
+void decodeBarrier(Dec& d) {
+  const bool red = d.out.x[0] == Red;
+  if (red && !d.out.x[1]) d.fail("an operation is missing");
+  if (red) d.needType();
+  d.wantArgs(red ? 3 : 1, red ? 4 : 2);
+  if (red)
+    d.operands(cat(d.out.x[1] == Popc ? "d:u32" : "d:pred", " a:u32", d.argc() == 4 ? " b:u32" : "", " c:pred"));
+  else
+    d.operands("a:u32 b:u32?");
+  if (d.out.x[0] == Arrive && !d.out.b) d.fail("a thread count is required");
+  d.out.convergeAll |= d.p.op[0] == "bar";
   d.out.fn = barrier;
 }
+
+const Forms kForms = {
+    {"bar|barrier", "cluster arrive relaxed? (release) aligned?", "", clusterArrive},
+    {"bar|barrier", "cluster wait (acquire) aligned?", "", clusterWait},
+    {"bar|barrier", "sync|arrive|red popc|and|or? (cta) aligned?", nullptr, decodeBarrier},
+};
 
 }  // namespace
 
@@ -187,11 +144,6 @@ void clusterExit(Warp& w, uint32_t mask) {
     if (w.clusterPhase[i] == c.barrierPhase && c.arrived) --c.arrived;
   w.clusterArrived &= ~mask;
   clusterCheck(c, *w.launch);
-}
-
-void addBarrierOps(OpTable& t) {
-  t["bar"] = [](Dec& d) { decodeBarrier(d, true); };
-  t["barrier"] = [](Dec& d) { decodeBarrier(d, false); };
 }
 
 }  // namespace ptxsim

@@ -36,19 +36,17 @@ void copyFrame(Warp& w, const std::vector<Extra::Copy>& copies, uint32_t m) {
 // Moves the lanes of m to `target` with another call stack.
 void enter(Warp& w, uint32_t m, uint32_t target, std::vector<Frame> stack) {
   Fragment& f = w.frag();
+  w.reschedule |= m != f.mask || w.frags.size() > 1;
   if (m == f.mask) {
     f.stack = std::move(stack);
     w.next = target;
-    if (w.frags.size() > 1) w.reschedule = true;
     return;
   }
-  Fragment other;
+  f.mask &= ~m;
+  Fragment& other = w.frags.emplace_back();
   other.mask = m;
   other.pc = target;
   other.stack = std::move(stack);
-  f.mask &= ~m;
-  w.frags.push_back(std::move(other));
-  w.reschedule = true;
 }
 void call(Warp& w, const Inst& in, uint32_t m) {
   copyFrame(w, in.ext->args, m);
@@ -57,24 +55,25 @@ void call(Warp& w, const Inst& in, uint32_t m) {
   enter(w, m, (uint32_t)in.imm, std::move(stack));
 }
 void ret(Warp& w, const Inst&, uint32_t m) {
-  if (w.frag().stack.empty()) {
-    w.exitLanes(m);
-    return;
-  }
   std::vector<Frame> stack = w.frag().stack;
-  Frame top = stack.back();
+  if (stack.empty()) return w.exitLanes(m);
+  const Frame top = stack.back();
   stack.pop_back();
   copyFrame(w, top.call->rets, m);
   enter(w, m, (uint32_t)top.returnPc, std::move(stack));
 }
 void exitThread(Warp& w, const Inst&, uint32_t m) { w.exitLanes(m); }
 void trap(Warp& w, const Inst& in, uint32_t m) { w.fail(in, firstLane(m), "trap"); }
+void gridWait(Warp& w, const Inst&, uint32_t) {
+  w.launch->waited = true;
+  raceGridWait(w);
+}
 void nothing(Warp&, const Inst&, uint32_t) {}
 
 const char* cstring(Warp& w, const Inst& in, int lane, uint64_t a) {
-  for (uint64_t p = a;; ++p)
-    if (*locate(w, in, lane, Space::Generic, p, 1, Kind::Read, 1).p == 0) break;
-  return (const char*)locate(w, in, lane, Space::Generic, a, 1, Kind::Read, 1).p;
+  auto at = [&](uint64_t p) { return (const char*)locate(w, in, lane, Space::Generic, p, 1, Kind::Read, 1).p; };
+  for (uint64_t p = a; *at(p); ++p) continue;
+  return at(a);
 }
 uint64_t frame64(Warp& w, int lane, uint32_t off) {
   uint64_t v;
@@ -89,29 +88,25 @@ void vprintf(Warp& w, const Inst& in, uint32_t m) {
     std::string out;
     uint64_t at = 0;
     while (*f) {
-      if (*f != '%') {
+      if (*f != '%' || f[1] == '%') {
+        f += *f == '%';
         out += *f++;
         continue;
       }
-      std::string spec(1, *f++);
-      if (*f == '%') {
-        out += *f++;
-        continue;
-      }
+      std::string spec(1, *f);
       bool wide = false;
-      while (*f && !strchr("diouxXcsfFeEgGaAp", *f)) {
-        if (*f == 'l' || *f == 'j' || *f == 'z' || *f == 't')
-          wide = true;
-        else if (*f != 'h')
-          spec += *f;
-        ++f;
+      for (++f; *f && !strchr("diouxXcsfFeEgGaAp", *f); ++f) {
+        wide |= strchr("ljzt", *f) != nullptr;
+        if (!strchr("hljzt", *f)) spec += *f;
       }
-      char c = *f ? *f++ : 'd', text[512];
-      bool real = strchr("fFeEgGaA", c), eight = real || wide || c == 's' || c == 'p';
-      at = eight ? (at + 7) / 8 * 8 : (at + 3) / 4 * 4;
+      const char c = *f ? *f++ : 'd';
+      const bool real = strchr("fFeEgGaA", c);
+      const unsigned size = real || wide || c == 's' || c == 'p' ? 8 : 4;
+      char text[512];
       uint64_t v = 0;
-      memcpy(&v, locate(w, in, lane, Space::Generic, buf + at, eight ? 8 : 4, Kind::Read, 4).p, eight ? 8 : 4);
-      at += eight ? 8 : 4;
+      at = (at + size - 1) / size * size;
+      memcpy(&v, locate(w, in, lane, Space::Generic, buf + at, size, Kind::Read, 4).p, size);
+      at += size;
       if (real)
         snprintf(text, sizeof text, (spec + c).c_str(), bitsAs<double>(v));
       else if (c == 's')
@@ -135,7 +130,6 @@ void assertFail(Warp& w, const Inst& in, uint32_t m) {
 }
 
 void decodeCall(Dec& d) {
-  d.take("uni");
   const Operand *name = nullptr, *args = nullptr, *rets = nullptr;
   for (auto& a : d.p.args) {
     if (a.kind == Operand::Name && !name)
@@ -152,17 +146,21 @@ void decodeCall(Dec& d) {
     if (o.kind != Operand::Symbol || o.var->space != Space::Param) d.fail("call operands must be .param variables");
     return *o.var;
   };
-  auto it = d.kb.module.funcByName.find(name->name);
-  const Func* f = it == d.kb.module.funcByName.end() ? nullptr : it->second;
+  const Func* f = callee(d.kb.module, d.p);
   if (!f) d.fail("unknown function '", name->name, "'");
-  const size_t na = args ? args->sub.size() : 0, nr = rets ? rets->sub.size() : 0;
-  if (na != f->params.size() || nr != f->returns.size()) d.fail("'", f->name, "' takes other operands");
-  for (size_t i = 0; i < na; ++i)
-    e->args.push_back({d.kb.frameOffset(var(args->sub[i])), f->hasBody ? d.kb.frameOffset(*f->params[i]) : 0,
-                       (uint32_t)f->params[i]->bytes});
-  for (size_t i = 0; i < nr; ++i)
-    e->rets.push_back({f->hasBody ? d.kb.frameOffset(*f->returns[i]) : 0, d.kb.frameOffset(var(rets->sub[i])),
-                       (uint32_t)f->returns[i]->bytes});
+  auto copies = [&](const Operand* actual, const std::vector<Var*>& formal, bool in) {
+    std::vector<Extra::Copy> list;
+    if (formal.size() != (actual ? actual->sub.size() : 0)) d.fail("'", f->name, "' takes other operands");
+    for (size_t i = 0; i < formal.size(); ++i) {
+      const uint32_t here = d.kb.frameOffset(var(actual->sub[i])),
+                     there = f->hasBody ? d.kb.frameOffset(*formal[i]) : 0;
+      list.push_back({in ? here : there, in ? there : here, (uint32_t)formal[i]->bytes});
+    }
+    return list;
+  };
+  e->args = copies(args, f->params, true);
+  e->rets = copies(rets, f->returns, false);
+  d.out.imm = d.kb.start[f];
   if (f->hasBody)
     d.out.fn = call;
   else if (f->name == "vprintf")
@@ -175,107 +173,70 @@ void decodeCall(Dec& d) {
 
 // setmaxnreg: the registers that a warp gives up go to the CTA's pool, and those it asks for must be there.
 std::string waitsForRegisters(Warp& w, const Inst& in) {
-  return "setmaxnreg.inc to " + std::to_string(in.imm) + ": waits for " + std::to_string((in.imm - w.maxnreg) * 32) +
-         " registers, the CTA's pool has " + std::to_string(w.cta->regPool);
+  return cat("setmaxnreg.inc to ", in.imm, ": waits for ", (in.imm - w.maxnreg) * 32, " registers, the CTA's pool has ",
+             w.cta->regPool);
 }
 void setmaxnreg(Warp& w, const Inst& in, uint32_t m) {
-  unsigned want = (unsigned)in.imm;
-  if (in.x[0]) {
-    if (want < w.maxnreg)
-      w.fail(in, firstLane(m), "setmaxnreg.inc to ", want, ", but the warp has ", w.maxnreg, " registers a thread");
-    int need = (int)(want - w.maxnreg) * 32;
-    if (w.cta->regPool < need) {
-      w.block(Wait::Poll, waitsForRegisters);
-      return;
-    }
-    w.cta->regPool -= need;
-  } else {
-    if (want > w.maxnreg)
-      w.fail(in, firstLane(m), "setmaxnreg.dec to ", want, ", but the warp has only ", w.maxnreg,
-             " registers a thread");
-    w.cta->regPool += (int)(w.maxnreg - want) * 32;
-  }
-  w.maxnreg = want;
+  const bool dec = in.x[0];
+  const int more = ((int)in.imm - (int)w.maxnreg) * 32;
+  if (dec ? more > 0 : more < 0)
+    w.fail(in, firstLane(m), "setmaxnreg.", dec ? "dec" : "inc", " to ", in.imm, ", but the warp has ",
+           dec ? "only " : "", w.maxnreg, " registers a thread");
+  if (w.cta->regPool < more) return w.block(Wait::Poll, waitsForRegisters);
+  w.cta->regPool -= more;
+  w.maxnreg = (unsigned)in.imm;
   w.launch->progress();
 }
-
-void fence(Warp& w, const Inst& in, uint32_t m) { raceFence(w, in, m); }
-
-void decodeFence(Dec& d) {
-  Inst& o = d.out;
-  // x[0]: 0 plain memory fence, 1 proxy.async, 2 proxy.tensormap, 3 mbarrier_init, 4 other; x[1] scope; x[2] spaces
-  if (d.take("mbarrier_init")) o.x[0] = 3;
-  for (size_t i = 1; i < d.p.op.size(); ++i) {
-    const std::string& s = d.p.op[i];
-    if (s.compare(0, 5, "proxy") == 0) d.used[i] = true;
-    if (s == "proxy::async" || s == "async") o.x[0] = 1, d.used[i] = true;
-    if (s.compare(0, 9, "tensormap") == 0) o.x[0] = 2, d.used[i] = true;
-    if (s == "alias" || s.compare(0, 7, "async::") == 0) o.x[0] = s == "alias" ? 4 : 1, d.used[i] = true;
-    if (s.compare(0, 13, "sync_restrict") == 0) o.x[0] = 0, d.used[i] = true;
-  }
-  o.x[2] = (uint8_t)(1 + d.takeOneOf({"global", "shared::cta", "shared::cluster"}));
-  o.x[3] = (uint8_t)(1 + d.takeOneOf({"sc", "acq_rel", "acquire", "release"}));
-  int scope = d.takeOneOf({"cta", "cluster", "gpu", "sys", "gl"});
-  o.x[1] = (uint8_t)(scope < 0 ? 3 : scope);
-  d.out.fn = fence;
+void decodeSetmaxnreg(Dec& d) {
+  if (d.out.imm < 24 || d.out.imm > 256 || d.out.imm % 8) d.fail("the count must be a multiple of 8 in 24..256");
+  d.out.fn = setmaxnreg;
 }
+
+void decodeFence(Dec& d) {  // what raceFence reads: x[0] kind, x[1] order, x[2] space
+  Inst& o = d.out;
+  o.x[2] = o.x[0];
+  o.x[0] = d.take("mbarrier_init") ? FenceMbarrierInit : FenceMemory;
+  if (d.takePrefix("proxy::async") || d.takePrefix("async")) o.x[0] = FenceAsync;
+  if (d.takePrefix("tensormap")) o.x[0] = FenceTensormap;
+  if (d.take("alias")) o.x[0] = FenceAlias;
+  if (d.takePrefix("sync_restrict")) o.x[0] = FenceMemory;
+  d.takePrefix("proxy");
+  o.fn = raceFence;
+}
+
+int label(Dec& d, const std::string& name) {
+  const int target = d.fn.findLabel(d.p.scope, name);
+  if (target < 0) d.fail("label '", name, "' does not exist");
+  return (int)d.kb.start[&d.fn] + target;
+}
+void decodeBra(Dec& d) {
+  d.wantArgs(1);
+  d.out.imm = label(d, d.arg(0).name);
+  d.out.fn = bra;
+}
+void decodeBrx(Dec& d) {
+  d.wantArgs(2);
+  d.out.a = d.src(0, Type::U32);
+  auto* list = d.fn.findTargets(d.p.scope, d.arg(1).name);
+  if (!list) d.fail("branch target list '", d.arg(1).name, "' does not exist");
+  for (auto& name : *list) d.extra()->targets.push_back(label(d, name));
+  d.out.fn = brx;
+}
+
+const Forms kForms = {
+    {"bra", "(uni)", nullptr, decodeBra},
+    {"brx", "idx (uni)", nullptr, decodeBrx},
+    {"call", "(uni)", nullptr, decodeCall},
+    {"ret", "(uni)", "", ret},
+    {"exit", "", "", exitThread},
+    {"trap|brkpt", "", "", trap},
+    {"nanosleep", "u32", "a", nothing},
+    {"griddepcontrol", "wait", "", gridWait},
+    {"griddepcontrol", "launch_dependents", "", nothing},
+    {"fence|membar", "global|shared::cta|shared::cluster? sc|acq_rel|acquire|release? (cta|cluster|gpu|sys|gl)",
+     nullptr, decodeFence},
+    {"setmaxnreg", "inc|dec sync aligned u32", "imm", decodeSetmaxnreg},
+};
 
 }  // namespace
-
-void addControlOps(OpTable& t) {
-  t["bra"] = [](Dec& d) {
-    d.take("uni");
-    d.wantArgs(1, 1);
-    if (d.arg(0).kind != Operand::Name) d.fail("a label is expected");
-    int target = d.fn.findLabel(d.p.scope, d.arg(0).name);
-    if (target < 0) d.fail("label '", d.arg(0).name, "' does not exist");
-    d.out.imm = target;
-    d.out.fn = bra;
-  };
-  t["brx"] = [](Dec& d) {
-    d.take("idx");
-    d.take("uni");
-    d.wantArgs(2, 2);
-    d.out.a = d.src(0, Type::U32);
-    auto* list = d.fn.findTargets(d.p.scope, d.arg(1).name);
-    if (!list) d.fail("branch target list '", d.arg(1).name, "' does not exist");
-    for (auto& l : *list) {
-      int target = d.fn.findLabel(d.p.scope, l);
-      if (target < 0) d.fail("label '", l, "' does not exist");
-      d.extra()->targets.push_back(target);
-    }
-    d.out.fn = brx;
-  };
-  t["call"] = decodeCall;
-  t["ret"] = [](Dec& d) {
-    d.take("uni");
-    d.out.fn = ret;
-  };
-  t["exit"] = [](Dec& d) { d.out.fn = exitThread; };
-  t["trap"] = [](Dec& d) { d.out.fn = trap; };
-  t["brkpt"] = [](Dec& d) { d.out.fn = trap; };
-  t["nanosleep"] = [](Dec& d) {
-    d.needType();
-    d.out.fn = nothing;
-  };
-  t["griddepcontrol"] = [](Dec& d) {
-    if (d.takeOneOf({"wait", "launch_dependents"}) < 0) d.fail("an action is missing");
-    d.out.fn = nothing;
-  };
-  t["fence"] = decodeFence;
-  t["membar"] = decodeFence;
-  t["setmaxnreg"] = [](Dec& d) {
-    int k = d.takeOneOf({"inc", "dec"});
-    d.take("sync");
-    d.take("aligned");
-    d.needType();
-    d.wantArgs(1, 1);
-    d.out.imm = d.intArg(0);
-    if (d.out.imm < 24 || d.out.imm > 256 || d.out.imm % 8) d.fail("the count must be a multiple of 8 in 24..256");
-    d.out.x[0] = k == 0;
-    d.out.convergeAll = true;
-    d.out.fn = setmaxnreg;
-  };
-}
-
 }  // namespace ptxsim

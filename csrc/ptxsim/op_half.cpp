@@ -2,35 +2,20 @@
 // a wider format and rounded once.
 #include <cmath>
 
-#include "half.h"
 #include "ops.h"
 
 namespace ptxsim {
+
+static const float* makeTable(const Narrow& f, uint32_t codes) {
+  float* t = new float[codes];
+  for (uint32_t i = 0; i < codes; ++i) t[i] = widen(i, f);
+  return t;
+}
+const float* const kHalfTable = makeTable(kF16, 65536);
+const float* const kE4m3Table = makeTable(kE4m3, 256);
+const float* const kE5m2Table = makeTable(kE5m2, 256);
+
 namespace {
-
-float* makeHalfTable() {
-  float* t = new float[65536];
-  for (uint32_t i = 0; i < 65536; ++i) t[i] = widen(i, kF16);
-  return t;
-}
-float* makeByteTable(const Narrow& f) {
-  float* t = new float[256];
-  for (uint32_t i = 0; i < 256; ++i) t[i] = widen(i, f);
-  return t;
-}
-
-struct Half {
-  static float get(uint16_t h) { return fromF16(h); }
-  static uint16_t put(float f) { return toF16(f); }
-  static uint16_t put(double f) { return (uint16_t)narrowFromDouble(f, kF16); }
-  static constexpr uint16_t nan = 0x7fff, minNormal = 0x0400;
-};
-struct Bfloat {
-  static float get(uint16_t h) { return fromBf16(h); }
-  static uint16_t put(float f) { return toBf16(f); }
-  static uint16_t put(double f) { return (uint16_t)narrowFromDouble(f, kBf16); }
-  static constexpr uint16_t nan = 0x7fff, minNormal = 0x0080;
-};
 
 // a*b + c rounded to odd in double: the product of two halves is exact there, and rounding to odd keeps the second
 // rounding exact.
@@ -42,153 +27,68 @@ double fmaOdd(double a, double b, double c) {
   return s;
 }
 
+enum Op { kAdd, kSub, kMul, kFma, kMin, kMax, kNeg, kAbs, kEx2, kTanh };
 // x[0] ftz, x[1] sat, x[2] relu, x[3] NaN
-template <class H>
-uint16_t finish(const Inst& in, uint16_t r) {
-  if ((r & 0x7fff) > (std::is_same<H, Half>::value ? 0x7c00 : 0x7f80)) return in.x[1] ? 0 : H::nan;
-  if (in.x[0] && (r & 0x7fff) < H::minNormal) r &= 0x8000;
-  if (in.x[2] && (r & 0x8000)) return 0;
-  if (in.x[1]) {
-    float f = H::get(r);
-    return f < 0 ? 0 : f > 1 ? H::put(1.0f) : r == 0x8000 ? 0 : r;
-  }
-  return r;
-}
-template <class H>
-uint16_t source(const Inst& in, uint16_t h) {
-  return in.x[0] && (h & 0x7fff) < H::minNormal ? h & 0x8000 : h;
-}
-
-enum { kAdd, kSub, kMul, kMin, kMax, kNeg, kAbs, kEx2, kTanh };
-template <class H, int Op>
-uint16_t two(const Inst& in, uint16_t a, uint16_t b) {
-  a = source<H>(in, a), b = source<H>(in, b);
-  float x = H::get(a), y = H::get(b);
-  switch (Op) {
-    case kAdd: return finish<H>(in, H::put((double)x + (double)y));
-    case kSub: return finish<H>(in, H::put((double)x - (double)y));
-    case kMul: return finish<H>(in, H::put((double)x * (double)y));
-    default: {
-      bool nx = x != x, ny = y != y;
-      if ((nx && ny) || (in.x[3] && (nx || ny))) return H::nan;
-      uint16_t r;
-      if (nx)
-        r = b;
-      else if (ny)
-        r = a;
-      else if (x == y)
-        r = ((a >> 15) == 1) == (Op == kMin) ? a : b;
-      else
-        r = (x < y) == (Op == kMin) ? a : b;
+template <bool Bfloat, Op op>
+uint16_t compute(const Inst& in, uint16_t a, uint16_t b = 0, uint16_t c = 0) {
+  constexpr Narrow F = Bfloat ? kBf16 : kF16;
+  auto flushed = [&](uint16_t h) -> uint16_t { return in.x[0] && (h & 0x7fff) >> F.mant == 0 ? h & 0x8000 : h; };
+  auto value = [](uint16_t h) -> double { return Bfloat ? fromBf16(h) : fromF16(h); };
+  auto isNan = [](uint16_t h) { return (h & 0x7fffu) > F.inf; };
+  a = flushed(a), b = flushed(b), c = flushed(c);
+  const double x = value(a), y = value(b);
+  double exact;
+  switch (op) {
+    case kNeg: return a ^ 0x8000;
+    case kAbs: return a & 0x7fff;
+    case kMin:
+    case kMax: {
+      if ((isNan(a) && isNan(b)) || (in.x[3] && (isNan(a) || isNan(b)))) return F.nan;
+      const bool first = isNan(b) || (!isNan(a) && (x == y ? a >> 15 == 1 : x < y) == (op == kMin));
+      const uint16_t r = first ? a : b;
       return in.x[2] && (r & 0x8000) ? 0 : r;
     }
+    case kAdd: exact = x + y; break;
+    case kSub: exact = x - y; break;
+    case kMul: exact = x * y; break;
+    case kFma: exact = fmaOdd(x, y, value(c)); break;
+    case kEx2: exact = std::exp2(x); break;
+    case kTanh: exact = std::tanh(x); break;
   }
+  const uint16_t r = flushed((uint16_t)narrowFrom(exact, F));
+  if (isNan(r)) return in.x[1] ? 0 : F.nan;
+  if (r & 0x8000 && (in.x[1] || in.x[2])) return 0;
+  return in.x[1] && value(r) > 1 ? (uint16_t)narrowFrom(1.0, F) : r;
 }
-template <class H, int Op>
-uint16_t one(const Inst& in, uint16_t a) {
-  switch (Op) {
-    case kNeg: return source<H>(in, a) ^ 0x8000;
-    case kAbs: return source<H>(in, a) & 0x7fff;
-    case kEx2: return finish<H>(in, H::put(std::exp2((double)H::get(source<H>(in, a)))));
-    default: return finish<H>(in, H::put(std::tanh((double)H::get(a))));
+// T: uint16_t one value, uint32_t two.
+template <bool Bfloat, Op op, class T, class... A>
+struct OfHalves {
+  T operator()(const Inst& in, A... a) const {
+    const uint32_t low = compute<Bfloat, op>(in, (uint16_t)a...);
+    return (T)(sizeof(T) == 2 ? low : low | (uint32_t)compute<Bfloat, op>(in, (uint16_t)((uint32_t)a >> 16)...) << 16);
   }
+};
+template <Op op, size_t sources>
+void half(Dec& d) {
+  const Type t = d.types[0];
+  d.out.fn = byFlags(
+      [](auto bfloat, auto packed) {
+        using T = std::conditional_t<packed, uint32_t, uint16_t>;
+        if constexpr (sources == 1) return lanes<OfHalves<bfloat, op, T, T>>();
+        if constexpr (sources == 2) return lanes<OfHalves<bfloat, op, T, T, T>>();
+        if constexpr (sources == 3) return lanes<OfHalves<bfloat, op, T, T, T, T>>();
+      },
+      t == Type::BF16 || t == Type::BF16x2, typeBytes(t) == 4);
 }
-template <class H>
-uint16_t three(const Inst& in, uint16_t a, uint16_t b, uint16_t c) {
-  return finish<H>(in, H::put(fmaOdd(H::get(source<H>(in, a)), H::get(source<H>(in, b)), H::get(source<H>(in, c)))));
-}
-template <class H, int Op>
-struct One {
-  uint16_t operator()(const Inst& in, uint16_t a) const { return one<H, Op>(in, a); }
-};
-template <class H, int Op>
-struct OneX2 {
-  uint32_t operator()(const Inst& in, uint32_t a) const {
-    return one<H, Op>(in, (uint16_t)a) | (uint32_t)one<H, Op>(in, (uint16_t)(a >> 16)) << 16;
-  }
-};
-template <class H, int Op>
-struct Two {
-  uint16_t operator()(const Inst& in, uint16_t a, uint16_t b) const { return two<H, Op>(in, a, b); }
-};
-template <class H, int Op>
-struct TwoX2 {
-  uint32_t operator()(const Inst& in, uint32_t a, uint32_t b) const {
-    return two<H, Op>(in, (uint16_t)a, (uint16_t)b) | (uint32_t)two<H, Op>(in, (uint16_t)(a >> 16), (uint16_t)(b >> 16))
-                                                          << 16;
-  }
-};
-template <class H>
-struct Three {
-  uint16_t operator()(const Inst& in, uint16_t a, uint16_t b, uint16_t c) const { return three<H>(in, a, b, c); }
-};
-template <class H>
-struct ThreeX2 {
-  uint32_t operator()(const Inst& in, uint32_t a, uint32_t b, uint32_t c) const {
-    return three<H>(in, (uint16_t)a, (uint16_t)b, (uint16_t)c) |
-           (uint32_t)three<H>(in, (uint16_t)(a >> 16), (uint16_t)(b >> 16), (uint16_t)(c >> 16)) << 16;
-  }
-};
 
-template <int Op>
-Handler pickOne(Type t) {
-  return t == Type::F16     ? lanes<One<Half, Op>>()
-         : t == Type::BF16  ? lanes<One<Bfloat, Op>>()
-         : t == Type::F16x2 ? lanes<OneX2<Half, Op>>()
-                            : lanes<OneX2<Bfloat, Op>>();
-}
-template <int Op>
-Handler pickTwo(Type t) {
-  return t == Type::F16     ? lanes<Two<Half, Op>>()
-         : t == Type::BF16  ? lanes<Two<Bfloat, Op>>()
-         : t == Type::F16x2 ? lanes<TwoX2<Half, Op>>()
-                            : lanes<TwoX2<Bfloat, Op>>();
-}
+constexpr char kModifiers[] = "(rn|approx) ftz? sat? relu? NaN? half";
+const Forms kForms = {
+    {"add", kModifiers, "d a b", half<kAdd, 2>}, {"sub", kModifiers, "d a b", half<kSub, 2>},
+    {"mul", kModifiers, "d a b", half<kMul, 2>}, {"fma", kModifiers, "d a b c", half<kFma, 3>},
+    {"min", kModifiers, "d a b", half<kMin, 2>}, {"max", kModifiers, "d a b", half<kMax, 2>},
+    {"neg", kModifiers, "d a", half<kNeg, 1>},   {"abs", kModifiers, "d a", half<kAbs, 1>},
+    {"ex2", kModifiers, "d a", half<kEx2, 1>},   {"tanh", kModifiers, "d a", half<kTanh, 1>},
+};
 
 }  // namespace
-
-const float* const kHalfTable = makeHalfTable();
-const float* const kE4m3Table = makeByteTable(kE4m3);
-const float* const kE5m2Table = makeByteTable(kE5m2);
-
-// false: not a half type
-bool decodeHalfArithmetic(Dec& d, const std::string& op) {
-  Type t = Type::None;
-  for (size_t i = 1; i < d.p.op.size() && t == Type::None; ++i) t = typeFromName(d.p.op[i]);
-  if (t != Type::F16 && t != Type::BF16 && t != Type::F16x2 && t != Type::BF16x2) return false;
-  d.take("rn");
-  d.take("approx");
-  d.out.x[0] = d.take("ftz");
-  d.out.x[1] = d.take("sat");
-  d.out.x[2] = d.take("relu");
-  d.out.x[3] = d.take("NaN");
-  t = d.needType();
-  if (op == "fma") {
-    setOperands(d, t, t, t, t);
-    d.out.fn = t == Type::F16     ? lanes<Three<Half>>()
-               : t == Type::BF16  ? lanes<Three<Bfloat>>()
-               : t == Type::F16x2 ? lanes<ThreeX2<Half>>()
-                                  : lanes<ThreeX2<Bfloat>>();
-    return true;
-  }
-  if (op == "neg" || op == "abs" || op == "ex2" || op == "tanh") {
-    setOperands(d, t, t);
-    d.out.fn = op == "neg"   ? pickOne<kNeg>(t)
-               : op == "abs" ? pickOne<kAbs>(t)
-               : op == "ex2" ? pickOne<kEx2>(t)
-                             : pickOne<kTanh>(t);
-    return true;
-  }
-  if (op == "add" || op == "sub" || op == "mul" || op == "min" || op == "max") {
-    setOperands(d, t, t, t);
-    d.out.fn = op == "add"   ? pickTwo<kAdd>(t)
-               : op == "sub" ? pickTwo<kSub>(t)
-               : op == "mul" ? pickTwo<kMul>(t)
-               : op == "min" ? pickTwo<kMin>(t)
-                             : pickTwo<kMax>(t);
-    return true;
-  }
-  return false;
-}
-
 }  // namespace ptxsim

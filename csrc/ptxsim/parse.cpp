@@ -1,4 +1,3 @@
-#include <array>
 #include <cctype>
 #include <cstdlib>
 #include <cstring>
@@ -8,16 +7,6 @@
 
 namespace ptxsim {
 namespace {
-
-struct TypeInfo {
-  const char* name;
-  unsigned bytes;
-};
-const TypeInfo kTypes[] = {{"", 0},       {"b8", 1},     {"b16", 2},   {"b32", 4},   {"b64", 8},  {"b128", 16},
-                           {"u8", 1},     {"u16", 2},    {"u32", 4},   {"u64", 8},   {"s8", 1},   {"s16", 2},
-                           {"s32", 4},    {"s64", 8},    {"f16", 2},   {"f16x2", 4}, {"bf16", 2}, {"bf16x2", 4},
-                           {"f32", 4},    {"f32x2", 8},  {"f64", 8},   {"tf32", 4},  {"e4m3", 1}, {"e5m2", 1},
-                           {"e4m3x2", 2}, {"e5m2x2", 2}, {"u16x2", 4}, {"s16x2", 4}, {"pred", 4}};
 
 struct Token {
   enum Kind { End, Ident, Number, String, Punct } kind = End;
@@ -29,7 +18,7 @@ bool isIdent(char c) { return isalnum((unsigned char)c) || c == '_' || c == '$' 
 
 class Parser {
  public:
-  Parser(const char* text, size_t size) : p_(text), end_(text + size), module_(new Module) { advance(); }
+  explicit Parser(const char* text) : p_(text), module_(new Module) { advance(); }
 
   std::unique_ptr<Module> run() {
     while (tok_.kind != Token::End) topLevel();
@@ -37,7 +26,7 @@ class Parser {
   }
 
  private:
-  const char *p_, *end_;
+  const char* p_;  // ends with a zero
   int line_ = 1;
   Token tok_;
   std::unique_ptr<Module> module_;
@@ -50,63 +39,50 @@ class Parser {
   [[noreturn]] void fail(const Parts&... what) const {
     throw Error("PTX line ", tok_.line, ": ", what...);
   }
+  Func::Scope& scope() { return fn_->scopes[(size_t)scope_]; }
 
   // ---- lexer. An identifier keeps dots and :: that join its parts, so that an opcode is one token.
+  static size_t blank(const char* p) {  // the length of the white space or comment there
+    if (!strncmp(p, "//", 2)) return strcspn(p, "\n");
+    if (strncmp(p, "/*", 2)) return strspn(p, " \t\r\n\v\f");
+    const char* end = strstr(p + 2, "*/");
+    return end ? (size_t)(end + 2 - p) : strlen(p);
+  }
   void advance() {
-    for (;;) {
-      while (p_ < end_ && isspace((unsigned char)*p_)) line_ += *p_++ == '\n';
-      if (p_ + 1 < end_ && p_[0] == '/' && p_[1] == '/') {
-        while (p_ < end_ && *p_ != '\n') ++p_;
-      } else if (p_ + 1 < end_ && p_[0] == '/' && p_[1] == '*') {
-        for (p_ += 2; p_ + 1 < end_ && !(p_[0] == '*' && p_[1] == '/'); ++p_) line_ += *p_ == '\n';
-        p_ += 2;
-      } else {
-        break;
-      }
-    }
+    for (size_t n; (n = blank(p_)); p_ += n) line_ += (int)std::count(p_, p_ + n, '\n');
     tok_.line = line_;
-    tok_.s.clear();
-    if (p_ >= end_ || *p_ == 0) {
+    const char* start = p_;
+    if (!*p_) {
       tok_.kind = Token::End;
-      return;
-    }
-    char c = *p_;
-    if (isdigit((unsigned char)c)) {
+    } else if (isdigit((unsigned char)*p_)) {
       tok_.kind = Token::Number;
-      while (p_ < end_ && (isalnum((unsigned char)*p_) || *p_ == '.' || *p_ == '_' ||
-                           ((*p_ == '+' || *p_ == '-') && (p_[-1] == 'e' || p_[-1] == 'E') && !isHexNumber())))
-        tok_.s += *p_++;
-    } else if (isIdent(c) || (c == '.' && p_ + 1 < end_ && isIdent(p_[1]))) {
+      const bool hex = p_[0] == '0' && strchr("xXfFdD", p_[1]);
+      auto isSign = [&] { return (*p_ == '+' || *p_ == '-') && (p_[-1] == 'e' || p_[-1] == 'E') && !hex; };
+      while (isalnum((unsigned char)*p_) || *p_ == '.' || *p_ == '_' || isSign()) ++p_;
+    } else if (isIdent(*p_) || (*p_ == '.' && isIdent(p_[1]))) {
       tok_.kind = Token::Ident;
-      tok_.s += *p_++;
-      while (p_ < end_) {
-        if (isIdent(*p_)) {
-          tok_.s += *p_++;
-        } else if (*p_ == '.' && p_ + 1 < end_ && isIdent(p_[1])) {
-          tok_.s += *p_++;
-        } else if (p_ + 2 < end_ && p_[0] == ':' && p_[1] == ':' && isIdent(p_[2])) {
-          tok_.s += "::";
-          p_ += 2;
-        } else {
-          break;
-        }
-      }
-    } else if (c == '"') {
+      while (isIdent(*p_) || (*p_ == '.' && isIdent(p_[1])) || (p_[0] == ':' && p_[1] == ':' && isIdent(p_[2])))
+        p_ += *p_ == ':' ? 2 : 1;
+    } else if (*p_ == '"') {
       tok_.kind = Token::String;
-      for (++p_; p_ < end_ && *p_ != '"'; ++p_) tok_.s += *p_;
-      ++p_;
+      ++start;
+      p_ = start + strcspn(start, "\"");
     } else {
       tok_.kind = Token::Punct;
-      tok_.s = std::string(1, c);
       ++p_;
     }
+    tok_.s.assign(start, p_);
+    p_ += tok_.kind == Token::String && *p_;
   }
-  bool isHexNumber() const { return tok_.s.size() > 1 && tok_.s[0] == '0' && strchr("xXfFdD", tok_.s[1]); }
   bool is(const char* s) const { return tok_.kind != Token::String && tok_.s == s; }
+  bool isDirective() const { return tok_.kind == Token::Ident && tok_.s[0] == '.'; }
   bool accept(const char* s) {
     if (!is(s)) return false;
     advance();
     return true;
+  }
+  bool acceptOneOf(std::initializer_list<const char*> list) {
+    return std::any_of(list.begin(), list.end(), [&](const char* s) { return accept(s); });
   }
   void expect(const char* s) {
     if (!accept(s)) fail("expected '", s, "', found '", tok_.s, "'");
@@ -117,90 +93,69 @@ class Parser {
     advance();
     return s;
   }
-  static int64_t toInt(std::string s) {
-    while (!s.empty() && (s.back() == 'U' || s.back() == 'u')) s.pop_back();
-    if (s.size() > 2 && s[0] == '0' && (s[1] == 'b' || s[1] == 'B'))
-      return (int64_t)strtoull(s.c_str() + 2, nullptr, 2);
-    return (int64_t)strtoull(s.c_str(), nullptr, 0);
-  }
-  int64_t integer() {
-    bool neg = accept("-");
-    if (tok_.kind != Token::Number) fail("expected a number, found '", tok_.s, "'");
-    int64_t v = toInt(tok_.s);
-    advance();
-    return neg ? -v : v;
-  }
-  static bool isFloatText(const std::string& s) {
-    if (s.size() > 1 && s[0] == '0' && strchr("fFdD", s[1])) return true;
-    if (s.size() > 1 && s[0] == '0' && strchr("xXbB", s[1])) return false;
-    return s.find_first_of(".eE") != std::string::npos;
-  }
-  static void parseFloat(const std::string& s, uint64_t* bits, uint8_t* width) {
-    if (s[0] == '0' && s.size() > 1 && strchr("fF", s[1])) {
-      *bits = strtoull(s.c_str() + 2, nullptr, 16);
-      *width = 32;
-    } else if (s[0] == '0' && s.size() > 1 && strchr("dD", s[1])) {
-      *bits = strtoull(s.c_str() + 2, nullptr, 16);
-      *width = 64;
-    } else {
-      double d = strtod(s.c_str(), nullptr);
-      memcpy(bits, &d, 8);
-      *width = 64;
+  template <class F>
+  void listUntil(const char* close, F item) {
+    while (!accept(close)) {
+      item();
+      if (!is(close)) expect(",");
     }
+  }
+  bool isNumber() const { return tok_.kind == Token::Number || is("-"); }
+  Operand number() {
+    const bool negative = accept("-");
+    if (tok_.kind != Token::Number) fail("expected a number, found '", tok_.s, "'");
+    const char* s = tok_.s.c_str();
+    const int prefix = s[0] == '0' ? tolower(s[1]) : 0;
+    Operand o;
+    if (prefix == 'f' || prefix == 'd' || (prefix != 'x' && prefix != 'b' && strpbrk(s, ".eE"))) {
+      o.kind = Operand::Float;
+      o.width = prefix == 'f' ? 32 : 64;
+      const double d = strtod(s, nullptr);
+      memcpy(&o.bits, &d, 8);
+      if (prefix == 'f' || prefix == 'd') o.bits = strtoull(s + 2, nullptr, 16);
+      if (negative) o.bits ^= 1ull << (o.width - 1);
+    } else {
+      o.kind = Operand::Int;
+      const uint64_t v = prefix == 'b' ? strtoull(s + 2, nullptr, 2) : strtoull(s, nullptr, 0);
+      o.i = (int64_t)(negative ? 0 - v : v);
+    }
+    advance();
+    return o;
+  }
+  int64_t integer() { return number().i; }
+  void dimensions(unsigned (&to)[3]) {
+    std::fill_n(to, 3, 1u);
+    unsigned n = 0;
+    do to[n++] = (unsigned)integer();
+    while (n < 3 && accept(","));
   }
 
   // ---- module level
-  void skipBraces() {
-    for (int depth = 0;;) {
-      if (tok_.kind == Token::End) fail("unbalanced braces");
-      if (is("{")) ++depth;
-      bool close = is("}");
+  void skipPast(const char* mark) {
+    while (!accept(mark)) {
+      if (tok_.kind == Token::End) fail("expected '", mark, "' before the end of the file");
       advance();
-      if (close && --depth == 0) return;
     }
-  }
-  void skipStatement() {
-    while (tok_.kind != Token::End && !is(";")) advance();
-    accept(";");
   }
 
   void topLevel() {
     if (accept(";")) return;
-    if (is(".version") || is(".address_size")) {
-      advance();
-      advance();
-      return;
-    }
+    if (acceptOneOf({".version", ".address_size"})) return advance();
     if (accept(".target")) {
       module_->target = ident();
       while (accept(",")) ident();
       return;
     }
     if (accept(".file")) {
-      int id = (int)integer();
-      module_->files[id] = tok_.s;
-      advance();
-      while (accept(",")) advance();
+      module_->files[(int)integer()] = tok_.s;
+      do advance();
+      while (accept(","));
       return;
     }
-    if (accept(".section")) {
-      while (!is("{")) advance();
-      skipBraces();
-      return;
-    }
-    if (is(".pragma") || is(".alias") || is(".noreturn")) {
-      skipStatement();
-      return;
-    }
+    if (is(".section")) return skipPast("}");
+    if (acceptOneOf({".pragma", ".alias", ".noreturn"})) return skipPast(";");
     bool isExtern = false;
-    for (;;) {
-      if (accept(".visible") || accept(".weak") || accept(".common")) {
-      } else if (accept(".extern")) {
-        isExtern = true;
-      } else {
-        break;
-      }
-    }
+    while (is(".extern") || is(".visible") || is(".weak") || is(".common")) isExtern |= ident() == ".extern";
     if (is(".entry") || is(".func")) {
       function();
     } else if (Space s; spaceDirective(&s)) {
@@ -212,18 +167,12 @@ class Parser {
   }
 
   bool spaceDirective(Space* s) {
-    static const std::pair<const char*, Space> kSpaces[] = {{".global", Space::Global},
-                                                            {".const", Space::Const},
-                                                            {".shared", Space::Shared},
-                                                            {".local", Space::Local},
-                                                            {".param", Space::Param}};
-    for (auto& k : kSpaces)
-      if (is(k.first)) {
-        advance();
-        *s = k.second;
-        return true;
-      }
-    return false;
+    static const char* const kSpaces[] = {".global", ".shared", ".local", ".param", ".const"};
+    auto it = std::find(std::begin(kSpaces), std::end(kSpaces), tok_.s);
+    if (it == std::end(kSpaces)) return false;
+    *s = (Space)((int)Space::Global + (it - kSpaces));
+    advance();
+    return true;
   }
 
   // .global .align 1 .b8 name[7] = {...}   (the space directive is already read; the terminator is left)
@@ -233,35 +182,33 @@ class Parser {
     v->isExtern = isExtern;
     Type type = Type::None;
     unsigned vec = 1;
-    while (tok_.kind == Token::Ident && tok_.s[0] == '.') {
-      std::string d = ident().substr(1);
+    while (isDirective()) {
       // `.param .u64 .ptr .global .align 16 name`: the attributes of the pointer are not ours
+      if (acceptOneOf({".ptr", ".global", ".const", ".shared", ".local", ".generic"})) continue;
+      const std::string d = ident().substr(1);
       if (d == "align") {
-        unsigned a = (unsigned)integer();
+        const unsigned a = (unsigned)integer();
         if (v->align == 1 || type == Type::None) v->align = a;
       } else if (d == "v2" || d == "v4" || d == "v8") {
         vec = (unsigned)(d[1] - '0');
-      } else if (d == "ptr" || d == "global" || d == "const" || d == "shared" || d == "local" || d == "generic") {
       } else if (d == "attribute") {
-        expect("(");
-        while (!accept(")")) advance();
+        skipPast(")");
       } else {
         type = typeFromName(d);
         if (type == Type::None) fail("unknown type '.", d, "'");
       }
     }
     v->name = ident();
-    uint64_t elem = (uint64_t)typeBytes(type) * vec, count = 1;
+    const uint64_t elem = (uint64_t)typeBytes(type) * vec;
+    v->bytes = elem;
     bool open = false;
     while (accept("[")) {
-      if (is("]"))
-        open = true;
-      else
-        count *= (uint64_t)integer();
+      open |= is("]");
+      if (!is("]")) v->bytes *= (uint64_t)integer();
       expect("]");
     }
-    if (v->align < elem && v->align == 1) v->align = (unsigned)elem;
-    v->bytes = open ? 0 : elem * count;
+    if (v->align == 1) v->align = std::max(1u, (unsigned)elem);
+    if (open) v->bytes = 0;
     if (open && space == Space::Shared) v->isExtern = true;
     if (accept("=")) {
       initializer(*v, type);
@@ -269,101 +216,59 @@ class Parser {
       v->init.resize(v->bytes);
     }
     Var* raw = v.get();
-    if (fn) {
-      fn->vars.push_back(std::move(v));
-      fn->scopes[(size_t)scope_].vars[raw->name] = raw;
-    } else {
-      module_->varByName[raw->name] = raw;
-      module_->vars.push_back(std::move(v));
-    }
+    (fn ? scope().vars : module_->varByName)[raw->name] = raw;
+    (fn ? fn->vars : module_->vars).push_back(std::move(v));
     return raw;
   }
-  void appendBits(Var& v, uint64_t bits, unsigned bytes) {
-    for (unsigned i = 0; i < bytes; ++i) v.init.push_back((uint8_t)(bits >> (8 * i)));
-  }
   void initializer(Var& v, Type type) {
-    unsigned bytes = typeBytes(type);
-    if (accept("{")) {
-      while (!accept("}")) {
-        initializer(v, type);
-        accept(",");
+    if (accept("{")) return listUntil("}", [&] { initializer(v, type); });
+    uint64_t bits = 0;
+    if (isNumber()) {
+      const Operand o = number();
+      bits = o.kind == Operand::Float ? o.bits : (uint64_t)o.i;
+      if (o.width == 64 && typeBytes(type) == 4) {
+        double d;
+        memcpy(&d, &o.bits, 8);
+        const float f = (float)d;
+        bits = 0;
+        memcpy(&bits, &f, 4);
       }
-      return;
+    } else {  // symbol, generic(symbol), symbol+offset
+      const bool generic = accept("generic");
+      if (generic) expect("(");
+      v.relocs.emplace_back(v.init.size(), ident());
+      if (generic) expect(")");
+      if (accept("+")) bits = (uint64_t)integer();
     }
-    if (tok_.kind == Token::Number || is("-")) {
-      bool neg = accept("-");
-      std::string s = tok_.s;
-      advance();
-      if (isFloatText(s)) {
-        uint64_t bits;
-        uint8_t w;
-        parseFloat(s, &bits, &w);
-        if (w == 64 && bytes == 4) {
-          double d;
-          memcpy(&d, &bits, 8);
-          float f = (float)(neg ? -d : d);
-          bits = 0;
-          memcpy(&bits, &f, 4);
-        }
-        appendBits(v, bits, bytes);
-      } else {
-        int64_t i = toInt(s);
-        appendBits(v, (uint64_t)(neg ? -i : i), bytes);
-      }
-      return;
-    }
-    std::string name = ident();  // symbol, generic(symbol), symbol+offset
-    if (name == "generic") {
-      expect("(");
-      name = ident();
-      expect(")");
-    }
-    int64_t add = 0;
-    if (accept("+")) add = integer();
-    v.relocs.emplace_back(v.init.size(), name);
-    appendBits(v, (uint64_t)add, bytes);
+    for (unsigned i = 0; i < typeBytes(type); ++i) v.init.push_back((uint8_t)(bits >> (8 * i)));
   }
 
   // ---- functions
   void function() {
-    bool entry = ident() == ".entry";
     auto f = std::make_unique<Func>();
-    f->entry = entry;
-    f->scopes.emplace_back();
-    Func* saved = fn_;
     fn_ = f.get();
+    f->entry = ident() == ".entry";
+    f->scopes.emplace_back();
     located_.clear();
-    loc_ = 0;
-    scope_ = 0;
-    if (is("(")) paramList(f->returns);
+    loc_ = scope_ = 0;
+    if (accept("(")) paramList(f->returns);
     f->name = ident();
-    if (is("(")) paramList(f->params);
+    if (accept("(")) paramList(f->params);
     while (!is("{") && !is(";")) {
-      std::string d = ident();
-      if (d == ".maxntid" || d == ".reqntid") {
-        unsigned n = 0;
-        f->maxThreads = 1;
-        do {
-          f->maxDim[n] = (unsigned)integer();
-          f->maxThreads *= f->maxDim[n++];
-        } while (accept(","));
-        for (; n < 3; ++n) f->maxDim[n] = 1;
-        f->required = d == ".reqntid";
-      } else if (d == ".maxnreg") {
+      if (is(".maxntid") || is(".reqntid")) {
+        f->required = ident() == ".reqntid";
+        dimensions(f->maxDim);
+      } else if (accept(".maxnreg")) {
         f->maxnreg = (unsigned)integer();
-      } else if (d == ".minnctapersm" || d == ".maxclusterrank" || d == ".maxnctapersm") {
+      } else if (acceptOneOf({".minnctapersm", ".maxclusterrank", ".maxnctapersm"})) {
         integer();
-      } else if (d == ".reqnctapercluster") {
-        unsigned n = 0;
-        do f->cluster[n++] = (unsigned)integer();
-        while (accept(","));
-        for (; n < 3; ++n) f->cluster[n] = 1;
-      } else if (d == ".explicitcluster" || d == ".blocksareclusters" || d == ".noreturn" || d == ".unique") {
-      } else if (d == ".pragma" || d == ".abi_preserve" || d == ".abi_preserve_control") {
+      } else if (accept(".reqnctapercluster")) {
+        dimensions(f->cluster);
+      } else if (acceptOneOf({".pragma", ".abi_preserve", ".abi_preserve_control"})) {
         advance();
         accept(";");
-      } else {
-        fail("unknown function directive '", d, "'");
+      } else if (!acceptOneOf({".explicitcluster", ".blocksareclusters", ".noreturn", ".unique"})) {
+        fail("unknown function directive '", tok_.s, "'");
       }
     }
     if (!accept(";")) {
@@ -371,26 +276,20 @@ class Parser {
       f->hasBody = true;
       body();
     }
-    fn_ = saved;
-    auto old = module_->funcByName.find(f->name);
-    if (old == module_->funcByName.end() || f->hasBody) module_->funcByName[f->name] = f.get();
+    Func*& known = module_->funcByName[f->name];
+    if (!known || f->hasBody) known = fn_;
     module_->funcs.push_back(std::move(f));
   }
   void paramList(std::vector<Var*>& list) {
-    expect("(");
-    while (!accept(")")) {
-      if (accept(".reg")) {
-        fail("functions with .reg parameters are not supported");
-      }
+    listUntil(")", [&] {
+      if (is(".reg")) fail("functions with .reg parameters are not supported");
       expect(".param");
       list.push_back(variable(Space::Param, false, fn_));
-      accept(",");
-    }
+    });
   }
 
   void body() {
-    int depth = 1;
-    while (depth) {
+    for (int depth = 1; depth;) {
       if (tok_.kind == Token::End) fail("end of file inside a function");
       if (accept("{")) {
         ++depth;
@@ -398,12 +297,10 @@ class Parser {
         fn_->scopes.back().parent = scope_;
         scope_ = (int)fn_->scopes.size() - 1;
       } else if (accept("}")) {
-        --depth;
-        if (depth) scope_ = fn_->scopes[(size_t)scope_].parent;
-      } else if (accept(";")) {
-      } else if (tok_.kind == Token::Ident && tok_.s[0] == '.') {
+        if (--depth) scope_ = scope().parent;
+      } else if (isDirective()) {
         directive();
-      } else {
+      } else if (!accept(";")) {
         instruction();
       }
     }
@@ -417,15 +314,13 @@ class Parser {
     }
     return at;
   }
+  Loc position() {
+    Loc l;
+    for (int* to : {&l.file, &l.line, &l.column}) *to = (int)integer();
+    return l;
+  }
   void directive() {
     if (accept(".loc")) {
-      auto position = [&] {
-        Loc l;
-        l.file = (int)integer();
-        l.line = (int)integer();
-        l.column = (int)integer();
-        return l;
-      };
       Loc here = position();
       while (accept(",")) {  // function_name label+off, inlined_at f l c
         if (ident() == "function_name") {
@@ -438,39 +333,35 @@ class Parser {
         }
       }
       loc_ = addLoc(here);
-      return;
-    }
-    if (accept(".reg")) {
+    } else if (accept(".reg")) {
       Type t = Type::None;
-      while (tok_.kind == Token::Ident && tok_.s[0] == '.') t = typeFromName(ident().substr(1));
+      while (isDirective()) t = typeFromName(ident().substr(1));
       if (t == Type::None) fail("unknown register type");
       do {
-        std::string name = ident();
+        const std::string name = ident();
         if (accept("<")) {
-          int n = (int)integer();
+          scope().ranges[name] = {t, (int)integer()};
           expect(">");
-          fn_->scopes[(size_t)scope_].ranges[name] = {t, n};
         } else {
-          fn_->scopes[(size_t)scope_].regs[name] = (int)fn_->regs.size();
-          fn_->regs.push_back({name, t});
+          addReg(name, t);
         }
       } while (accept(","));
       expect(";");
-      return;
-    }
-    if (Space s; spaceDirective(&s)) {
+    } else if (Space s; spaceDirective(&s)) {
       variable(s, false, fn_);
-      while (accept(",")) fail("several variables in one declaration");
+      if (is(",")) fail("several variables in one declaration");
       expect(";");
-      return;
+    } else if (is(".pragma")) {
+      skipPast(";");
+    } else {
+      fail("unknown directive '", tok_.s, "'");
     }
-    if (is(".pragma")) {
-      skipStatement();
-      return;
-    }
-    fail("unknown directive '", tok_.s, "'");
   }
 
+  int addReg(const std::string& name, Type type) {
+    fn_->regs.push_back({name, type});
+    return scope().regs[name] = (int)fn_->regs.size() - 1;
+  }
   int findReg(const std::string& name) {
     size_t digits = name.size();
     while (digits > 0 && isdigit((unsigned char)name[digits - 1])) --digits;
@@ -480,109 +371,63 @@ class Parser {
       // every split of prefix and number is a candidate: %r1<5> declares %r10
       for (size_t cut = digits; cut < name.size(); ++cut) {
         auto it = sc.ranges.find(name.substr(0, cut));
-        if (it == sc.ranges.end()) continue;
-        std::string num = name.substr(cut);
-        if ((num.size() > 1 && num[0] == '0') || atoi(num.c_str()) >= it->second.second) continue;
-        int id = (int)fn_->regs.size();
+        if (it == sc.ranges.end() || (name[cut] == '0' && cut + 1 < name.size())) continue;
+        if (atoi(&name[cut]) >= it->second.second) continue;
         fn_->regs.push_back({name, it->second.first});
-        sc.regs[name] = id;
-        return id;
+        return sc.regs[name] = (int)fn_->regs.size() - 1;
       }
     }
     return -1;
   }
-  Var* findVar(const std::string& name, bool* local) {
-    for (int s = scope_; s >= 0; s = fn_->scopes[(size_t)s].parent) {
-      auto& sc = fn_->scopes[(size_t)s];
-      if (auto it = sc.vars.find(name); it != sc.vars.end()) {
-        *local = true;
-        return it->second;
-      }
-    }
-    *local = false;
+  Var* findVar(const std::string& name) {
+    if (auto* local = fn_->find(scope_, &Func::Scope::vars, name)) return *local;
     auto it = module_->varByName.find(name);
     return it == module_->varByName.end() ? nullptr : it->second;
   }
   Operand operand() {
+    static const struct {
+      const char *open, *close;
+      Operand::Kind kind;
+    } kBrackets[] = {{"{", "}", Operand::Vector}, {"[", "]", Operand::Address}, {"(", ")", Operand::List}};
     Operand o;
     if (accept("!")) {
       o = operand();
       o.negate = true;
       return o;
     }
-    if (accept("{")) {
-      o.kind = Operand::Vector;
-      while (!accept("}")) {
-        o.sub.push_back(operand());
-        accept(",");
+    for (auto& bracket : kBrackets)
+      if (accept(bracket.open)) {
+        o.kind = bracket.kind;
+        listUntil(bracket.close, [&] { o.sub.push_back(operand()); });
+        if (o.kind == Operand::Address && o.sub.empty()) fail("an address is expected");
+        return o;
       }
-      return o;
-    }
-    if (accept("[")) {
-      o.kind = Operand::Address;
-      do o.sub.push_back(operand());
-      while (accept(","));
-      expect("]");
-      return o;
-    }
-    if (accept("(")) {
-      o.kind = Operand::List;
-      while (!accept(")")) {
-        o.sub.push_back(operand());
-        accept(",");
-      }
-      return o;
-    }
-    if (tok_.kind == Token::Number || is("-")) {
-      bool neg = accept("-");
-      std::string s = tok_.s;
-      advance();
-      if (isFloatText(s)) {
-        o.kind = Operand::Float;
-        parseFloat(s, &o.bits, &o.width);
-        if (neg) o.bits ^= o.width == 32 ? 0x80000000ull : 0x8000000000000000ull;
-      } else {
-        o.kind = Operand::Int;
-        o.i = toInt(s);
-        if (neg) o.i = -o.i;
-      }
-      return o;
-    }
-    std::string name = ident();
+    if (isNumber()) return number();
+    const std::string name = ident();
+    unsigned dimension;
     if (name == "_") {
       o.kind = Operand::Sink;
-    } else if (int r = findReg(name); r >= 0) {
+    } else if (o.reg = findReg(name); o.reg >= 0) {
       o.kind = Operand::Register;
-      o.reg = r;
-    } else if (unsigned d; findSpecial(name, &d)) {
+    } else if (findSpecial(name, &dimension)) {
       o.kind = Operand::Special;
       o.name = name;
+    } else if (o.var = findVar(name); o.var) {
+      o.kind = Operand::Symbol;
     } else {
-      bool local = false;
-      if (Var* v = findVar(name, &local)) {
-        o.kind = Operand::Symbol;
-        o.var = v;
-        o.funcVar = local;
-      } else {
-        if (name[0] == '%') fail("register '", name, "' is not declared");
-        o.kind = Operand::Name;
-        o.name = name;
-      }
+      if (name[0] == '%') fail("register '", name, "' is not declared");
+      o.kind = Operand::Name;
+      o.name = name;
     }
     if (is("+") || is("-")) {  // reg+imm, sym+imm; "+-16" occurs
-      bool neg = is("-");
-      advance();
-      int64_t v = integer();
-      o.i = neg ? -v : v;
+      accept("+");
+      o.i = integer();
     }
-    if (accept("|")) {
-      Operand pair;
-      pair.kind = Operand::Pair;
-      pair.sub.push_back(o);
-      pair.sub.push_back(operand());
-      return pair;
-    }
-    return o;
+    if (!accept("|")) return o;
+    Operand pair;
+    pair.kind = Operand::Pair;
+    pair.sub = {o, operand()};
+    return pair;
   }
 
   void instruction() {
@@ -592,52 +437,37 @@ class Parser {
     in.loc = loc_;
     if (accept("@")) {
       in.guardNegate = accept("!");
-      std::string name = ident();
+      const std::string name = ident();
       in.guard = findReg(name);
       if (in.guard < 0) fail("predicate '", name, "' is not declared");
     }
-    std::string name = ident();
+    const std::string name = ident();
     if (accept(":")) {  // label, or `label: .branchtargets a, b;`
-      if (is(".branchtargets")) {
-        advance();
-        std::vector<std::string> list;
-        do list.push_back(ident());
-        while (accept(","));
-        expect(";");
-        fn_->scopes[(size_t)scope_].targets[name] = list;
-      } else if (is(".callprototype") || is(".calltargets")) {
-        skipStatement();
-      } else {
-        fn_->scopes[(size_t)scope_].labels[name] = (int)fn_->code.size();
-      }
+      if (accept(".branchtargets"))
+        listUntil(";", [&] { scope().targets[name].push_back(ident()); });
+      else if (is(".callprototype") || is(".calltargets"))
+        skipPast(";");
+      else
+        scope().labels[name] = (int)fn_->code.size();
       return;
     }
-    for (size_t a = 0; a <= name.size();) {
-      size_t b = name.find('.', a);
-      if (b == std::string::npos) b = name.size();
+    for (size_t a = 0, b; a <= name.size(); a = b + 1) {
+      b = std::min(name.find('.', a), name.size());
       in.op.push_back(name.substr(a, b - a));
-      a = b + 1;
     }
-    while (!accept(";")) {
-      in.args.push_back(operand());
-      if (!is(";")) expect(",");
-    }
+    listUntil(";", [&] { in.args.push_back(operand()); });
     fn_->code.push_back(std::move(in));
   }
 };
 
 }  // namespace
 
-unsigned typeBytes(Type t) { return kTypes[(int)t].bytes; }
-const char* typeName(Type t) { return kTypes[(int)t].name; }
 Type typeFromName(const std::string& s) {
-  static const auto* map = [] {
-    auto* m = new std::unordered_map<std::string, Type>;
-    for (size_t i = 1; i < sizeof kTypes / sizeof *kTypes; ++i) (*m)[kTypes[i].name] = (Type)i;
-    return m;
-  }();
-  auto it = map->find(s);
-  return it == map->end() ? Type::None : it->second;
+#define ROW(type, name, bytes) std::make_pair(#name, Type::type)
+  static const std::unordered_map<std::string, Type> kByName = {TYPES(ROW)};
+#undef ROW
+  auto it = kByName.find(s);
+  return it == kByName.end() ? Type::None : it->second;
 }
 
 std::string PInst::text() const {
@@ -649,23 +479,12 @@ std::string PInst::text() const {
 std::string Module::position(int loc) const {
   const Loc& l = locs[(size_t)loc];
   auto it = files.find(l.file);
-  return l.line && it != files.end() ? it->second + ":" + std::to_string(l.line) : "";
+  return l.line && it != files.end() ? cat(it->second, ":", l.line) : "";
 }
 
-int Func::findLabel(int scope, const std::string& label) const {
-  for (int s = scope; s >= 0; s = scopes[(size_t)s].parent)
-    if (auto it = scopes[(size_t)s].labels.find(label); it != scopes[(size_t)s].labels.end()) return it->second;
-  return -1;
-}
-const std::vector<std::string>* Func::findTargets(int scope, const std::string& label) const {
-  for (int s = scope; s >= 0; s = scopes[(size_t)s].parent)
-    if (auto it = scopes[(size_t)s].targets.find(label); it != scopes[(size_t)s].targets.end()) return &it->second;
-  return nullptr;
-}
-
-std::unique_ptr<Module> parse(const char* text, size_t size) {
-  std::unique_ptr<Module> m = Parser(text, size).run();
-  m->hash = std::hash<std::string_view>()({text, size});
+std::unique_ptr<Module> parse(const char* text) {
+  std::unique_ptr<Module> m = Parser(text).run();
+  m->hash = std::hash<std::string_view>()(text);
   return m;
 }
 

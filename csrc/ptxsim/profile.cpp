@@ -6,52 +6,54 @@
 namespace ptxsim {
 namespace {
 
-// ---- instruction classes
-
-const char* const kClasses[] = {"move",    "integer",  "float",   "special", "convert", "global", "shared",
-                                "local",   "param",    "generic", "async",   "wgmma",   "mma",    "warp",
-                                "barrier", "mbarrier", "fence",   "control", "other"};
-constexpr size_t kNumClasses = sizeof kClasses / sizeof *kClasses;
-
-uint8_t classNumber(const char* name) {
-  for (size_t i = 0; i < kNumClasses; ++i)
-    if (!strcmp(kClasses[i], name)) return (uint8_t)i;
-  throw Error("no instruction class '", name, "'");
+// One of the words of a text that this character separates.
+bool has(const std::string& text, char separator, const std::string& word) {
+  return (separator + text + separator).find(separator + word + separator) != std::string::npos;
 }
+bool hasPart(const std::string& op, const char* part) { return has(op, '.', part); }
+std::string mnemonic(const std::string& op) { return op.substr(0, op.find('.')); }
 
-bool hasPart(const std::string& op, const char* part) {
-  return ("." + op + ".").find("." + std::string(part) + ".") != std::string::npos;
-}
-bool oneOf(const std::string& s, std::initializer_list<const char*> list) {
-  return std::any_of(list.begin(), list.end(), [&](const char* x) { return s == x; });
-}
+// ---- instruction classes, and what always belongs to one
 
-const char* memoryClass(const std::string& op) {
-  for (const char* space : {"global", "shared", "local", "param"})
-    if (hasPart(op, space)) return space;
-  if (op.find("shared::") != std::string::npos) return "shared";
-  if (op.find(".param::") != std::string::npos || hasPart(op, "const")) return "param";
-  return "generic";
-}
+const struct {
+  const char *name, *mnemonics;
+} kClasses[] = {{"move", "mov cvta isspacep mapa getctarank"},
+                {"integer", ""},
+                {"float", ""},
+                {"special", "ex2 lg2 rcp rsqrt sqrt sin cos tanh"},
+                {"convert", "cvt"},
+                {"global", ""},
+                {"shared", "ldmatrix stmatrix"},
+                {"local", ""},
+                {"param", ""},
+                {"generic", ""},
+                {"async", "cp tensormap"},
+                {"wgmma", "wgmma"},
+                {"mma", "mma"},
+                {"warp", "shfl vote match redux elect activemask movmatrix"},
+                {"barrier", "bar barrier"},
+                {"mbarrier", "mbarrier"},
+                {"fence", "fence membar"},
+                {"control", "bra brx call ret exit trap brkpt"},
+                {"other", "nanosleep griddepcontrol setmaxnreg pmevent createpolicy"}};
+constexpr size_t kNumClasses = std::size(kClasses);
 
 const char* className(const std::string& op) {
-  const std::string name = op.substr(0, op.find('.'));
-  if (oneOf(name, {"st", "red"}) && hasPart(op, "async")) return "async";
-  if (oneOf(name, {"ld", "ldu", "st", "atom", "red", "prefetch", "prefetchu", "applypriority"})) return memoryClass(op);
-  if (oneOf(name, {"ldmatrix", "stmatrix"})) return "shared";
-  if (oneOf(name, {"cp", "tensormap"})) return "async";
-  if (oneOf(name, {"wgmma", "mma", "mbarrier"})) return name == "mma" ? "mma" : name == "wgmma" ? "wgmma" : "mbarrier";
-  if (oneOf(name, {"bar", "barrier"})) return "barrier";
-  if (oneOf(name, {"fence", "membar"})) return "fence";
-  if (oneOf(name, {"shfl", "vote", "match", "redux", "elect", "activemask", "movmatrix"})) return "warp";
-  if (oneOf(name, {"bra", "brx", "call", "ret", "exit", "trap", "brkpt"})) return "control";
-  if (oneOf(name, {"nanosleep", "griddepcontrol", "setmaxnreg", "pmevent", "createpolicy"})) return "other";
-  if (oneOf(name, {"ex2", "lg2", "rcp", "rsqrt", "sqrt", "sin", "cos", "tanh"})) return "special";
-  if (name == "cvt") return "convert";
-  if (oneOf(name, {"mov", "cvta", "isspacep", "mapa", "getctarank"})) return "move";
+  const std::string name = mnemonic(op);
+  if (has("st red", ' ', name) && hasPart(op, "async")) return "async";
+  if (has("ld ldu st atom red prefetch prefetchu applypriority", ' ', name)) {
+    for (const char* space : {"global", "shared", "local", "param"})
+      if (hasPart(op, space) || op.find(std::string(".") + space + "::") != std::string::npos) return space;
+    return hasPart(op, "const") ? "param" : "generic";
+  }
+  for (auto& c : kClasses)
+    if (has(c.mnemonics, ' ', name)) return c.name;
   const std::string type = op.substr(op.rfind('.') + 1);
-  const bool real = type[0] == 'f' || type[0] == 'b' ? typeFromName(type) >= Type::F16 : false;
-  return real ? "float" : "integer";
+  return (type[0] == 'f' || type[0] == 'b') && typeFromName(type) >= Type::F16 ? "float" : "integer";
+}
+uint8_t classNumber(const std::string& op) {
+  const std::string name = className(op);
+  return (uint8_t)(std::find_if(kClasses, std::end(kClasses), [&](auto& c) { return name == c.name; }) - kClasses);
 }
 
 // ---- basic blocks
@@ -75,12 +77,11 @@ std::vector<Block> blocksOf(const Kernel& k) {
   }
   for (auto& b : blocks) {
     const Inst& in = k.code[b.last];
-    const std::string& op = k.source[b.last].text;
-    const std::string name = op.substr(0, op.find('.'));
+    const std::string name = mnemonic(k.source[b.last].text);
     if (name == "bra") b.to.push_back(blockAt[(size_t)in.imm]);
     if (name == "brx")
       for (int t : in.ext->targets) b.to.push_back(blockAt[(size_t)t]);
-    if ((guarded(in) || !oneOf(name, {"bra", "brx", "ret", "exit", "trap"})) && b.last + 1 < n)
+    if ((guarded(in) || !has("bra brx ret exit trap", ' ', name)) && b.last + 1 < n)
       b.to.push_back(blockAt[b.last + 1]);
   }
   return blocks;
@@ -109,13 +110,11 @@ bool spins(const Kernel& k, const std::vector<Block>& blocks, const std::vector<
   for (uint32_t b : loop)
     for (uint32_t i = blocks[b].first; i <= blocks[b].last; ++i) {
       const std::string& op = k.source[i].text;
-      const std::string name = op.substr(0, op.find('.'));
-      const bool look = op.compare(0, 16, "mbarrier.try_wai") == 0 || op.compare(0, 16, "mbarrier.test_wa") == 0 ||
-                        (name == "atom" && hasPart(op, "cas")) ||
+      const std::string name = mnemonic(op);
+      const bool look = hasPart(op, "try_wait") || hasPart(op, "test_wait") || (name == "atom" && hasPart(op, "cas")) ||
                         (name == "ld" && (hasPart(op, "acquire") || hasPart(op, "relaxed") || hasPart(op, "volatile")));
       polls |= look;
-      if (!look && oneOf(name, {"st", "red", "atom", "cp", "wgmma", "mma", "bar", "barrier", "mbarrier", "call",
-                                "stmatrix", "ldmatrix", "brx"}))
+      if (!look && has("st red atom cp wgmma mma bar barrier mbarrier call stmatrix ldmatrix brx", ' ', name))
         return false;
     }
   return polls;
@@ -127,24 +126,19 @@ void markSpins(const Kernel& k, std::vector<Block>& blocks) {
   for (uint32_t i = 0; i < n; ++i)
     for (uint32_t t : blocks[i].to) from[t].push_back(i);
   // Back edges of a depth-first walk, and what each encloses.
-  std::vector<uint8_t> state(n, 0);
+  enum : uint8_t { New, Open, Done };
+  std::vector<uint8_t> state(n, New);
   std::vector<std::pair<uint32_t, uint32_t>> back;
-  for (uint32_t root = 0; root < n; ++root) {
-    if (state[root]) continue;
-    std::vector<std::pair<uint32_t, size_t>> path = {{root, 0}};
-    state[root] = 1;
-    while (!path.empty()) {
-      const uint32_t b = path.back().first;
-      if (path.back().second == blocks[b].to.size()) {
-        state[b] = 2;
-        path.pop_back();
-        continue;
-      }
-      const uint32_t t = blocks[b].to[path.back().second++];
-      if (state[t] == 1) back.push_back({b, t});
-      if (!state[t]) state[t] = 1, path.push_back({t, 0});
+  auto walk = [&](uint32_t b, auto& self) -> void {
+    state[b] = Open;
+    for (uint32_t t : blocks[b].to) {
+      if (state[t] == Open) back.push_back({b, t});
+      if (state[t] == New) self(t, self);
     }
-  }
+    state[b] = Done;
+  };
+  for (uint32_t root = 0; root < n; ++root)
+    if (state[root] == New) walk(root, walk);
   for (auto& edge : back) {
     std::vector<uint32_t> loop = {edge.second};
     if (edge.first != edge.second) loop.push_back(edge.first);
@@ -161,10 +155,13 @@ void markSpins(const Kernel& k, std::vector<Block>& blocks) {
 
 // Coverage of one kernel of one module text. It outlives the module.
 struct Coverage {
-  size_t module = 0;
-  std::vector<std::string> rows;  // of each block and each predicated instruction
-  std::vector<uint32_t> at;       // its instruction
-  std::vector<uint64_t> count;
+  size_t module;
+  struct Row {  // of a block or a predicated instruction
+    std::string text;
+    uint32_t at;  // its instruction
+    uint64_t count = 0;
+  };
+  std::vector<Row> rows;
 };
 
 namespace {
@@ -180,7 +177,7 @@ std::string positions(const Kernel& k, const Block& b) {
   while (pc && !named(pc)) --pc;
   std::string s;
   for (int loc = k.source[pc].loc; loc; loc = locs[(size_t)loc].caller)
-    s += "\t" + k.module->position(loc) + ":" + std::to_string(locs[(size_t)loc].column);
+    s += cat("\t", k.module->position(loc), ":", locs[(size_t)loc].column);
   return s;
 }
 
@@ -188,14 +185,12 @@ std::shared_ptr<Coverage> makeCoverage(const Kernel& k) {
   auto& known = gCoverage[k.name];
   for (auto& c : known)
     if (c->module == k.module->hash) return c;
-  auto c = std::make_shared<Coverage>();
-  c->module = k.module->hash;
+  auto c = std::make_shared<Coverage>(Coverage{k.module->hash, {}});
   std::vector<Block> blocks = blocksOf(k);
   markTraps(k, blocks);
   markSpins(k, blocks);
   auto add = [&](const Block& b, const char* kind) {
-    c->at.push_back(b.first);
-    c->rows.push_back(std::string(kind) + "\t" + std::to_string(k.source[b.first].ptxLine) + positions(k, b));
+    c->rows.push_back({cat(kind, "\t", k.source[b.first].ptxLine, positions(k, b)), b.first});
   };
   for (auto& b : blocks) {
     if (b.first == b.last && !k.source[b.first].loc && k.source[b.first].text == "ret") continue;  // added by decoding
@@ -204,7 +199,6 @@ std::shared_ptr<Coverage> makeCoverage(const Kernel& k) {
       if (guarded(k.code[i]) && k.source[i].text.compare(0, 2, "br") != 0)
         add({i, i, {}}, k.source[i].text == "trap" ? "trap" : "predicated");
   }
-  c->count.assign(c->at.size(), 0);
   known.push_back(c);
   return c;
 }
@@ -214,18 +208,16 @@ std::shared_ptr<Coverage> makeCoverage(const Kernel& k) {
 void profileStart(Kernel& k) {
   if (!k.coverage) {
     k.coverage = makeCoverage(k);
-    for (auto& s : k.source) k.classOf.push_back(classNumber(className(s.text)));
+    for (auto& s : k.source) k.classOf.push_back(classNumber(s.text));
   }
   k.hits.assign(k.code.size(), 0);
   k.taken.assign(k.code.size(), 0);
 }
 
 void profileEnd(Kernel& k) {
-  Coverage& c = *k.coverage;
-  for (size_t i = 0; i < c.at.size(); ++i) {
-    const char kind = c.rows[i][0];
-    const uint32_t pc = c.at[i];
-    c.count[i] += kind == 'p' || (kind == 't' && guarded(k.code[pc])) ? k.taken[pc] : k.hits[pc];
+  for (auto& row : k.coverage->rows) {
+    const char kind = row.text[0];
+    row.count += kind == 'p' || (kind == 't' && guarded(k.code[row.at])) ? k.taken[row.at] : k.hits[row.at];
   }
 }
 
@@ -234,8 +226,7 @@ std::string instructionCounts(const Kernel& k) {
   uint64_t sum[kNumClasses] = {};
   for (size_t i = 0; i < k.code.size(); ++i) sum[k.classOf[i]] += k.hits[i];
   std::string s;
-  for (size_t i = 0; i < kNumClasses; ++i)
-    s += std::string(i ? ", \"" : "\"") + kClasses[i] + "\": " + std::to_string(sum[i]);
+  for (size_t i = 0; i < kNumClasses; ++i) s += cat(i ? ", \"" : "\"", kClasses[i].name, "\": ", sum[i]);
   return s;
 }
 
@@ -243,13 +234,9 @@ std::string instructionCounts(const Kernel& k) {
 // executions, kind, PTX line, positions ("file:line:column") from the innermost function outwards.
 std::string coverageOf(const std::string& kernel) {
   std::string s;
-  auto it = gCoverage.find(kernel);
-  if (it == gCoverage.end()) return s;
-  for (size_t v = 0; v < it->second.size(); ++v) {
-    const Coverage& c = *it->second[v];
-    for (size_t i = 0; i < c.at.size(); ++i)
-      s += std::to_string(v) + "\t" + std::to_string(c.count[i]) + "\t" + c.rows[i] + "\n";
-  }
+  const auto& versions = gCoverage[kernel];
+  for (size_t v = 0; v < versions.size(); ++v)
+    for (auto& row : versions[v]->rows) s += cat(v, "\t", row.count, "\t", row.text, "\n");
   return s;
 }
 

@@ -28,44 +28,27 @@ struct Error : std::runtime_error {
   explicit Error(const Parts&... parts) : std::runtime_error(cat(parts...)) {}
 };
 
-enum class Type : uint8_t {
-  None,
-  B8,
-  B16,
-  B32,
-  B64,
-  B128,
-  U8,
-  U16,
-  U32,
-  U64,
-  S8,
-  S16,
-  S32,
-  S64,
-  F16,
-  F16x2,
-  BF16,
-  BF16x2,
-  F32,
-  F32x2,
-  F64,
-  TF32,
-  E4M3,
-  E5M2,
-  E4M3x2,
-  E5M2x2,
-  U16x2,
-  S16x2,
-  Pred
-};
-unsigned typeBytes(Type t);
+// Type, its name without the dot, bytes.
+#define TYPES(X)                                                                                                      \
+  X(B8, b8, 1), X(B16, b16, 2), X(B32, b32, 4), X(B64, b64, 8), X(B128, b128, 16), X(U8, u8, 1), X(U16, u16, 2),      \
+      X(U32, u32, 4), X(U64, u64, 8), X(S8, s8, 1), X(S16, s16, 2), X(S32, s32, 4), X(S64, s64, 8), X(F16, f16, 2),   \
+      X(F16x2, f16x2, 4), X(BF16, bf16, 2), X(BF16x2, bf16x2, 4), X(F32, f32, 4), X(F32x2, f32x2, 8), X(F64, f64, 8), \
+      X(TF32, tf32, 4), X(E4M3, e4m3, 1), X(E5M2, e5m2, 1), X(E4M3x2, e4m3x2, 2), X(E5M2x2, e5m2x2, 2),               \
+      X(U16x2, u16x2, 4), X(S16x2, s16x2, 4), X(Pred, pred, 4)
+#define ENUMERATOR(type, name, bytes) type
+enum class Type : uint8_t { None, TYPES(ENUMERATOR) };
+#undef ENUMERATOR
+inline unsigned typeBytes(Type t) {
+#define BYTES(type, name, bytes) bytes
+  constexpr uint8_t kBytes[] = {0, TYPES(BYTES)};
+#undef BYTES
+  return kBytes[(int)t];
+}
 Type typeFromName(const std::string& s);  // without the dot; None if it is no type
-const char* typeName(Type t);
 inline bool isSigned(Type t) { return t == Type::S8 || t == Type::S16 || t == Type::S32 || t == Type::S64; }
 inline bool isFloat(Type t) { return t >= Type::F16 && t <= Type::E5M2x2; }
 
-enum class Space : uint8_t { Generic, Global, Shared, Local, Param, Const, Reg };
+enum class Space : uint8_t { Generic, Global, Shared, Local, Param, Const };
 
 struct Var {
   std::string name;
@@ -74,9 +57,8 @@ struct Var {
   uint64_t bytes = 0;
   bool isExtern = false;  // dynamic shared memory, or defined elsewhere
   std::vector<uint8_t> init;
-  std::vector<std::pair<uint64_t, std::string>>
-      relocs;            // offset in init <- address of symbol (+addend already in init)
-  uint64_t address = 0;  // set when placed
+  std::vector<std::pair<uint64_t, std::string>> relocs;  // offset in init <- address of symbol (+addend there)
+  uint64_t address = 0;                                  // set when placed
 };
 
 struct Reg {
@@ -85,26 +67,13 @@ struct Reg {
 };
 
 struct Operand {
-  enum Kind : uint8_t {
-    None,
-    Register,
-    Special,
-    Int,
-    Float,
-    Symbol,
-    Name,
-    Address,
-    Vector,
-    Sink,
-    Pair,
-    List
-  } kind = None;
-  int reg = -1;          // Register: index into Func::regs
-  Var* var = nullptr;    // Symbol
-  bool funcVar = false;  // Symbol declared inside the function (param, local)
-  std::string name;      // Special register, label or function name
-  int64_t i = 0;         // Int value; Symbol and Address: byte offset
-  uint64_t bits = 0;     // Float: bit pattern, `width` 32 or 64
+  enum Kind : uint8_t { None, Register, Special, Int, Float, Symbol, Name, Address, Vector, Sink, Pair, List };
+  Kind kind = None;
+  int reg = -1;        // Register: index into Func::regs
+  Var* var = nullptr;  // Symbol
+  std::string name;    // Special register, label or function name
+  int64_t i = 0;       // Int value; Symbol and Address: byte offset
+  uint64_t bits = 0;   // Float: bit pattern, `width` 32 or 64
   uint8_t width = 0;
   bool negate = false;       // !p
   std::vector<Operand> sub;  // Vector, Pair, List: elements; Address: base, then further operands (coordinates)
@@ -137,13 +106,24 @@ struct Func {
     std::unordered_map<std::string, std::vector<std::string>> targets;  // .branchtargets
   };
   std::vector<Scope> scopes;
-  unsigned maxThreads = 0;  // product of .maxntid; 0 unknown
-  unsigned maxDim[3] = {0, 0, 0};
-  bool required = false;  // .reqntid
+  unsigned maxDim[3] = {0, 0, 0};  // .maxntid or .reqntid, 0: neither
+  bool required = false;           // .reqntid
+  unsigned maxThreads() const { return maxDim[0] * maxDim[1] * maxDim[2]; }
   unsigned maxnreg = 0;
   unsigned cluster[3] = {0, 0, 0};  // .reqnctapercluster
-  int findLabel(int scope, const std::string& name) const;
-  const std::vector<std::string>* findTargets(int scope, const std::string& name) const;
+  template <class Table>            // what the innermost of the scopes around has by that name, or nullptr
+  const typename Table::mapped_type* find(int scope, Table Scope::* table, const std::string& key) const {
+    for (; scope >= 0; scope = scopes[(size_t)scope].parent) {
+      const Table& here = scopes[(size_t)scope].*table;
+      if (auto it = here.find(key); it != here.end()) return &it->second;
+    }
+    return nullptr;
+  }
+  int findLabel(int scope, const std::string& name) const {
+    auto* at = find(scope, &Scope::labels, name);
+    return at ? *at : -1;
+  }
+  auto* findTargets(int scope, const std::string& name) const { return find(scope, &Scope::targets, name); }
 };
 
 struct Loc {  // a .loc; `caller` is the position that the function it lies in was inlined at, 0 for none
@@ -162,6 +142,6 @@ struct Module {
   std::string position(int loc) const;  // "file:line", empty if there is none
 };
 
-std::unique_ptr<Module> parse(const char* text, size_t size);  // throws Error with the PTX line
+std::unique_ptr<Module> parse(const char* text);  // throws Error with the PTX line
 
 }  // namespace ptxsim

@@ -6,32 +6,40 @@
 // for it, and to whom these told. Lanes of one warp are taken to be ordered among themselves.
 #include "race.h"
 
-#include <algorithm>
-#include <array>
-
 #include "ops.h"
 
 namespace ptxsim {
 
 // How far a warp's accesses are visible: to threads, and to the async proxy in shared and in global memory.
 enum Sight : uint8_t { kThreads, kAsyncShared, kAsyncGlobal, kSights };
+using Seen = std::array<uint32_t, kSights>;
+
 struct RaceClock {
-  std::vector<uint32_t> all;                                            // by sight, then by warp of the own cluster
-  std::unordered_map<uint32_t, std::array<uint32_t, kSights>> foreign;  // by warp of the grid
-  size_t size() const { return all.size() / kSights; }                  // the same in every clock of a launch
-  void start(size_t warps) { all.assign(kSights * warps, 0); }
-  uint32_t* seen(int sight) { return all.data() + (size_t)sight * size(); }
-  const uint32_t* seen(int sight) const { return all.data() + (size_t)sight * size(); }
+  uint32_t first = 0;                          // the warp of the grid that `own` begins with
+  std::vector<Seen> own;                       // of the warps of that cluster; empty: nothing is known
+  std::unordered_map<uint32_t, Seen> foreign;  // of others, by warp of the grid
+  bool isOwn(uint32_t warp) const { return warp - first < own.size(); }
+  Seen& operator[](uint32_t warp) { return isOwn(warp) ? own[warp - first] : foreign[warp]; }
+  bool knows(uint32_t warp, uint32_t time, Sight sight = kThreads) const {
+    if (isOwn(warp)) return own[warp - first][sight] >= time;
+    auto it = foreign.find(warp);
+    return it != foreign.end() && it->second[sight] >= time;
+  }
   void join(const RaceClock& o) {
-    if (!size()) start(o.size());
-    for (size_t i = 0; i < o.all.size(); ++i) all[i] = std::max(all[i], o.all[i]);
-    for (auto& f : o.foreign) {
-      auto& mine = foreign[f.first];
-      for (int k = 0; k < kSights; ++k) mine[k] = std::max(mine[k], f.second[k]);
+    auto raise = [](Seen& to, const Seen& by) {
+      for (int k = 0; k < kSights; ++k) to[k] = std::max(to[k], by[k]);
+    };
+    if (own.empty()) first = o.first, own.resize(o.own.size());
+    if (first == o.first) {
+      for (size_t i = 0; i < o.own.size(); ++i) raise(own[i], o.own[i]);
+    } else {
+      for (size_t i = 0; i < o.own.size(); ++i)
+        if (o.own[i][kThreads]) raise((*this)[o.first + (uint32_t)i], o.own[i]);
     }
+    for (auto& f : o.foreign) raise((*this)[f.first], f.second);
   }
   void fence(Sight sight) {  // what threads see is visible there too
-    std::copy_n(seen(kThreads), size(), seen(sight));
+    for (auto& s : own) s[sight] = s[kThreads];
     for (auto& f : foreign) f.second[sight] = f.second[kThreads];
   }
 };
@@ -39,60 +47,114 @@ struct RaceCompletion {                                  // who found out, and w
   std::vector<std::pair<uint32_t, uint32_t>> observers;  // warp of the grid, its clock
 };
 struct RaceWarp {
-  RaceClock clock, fenced, pending;  // pending: acquired by relaxed operations, until a fence
+  RaceClock clock, fenced, pending;  // at the last fence; acquired by relaxed operations, until a fence
   // What even a relaxed cluster barrier tells: when each warp came to it, and, as kAsyncShared, its last
   // fence.mbarrier_init.
   RaceClock met;
-  std::vector<uint32_t> mapped;  // seen, at the last fence.proxy.tensormap acquire
-  uint32_t initFence = 0;
-  bool hasFenced = false, hasPending = false;
-  uint32_t first = 0, self = 0;  // warps of the grid: first of the cluster, own
-  uint32_t& own() { return clock.seen(kThreads)[self - first]; }
+  RaceClock mapped;  // at the last fence.proxy.tensormap acquire
+  uint32_t self = 0, initFence = 0;
+  uint32_t& now() { return clock[self][kThreads]; }
+  void release(RaceClock& to, bool strong) {
+    to.join(strong ? clock : fenced);
+    now() += strong;
+  }
+  void acquire(const RaceClock& from, bool strong) { (strong ? clock : pending).join(from); }
 };
 
 namespace {
+
+constexpr uint32_t kPredecessor = ~0u;  // the launch before, as an agent: its end is at time 1
 
 enum Flag : uint8_t { kStrong = 1, kOpFlag = 2, kWriteFlag = 4 };
 struct Entry {
   uint32_t agent, time, pc;  // an operation: agent is its id
   uint16_t mask;             // bytes of the granule; 0: free
-  uint8_t flags, age;
+  uint8_t flags;
 };
-constexpr unsigned kSharedWrites = 4, kSharedReads = 11;
+template <unsigned kMost>
+struct Records {  // oldest first
+  uint32_t n;
+  Entry list[kMost];
+  Entry* begin() { return list; }
+  Entry* end() { return list + n; }
+  void forget(uint16_t mask) {
+    for (Entry& e : *this) e.mask &= (uint16_t)~mask;
+  }
+  void add(const Entry& mine) {
+    for (Entry& e : *this) {
+      if (!e.mask || e.agent != mine.agent || (e.flags ^ mine.flags) & kOpFlag) continue;
+      if (e.time == mine.time && e.flags == mine.flags && e.pc == mine.pc) {
+        e.mask |= mine.mask;
+        return;
+      }
+      // a warp's own older record of the same bytes says nothing more
+      if (!(e.flags & kOpFlag) && !(e.mask & ~mine.mask)) e.mask = 0;
+    }
+    n = (uint32_t)(std::remove_if(begin(), end(), [](const Entry& e) { return !e.mask; }) - list);
+    if (n == kMost) n = (uint32_t)(std::copy(list + 1, list + kMost, list) - list);
+    list[n++] = mine;
+  }
+};
 struct Granule {  // 16 bytes of memory
-  Entry w[kSharedWrites], r[kSharedReads];
+  uint32_t life;  // its page's, or nothing is known of it
   Provenance from;
+  Records<4> writes;
+  Records<11> reads;
 };
 constexpr unsigned kPage = kPageBytes / 16;
 struct Page {
-  Granule granules[kPage];
+  uint32_t life = 0;
+  Granule granules[kPage] = {};
   LanePage lanes;
 };
+// Pages nobody uses: most CTAs need as many as the one before, and zeros for all of them would take longer than they
+// run.
+std::vector<std::unique_ptr<Page>> gSpare;
+constexpr size_t kMostSpare = 4096;
+struct Recycle {
+  void operator()(Page* p) const {
+    std::unique_ptr<Page> own(p);
+    if (gSpare.size() < kMostSpare) gSpare.push_back(std::move(own));
+  }
+};
+Page* freshPage() {
+  if (gSpare.empty()) gSpare.push_back(std::make_unique<Page>());
+  Page* p = gSpare.back().release();
+  gSpare.pop_back();
+  ++p->life;
+  p->lanes.shift = 4;
+  p->lanes.units.clear();
+  return p;
+}
 
 struct OpRecord {
   RaceClock clock;  // the issuer's, at issue
-  uint32_t first = 0, issuer = 0;
-  bool generic = false;  // cp.async: generic proxy
+  uint32_t issuer;
+  bool generic;  // cp.async: generic proxy
   std::vector<std::shared_ptr<RaceCompletion>> full, read;
 };
 
 }  // namespace
 
 struct RaceShadow {
-  std::vector<std::unique_ptr<Page>> pages;
+  std::vector<std::unique_ptr<Page, Recycle>> pages;
   std::vector<Entry> remote, remoteOps;  // of other CTAs: each warp's last access, all operations
   RaceClock exit, met;                   // what its warps knew when they exited
   void resize(uint64_t bytes) { pages.resize((bytes + kPageBytes - 1) / kPageBytes); }
   Page& page(uint64_t offset) {
     auto& p = pages[offset / kPageBytes];
-    if (!p) p.reset(new Page());
+    if (!p) p.reset(freshPage());
     return *p;
   }
-  Granule& at(uint64_t granule) { return page(16 * granule).granules[granule % kPage]; }
+  Granule& at(uint64_t granule) {
+    Page& p = page(16 * granule);
+    Granule& g = p.granules[granule % kPage];
+    if (g.life != p.life) g.life = p.life, g.writes.n = g.reads.n = g.from.op = 0;
+    return g;
+  }
 };
 
 struct RaceState {
-  Launch* launch;
   std::vector<std::shared_ptr<OpRecord>> ops{nullptr};
   std::unordered_map<uint64_t, RaceClock> sync;  // by address: what strong stores released
   std::unordered_map<const Buffer*, RaceShadow> global;
@@ -103,12 +165,7 @@ struct RaceState {
   } memo;
 };
 
-RaceState* raceCreate(Launch& l) {
-  auto* s = new RaceState;
-  s->launch = &l;
-  return s;
-}
-void raceDestroy(RaceState* s) { delete s; }
+std::shared_ptr<RaceState> raceCreate() { return std::make_shared<RaceState>(); }
 
 void raceStart(Launch& l, Cluster& c, uint64_t index) {
   if (!l.race) return;
@@ -117,344 +174,252 @@ void raceStart(Launch& l, Cluster& c, uint64_t index) {
     cta->shadow = std::make_shared<RaceShadow>();
     cta->shadow->resize(cta->smemBytes);
     for (auto& w : cta->warps) {
-      laneStart(w);
+      w.agent = first + cta->rank * l.warpsPerCta + w.index;
       w.race = std::make_shared<RaceWarp>();
-      w.race->first = first;
-      w.race->self = first + cta->rank * l.warpsPerCta + w.index;
-      w.race->clock.start(n);
-      w.race->met.start(n);
-      w.race->own() = 1;
+      w.race->self = w.agent;
+      w.race->clock = w.race->met = {first, std::vector<Seen>(n), {}};
+      w.race->now() = 1;
     }
   }
 }
 
 namespace {
 
-bool knows(const RaceClock& c, uint32_t first, uint32_t warp, uint32_t time, Sight sight = kThreads) {
-  const uint32_t i = warp - first;
-  if (i < c.size()) return c.seen(sight)[i] >= time;
-  auto it = c.foreign.find(warp);
-  return it != c.foreign.end() && it->second[sight] >= time;
-}
-
 // The accessing side of a check: a warp, or an operation with the clocks of its issuer.
 struct Side {
-  const RaceClock* clock;
-  uint32_t first, agent, time, pc;
+  Warp& w;
+  const Inst& in;
+  const RaceClock& clock;
+  uint32_t agent, time;
   uint8_t flags;
   Sight sight;  // which others it must be able to see; kThreads: the generic proxy
-  bool isOp, unchanged = false;
+  bool unchanged = false;
 };
-
-const char* verb(bool write) { return write ? "write" : "read"; }
+Side side(Warp& w, const Inst& in, bool strong) {
+  RaceWarp& r = *w.race;
+  return {w, in, r.clock, r.self, r.now(), (uint8_t)(strong ? kStrong : 0), kThreads};
+}
+Side side(const AsyncOp& op, Sight sight) {
+  const OpRecord& r = *op.warp->launch->race->ops[op.id];
+  return {*op.warp, *op.inst, r.clock, op.id, 0, kOpFlag, r.generic ? kThreads : sight};
+}
 
 // "": ordered. Otherwise what is missing.
-const char* ordered(RaceState& s, const Side& me, const Entry& e) {
-  if (e.flags & kOpFlag) {
-    if (me.isOp && e.agent == me.agent) return "";
-    const OpRecord& op = *s.ops[e.agent];
-    const bool write = e.flags & kWriteFlag;
-    bool known = false;
-    for (int list = 0; list < (write ? 1 : 2); ++list)
-      for (auto& c : list ? op.read : op.full)
-        for (auto& o : c->observers) {
-          if (!knows(*me.clock, me.first, o.first, o.second)) continue;
-          known = true;
-          if (!(op.generic && write) || knows(*me.clock, me.first, o.first, o.second, me.sight)) return "";
-        }
-    return known ? "no proxy fence (fence.proxy.async) lies between" : "nothing waits for that operation in between";
-  }
-  if (!me.isOp && e.agent == me.agent) return "";
-  if (!knows(*me.clock, me.first, e.agent, e.time)) return "nothing orders them";
-  if (e.flags & kWriteFlag && !knows(*me.clock, me.first, e.agent, e.time, me.sight))
-    return "no proxy fence (fence.proxy.async) lies between";
-  return "";
+const char* ordered(const Side& me, const Entry& e) {
+  const char *no = "nothing orders them", *noProxy = "no proxy fence (fence.proxy.async) lies between";
+  const bool write = e.flags & kWriteFlag;
+  if ((e.flags & kOpFlag) == (me.flags & kOpFlag) && e.agent == me.agent) return "";
+  if (!(e.flags & kOpFlag))
+    return !me.clock.knows(e.agent, e.time) ? no : write && !me.clock.knows(e.agent, e.time, me.sight) ? noProxy : "";
+  const OpRecord& op = *me.w.launch->race->ops[e.agent];
+  no = "nothing waits for that operation in between";
+  for (auto* list : {&op.full, &op.read})
+    for (auto& c : *list)
+      for (auto& o : c->observers) {
+        if ((write && list == &op.read) || !me.clock.knows(o.first, o.second)) continue;
+        if (!(op.generic && write) || me.clock.knows(o.first, o.second, me.sight)) return "";
+        no = noProxy;
+      }
+  return no;
 }
 
-[[noreturn]] void report(RaceState& s, Warp& w, const Inst& in, const Side& me, const Entry& e, bool write,
-                         const std::string& place, const char* why) {
-  const Kernel& k = *w.kernel;
-  const uint32_t n = s.launch->warpsPerCta;
-  std::string other;
-  uint32_t warp = e.flags & kOpFlag ? s.ops[e.agent]->issuer : e.agent;
-  if (e.flags & kOpFlag) other = "the asynchronous operation issued by ";
-  other += "warp " + std::to_string(warp % n) + " of CTA " + std::to_string(warp / n) + " at " + k.place(e.pc);
-  throw Error("race on ", place, ": this ", (me.sight ? "asynchronous " : ""), verb(write), " and the ",
-              verb(e.flags & kWriteFlag), " by ", other, ": ", why, "\n  at ", where(w, in, -1));
+uint32_t warpOf(const RaceState& s, const Entry& e) { return e.flags & kOpFlag ? s.ops[e.agent]->issuer : e.agent; }
+std::string nameOf(const Launch& l, uint32_t warp) {
+  return cat("warp ", warp % l.warpsPerCta, " of CTA ", warp / l.warpsPerCta);
+}
+const char* verb(bool write) { return write ? "write" : "read"; }
+[[noreturn]] void report(const Side& me, const Entry& e, bool write, const std::string& place, const char* why) {
+  const Launch& l = *me.w.launch;
+  me.w.fail(me.in, -1, "race on ", place, ": this ", (me.sight ? "asynchronous " : ""), verb(write), " and the ",
+            verb(e.flags & kWriteFlag), " by ", (e.flags & kOpFlag ? "the asynchronous operation issued by " : ""),
+            nameOf(l, warpOf(*l.race, e)), " at ", l.kernel->place(e.pc), ": ", why);
 }
 
-void put(Entry* list, unsigned n, const Side& me, uint16_t mask, uint8_t flags) {
-  Entry* free = nullptr;
-  Entry* oldest = list;
-  for (unsigned i = 0; i < n; ++i) {
-    Entry& e = list[i];
-    if (e.mask && e.agent == me.agent && (e.flags & kOpFlag) == (flags & kOpFlag) && e.time == me.time &&
-        e.flags == flags && e.pc == me.pc) {
-      e.mask |= mask;
-      return;
-    }
-    // one's own older record of the same bytes says nothing more
-    if (e.mask && !(flags & kOpFlag) && e.agent == me.agent && !(e.flags & kOpFlag) && !(e.mask & ~mask)) e.mask = 0;
-    if (!e.mask && !free) free = &e;
-    if (e.age < oldest->age) oldest = &e;
-  }
-  if (!free) free = oldest;
-  uint8_t age = 0;
-  for (unsigned i = 0; i < n; ++i) age = std::max(age, list[i].age);
-  *free = Entry{me.agent, me.time, me.pc, mask, flags, (uint8_t)(age < 255 ? age + 1 : 255)};
-}
-
-void touch(RaceState& s, Warp& w, const Inst& in, Granule& g, const Side& me, uint16_t mask, Kind kind,
-           uint64_t where16, const Memory& memory) {
+void touch(RaceState& s, Granule& g, const Side& me, uint16_t mask, Kind kind, const Spot& at) {
   const bool write = kind != Kind::Read;
   auto check = [&](const Entry& e) {
     if (!(e.mask & mask)) return;
     if (e.flags & me.flags & kStrong) return;  // both strong: ordered by the memory system
     Entry& known = s.memo.before[(e.agent * 2 + (e.flags & kWriteFlag ? 1 : 0)) & 31];
     if (known.mask && known.agent == e.agent && known.time >= e.time && known.flags == e.flags) return;
-    const char* why = ordered(s, me, e);
+    const char* why = ordered(me, e);
     if (*why)
-      report(s, w, in, me, e, write,
-             memory.name() + " at byte " + std::to_string(where16 * 16 + (unsigned)__builtin_ctz(e.mask & mask)), why);
+      report(me, e, write, cat(at.name(), " at byte ", at.offset / 16 * 16 + (unsigned)__builtin_ctz(e.mask & mask)),
+             why);
     known = e;
   };
-  if (me.unchanged) {
-    put(g.w, kSharedWrites, me, mask, me.flags | kWriteFlag);
-    return;
+  if (!me.unchanged) {
+    for (auto& e : g.writes) check(e);
+    if (write) {
+      for (auto& e : g.reads) check(e);
+      g.from.op = 0;
+      g.writes.forget(mask);
+      g.reads.forget(mask);
+    }
   }
-  for (auto& e : g.w) check(e);
-  if (write) {
-    g.from.op = 0;
-    for (auto& e : g.r) check(e);
-    for (auto& e : g.w) e.mask &= (uint16_t)~mask;
-    for (auto& e : g.r) e.mask &= (uint16_t)~mask;
-    put(g.w, kSharedWrites, me, mask, me.flags | kWriteFlag);
-  } else {
-    put(g.r, kSharedReads, me, mask, me.flags);
-  }
+  const Entry mine{me.agent, me.time, pcOf(me.w, me.in), mask, (uint8_t)(me.flags | (write ? kWriteFlag : 0))};
+  write ? g.writes.add(mine) : g.reads.add(mine);
 }
 
-void range(RaceState& s, Warp& w, const Inst& in, RaceShadow& shadow, const Side& me, uint64_t offset, uint64_t bytes,
-           Kind kind, const Memory& memory) {
-  const uint64_t end = offset + bytes, key = (uint64_t)me.sight << 33 | (uint64_t)me.isOp << 32 | me.agent;
+// Without a shadow where no race can be: in local memory, and in what the launch may only read.
+Spot spotOf(RaceState& s, const Place& p) {
+  if (p.cta) return {p.cta, nullptr, p.cta->shadow.get(), p.offset};
+  if (!p.buffer || !p.buffer->writable) return {nullptr, p.buffer, nullptr, 0};
+  RaceShadow& shadow = s.global[p.buffer];
+  if (shadow.pages.empty()) shadow.resize(p.buffer->end - p.buffer->begin);
+  return {nullptr, p.buffer, &shadow, (uint64_t)p.p - p.buffer->begin};
+}
+Spot spotOf(RaceState& s, Buffer& b, uint64_t address) {
+  return spotOf(s, {(uint8_t*)address, nullptr, nullptr, 0, &b});
+}
+
+void range(const Side& me, Spot at, uint64_t bytes, Kind kind) {
+  if (at.buffer && at.buffer->predecessor && !me.clock.knows(kPredecessor, 1))
+    me.w.fail(me.in, -1, "race between launches on ", at.name(),
+              ": this one was launched early, and the one before may ",
+              "still use that; nothing orders this access after a griddepcontrol.wait");
+  if (!at.shadow) return;
+  RaceState& s = *me.w.launch->race;
+  const uint64_t end = at.offset + bytes;
+  const uint64_t key = (uint64_t)me.sight << 33 | (uint64_t)(me.flags & kOpFlag) << 31 | me.agent;
   if (s.memo.side != key) {
     s.memo.side = key;
     for (auto& e : s.memo.before) e.mask = 0;
   }
-  for (uint64_t g = offset / 16; g * 16 < end; ++g) {
-    const uint64_t lo = std::max(offset, g * 16) - g * 16, hi = std::min(end, g * 16 + 16) - g * 16;
-    touch(s, w, in, shadow.at(g), me, (uint16_t)(((1u << hi) - 1) & ~((1u << lo) - 1)), kind, g, memory);
+  for (uint64_t next; at.offset < end; at.offset = next) {
+    next = at.offset / 16 * 16 + 16;
+    const uint64_t lo = at.offset % 16, hi = 16 - (next - std::min(next, end));
+    touch(s, at.shadow->at(at.offset / 16), me, (uint16_t)((1u << hi) - (1u << lo)), kind, at);
   }
 }
 
-Side side(Warp& w, const Inst& in, bool strong) {
-  RaceWarp& r = *w.race;
-  return {&r.clock, r.first, r.self, r.own(), (uint32_t)(&in - w.kernel->code.data()), (uint8_t)(strong ? kStrong : 0),
-          kThreads, false};
-}
-RaceShadow& globalShadow(RaceState& s, const Buffer& b) {
-  RaceShadow& g = s.global[&b];
-  if (g.pages.empty()) g.resize(b.end - b.begin);
-  return g;
-}
-
-void release(Warp& w, RaceClock& to, bool strongRelease) {
-  RaceWarp& r = *w.race;
-  if (strongRelease) {
-    to.join(r.clock);
-    ++r.own();
-  } else if (r.hasFenced) {
-    to.join(r.fenced);
-  }
-}
-void acquire(Warp& w, const RaceClock& from, bool strongAcquire) {
-  RaceWarp& r = *w.race;
-  if (strongAcquire)
-    r.clock.join(from);
-  else
-    r.pending.join(from), r.hasPending = true;
-}
-// A clock that another cluster may read names its warps by their place in the grid.
-RaceClock exported(const RaceWarp& r, const RaceClock& c) {
-  RaceClock out;
-  out.foreign = c.foreign;
-  for (uint32_t i = 0; i < c.size(); ++i)
-    if (c.seen(kThreads)[i])
-      for (int k = 0; k < kSights; ++k) out.foreign[r.first + i][k] = c.seen(k)[i];
-  return out;
-}
-void imported(Warp& w, const RaceClock& from, bool strongAcquire) {
-  RaceWarp& r = *w.race;
-  RaceClock own;
-  own.start(r.clock.size());
-  for (auto& f : from.foreign) {
-    const uint32_t i = f.first - r.first;
-    if (i >= own.size()) own.foreign[f.first] = f.second;
-    for (int k = 0; k < kSights && i < own.size(); ++k) own.seen(k)[i] = f.second[k];
-  }
-  own.seen(kThreads)[r.self - r.first] = 0;
-  acquire(w, own, strongAcquire);
+// What a strong access of `sem` (0 none, 1 relaxed, 2 acquire, 3 release, 4 acq_rel, 5 volatile) takes from others that
+// were at the same place, and leaves there.
+void synchronise(Warp& w, uint8_t sem, uint64_t place, Kind kind) {
+  auto& sync = w.launch->race->sync;
+  if (kind != Kind::Write)
+    if (auto it = sync.find(place); it != sync.end()) w.race->acquire(it->second, sem == 2 || sem == 4);
+  if (kind == Kind::Read) return;
+  RaceClock& to = sync[place];
+  if (kind == Kind::Write) to = {};  // a plain store ends the release sequence; a read-modify-write continues it
+  w.race->release(to, sem == 3 || sem == 4);
 }
 
 }  // namespace
 
-// A write that changes nothing cannot be seen by anybody: it is only remembered.
-static void accessLanes(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* a, uint32_t bytes, Kind kind,
-                        bool unchanged) {
-  RaceState& s = *w.launch->race;
-  const bool strong = kind == Kind::Atomic || in.x[0] > 0;
+void raceAccess(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* a, uint32_t bytes, Kind kind,
+                bool unchanged) {
   if (space == Space::Local || space == Space::Param) return;
+  const uint8_t sem = in.x[0];
+  const bool strong = kind == Kind::Atomic || sem;
   Side me = side(w, in, strong);
   me.unchanged = unchanged;
   const LaneAccess laneKind = kind == Kind::Read ? LaneAccess::Read
                               : unchanged        ? LaneAccess::Rewrite
                                                  : LaneAccess::Write;
   for (uint32_t left = m; left;) {
-    int i = firstLane(left);
+    const int i = firstLane(left);
     left &= left - 1;
-    uint64_t at = a[i], n = bytes;
+    uint64_t n = bytes;
     uint32_t run = 1u << i;
     // neighbours of the same granule or run are one access
-    while (left && a[firstLane(left)] == at + n && n < 64) n += bytes, run |= left & (0 - left), left &= left - 1;
-    auto check = [&](RaceShadow& shadow, uint64_t offset, const Memory& memory) {
-      range(s, w, in, shadow, me, offset, n, kind, memory);
-      for (; run && !strong; run &= run - 1, offset += bytes)
-        laneAccess(w, in, firstLane(run), shadow.page(offset).lanes, memory, offset, bytes, laneKind);
-    };
-    const bool shared = space == Space::Shared || (space == Space::Generic && inShared(at));
-    if (shared) {
-      Place p = locateShared(w, in, i, (uint32_t)at, 1, Kind::Read, 1, space == Space::Shared && in.x[4] == 0);
-      raceRemote(w, in, i, *p.cta, nullptr);
-      check(*p.cta->shadow, p.offset, Memory{p.cta, nullptr});
-    } else if (!inLocal(at)) {
-      Buffer* b = Arena::get().find(at, 1);
-      if (!b) {
-        uint64_t moved = w.launch->alias ? w.launch->alias(at, n) : 0;
-        if (!moved || !(b = Arena::get().find(at = moved, 1))) continue;
+    while (left && a[firstLane(left)] == a[i] + n && n < 64) n += bytes, run |= left & (0 - left), left &= left - 1;
+    const Place p = locate(w, in, i, space, a[i], 1, Kind::Read, 1);
+    if (p.cta) raceRemote(w, in, i, *p.cta, nullptr);
+    Spot at = spotOf(*w.launch->race, p);
+    range(me, at, n, kind);
+    if (strong) {
+      if (p.cta || p.buffer)
+        synchronise(w, sem, p.cta ? a[i] | (w.race->clock.first + 1ull) << 40 : (uint64_t)p.p, kind);
+    } else if (at.shadow) {
+      for (int lane : lanesOf(run)) {
+        laneAccess(w, in, lane, at.shadow->page(at.offset).lanes, at, bytes, laneKind);
+        at.offset += bytes;
       }
-      if (b->writable) check(globalShadow(s, *b), at - b->begin, Memory{nullptr, b});
-    }
-    if (!strong) continue;
-    // sem: 0 weak (an atomic without .sem is relaxed), 1 relaxed, 2 acquire, 3 release, 4 acq_rel, 5 volatile
-    const uint8_t sem = in.x[0];
-    const uint64_t key = shared ? at | (w.race->first + 1ull) << 40 : at;
-    if (kind != Kind::Write) {
-      auto it = s.sync.find(key);
-      if (it != s.sync.end()) imported(w, it->second, sem == 2 || sem == 4);
-    }
-    if (kind != Kind::Read) {
-      RaceClock out;
-      RaceWarp& r = *w.race;
-      if (sem == 3 || sem == 4) {
-        out = exported(r, r.clock);
-        ++r.own();
-      } else if (r.hasFenced) {
-        out = exported(r, r.fenced);
-      }
-      RaceClock& to = s.sync[key];
-      if (kind == Kind::Write)
-        to = RaceClock();  // a plain store ends the release sequence; a read-modify-write continues it
-      to.join(out);
     }
   }
-  if (strong && (in.x[0] == 2 || in.x[0] == 4)) laneSync(w, m);
+  if (sem == 2 || sem == 4) laneSync(w, m);
 }
 
-void raceAccess(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* a, uint32_t bytes, Kind kind) {
-  accessLanes(w, in, m, space, a, bytes, kind, false);
-}
 void raceWrites(Warp& w, const Inst& in, uint32_t m, uint32_t changed, Space space, const uint64_t* a, uint32_t bytes) {
-  if (m & changed) accessLanes(w, in, m & changed, space, a, bytes, Kind::Write, false);
-  if (m & ~changed) accessLanes(w, in, m & ~changed, space, a, bytes, Kind::Write, true);
+  for (bool unchanged : {false, true})
+    if (const uint32_t lanes = m & (unchanged ? ~changed : changed))
+      raceAccess(w, in, lanes, space, a, bytes, Kind::Write, unchanged);
 }
 void laneAsync(Warp& w, const Inst& in, int lane, Cta& cta, uint32_t offset, uint32_t bytes, Kind kind) {
   if (!w.launch->race) return;
   const LaneAccess laneKind = kind == Kind::Read ? LaneAccess::Read : LaneAccess::Write;
-  for (uint32_t end = offset + bytes; offset < end;) {
-    const uint32_t n = std::min({bytes, 16u, end - offset});
-    laneAccess(w, in, lane, cta.shadow->page(offset).lanes, Memory{&cta, nullptr}, offset, n, laneKind);
-    offset += n;
+  for (uint32_t end = offset + bytes, n; offset < end; offset += n) {
+    n = std::min({bytes, 16u, end - offset});
+    laneAccess(w, in, lane, cta.shadow->page(offset).lanes, {&cta, nullptr, cta.shadow.get(), offset}, n, laneKind);
   }
 }
-uint32_t raceAgent(const Warp& w) { return w.race->self; }
 
 void racePlace(Warp& w, const Inst& in, const Place& p, uint32_t bytes, Kind kind) {
-  RaceState* s = w.launch->race;
-  if (s && p.cta)
-    range(*s, w, in, *p.cta->shadow, side(w, in, false), p.offset, bytes, kind, Memory{p.cta, nullptr});
-  else if (s && p.buffer && p.buffer->writable)
-    range(*s, w, in, globalShadow(*s, *p.buffer), side(w, in, false), (uint64_t)p.p - p.buffer->begin, bytes, kind,
-          Memory{nullptr, p.buffer});
+  if (w.launch->race) range(side(w, in, false), spotOf(*w.launch->race, p), bytes, kind);
 }
 void raceTensorMap(Warp& w, const Inst& in, Buffer& b, uint64_t address) {
-  if (!w.launch->race || !b.writable) return;
-  RaceState& s = *w.launch->race;
+  if (!w.launch->race) return;
   const Side me = side(w, in, false);
-  RaceShadow& shadow = globalShadow(s, b);
-  range(s, w, in, shadow, me, address - b.begin, 128, Kind::Read, Memory{nullptr, &b});
-  const RaceWarp& r = *w.race;
-  for (uint64_t g = (address - b.begin) / 16; g < (address - b.begin) / 16 + 8; ++g)
-    for (const Entry& e : shadow.at(g).w) {
-      const uint32_t i = e.agent - r.first;
-      if (!e.mask || e.flags & kOpFlag || i >= r.clock.size()) continue;
-      if (r.mapped.empty() || r.mapped[i] < e.time)
-        report(s, w, in, me, e, false, "the tensor map in " + b.name,
-               "no fence.proxy.tensormap (generic, acquire) lies between");
-    }
+  const Spot at = spotOf(*w.launch->race, b, address);
+  range(me, at, 128, Kind::Read);
+  if (!at.shadow) return;
+  for (uint64_t g = at.offset / 16; g < at.offset / 16 + 8; ++g)
+    for (const Entry& e : at.shadow->at(g).writes)
+      if (e.mask && !(e.flags & kOpFlag) && me.clock.isOwn(e.agent) && !w.race->mapped.knows(e.agent, e.time))
+        report(me, e, false, "the tensor map in " + b.name, "no fence.proxy.tensormap (generic, acquire) lies between");
 }
 
 // ---- synchronisation
 
+void raceGridWait(Warp& w) {
+  if (w.launch->race && w.launch->early) w.race->clock[kPredecessor] = {1, 1, 1};
+}
+
 void raceFence(Warp& w, const Inst& in, uint32_t m) {
   if (!w.launch->race) return;
   RaceWarp& r = *w.race;
-  if (in.x[0] != 1) laneSync(w, m);  // a fence of the pattern by which lanes may talk; a proxy fence is none
-  if (in.x[0] == 1) {                // proxy fence: what is known is visible to the async proxy too
-    if (in.x[2] != 1) r.clock.fence(kAsyncShared);
-    if (in.x[2] < 2) r.clock.fence(kAsyncGlobal);
-    ++r.own();
-    return;
+  if (in.x[0] != FenceAsync) laneSync(w, m);  // a fence of the pattern by which lanes may talk; a proxy fence is none
+  switch (in.x[0]) {
+    case FenceMemory:
+      r.clock.join(r.pending);
+      r.pending = {};
+      r.fenced = r.clock;
+      break;
+    case FenceAsync:  // what is known is visible to the async proxy too
+      if (in.x[2] != 1) r.clock.fence(kAsyncShared);
+      if (in.x[2] < 2) r.clock.fence(kAsyncGlobal);
+      break;
+    case FenceTensormap:
+      if (in.x[1] != 4) r.mapped = r.clock;
+      break;
+    case FenceMbarrierInit: r.initFence = r.now(); break;
   }
-  if (in.x[0] == 2 && in.x[3] != 4)
-    r.mapped.assign(r.clock.seen(kThreads), r.clock.seen(kThreads) + r.clock.size()), ++r.own();
-  if (in.x[0] == 3) r.initFence = r.own()++;
-  if (in.x[0] == 0) {
-    if (r.hasPending) r.clock.join(r.pending), r.hasPending = false, r.pending = RaceClock();
-    r.fenced = r.clock;
-    r.hasFenced = true;
-    ++r.own();
-  }
+  ++r.now();
 }
 
-void raceArrive(Warp& w, NamedBarrier& b) {
+void raceRelease(Warp& w, std::shared_ptr<RaceClock>& clock, bool release) {
   if (!w.launch->race) return;
-  if (!b.clock) b.clock = std::make_shared<RaceClock>();
-  release(w, *b.clock, true);
+  if (!clock) clock = std::make_shared<RaceClock>();
+  w.race->release(*clock, release);
 }
 void raceBarrier(Cta& cta, NamedBarrier& b) {
   if (!cta.launch->race) return;
-  for (auto& x : b.waiting) acquire(*x.warp, *b.clock, true), laneSync(*x.warp, x.mask);
+  for (auto& x : b.waiting) x.warp->race->acquire(*b.clock, true), laneSync(*x.warp, x.mask);
 }
-void raceClusterArrive(Warp& w, bool strongRelease) {
+void raceClusterArrive(Warp& w, bool release) {
   if (!w.launch->race) return;
-  auto& c = w.cta->cluster->clock;
-  if (!c) c = std::make_shared<RaceClock>();
+  Cluster& c = *w.cta->cluster;
   RaceWarp& r = *w.race;
-  auto& met = w.cta->cluster->met;
-  if (!met) met = std::make_shared<RaceClock>(r.met);
-  met->seen(kThreads)[r.self - r.first] = r.own();
-  met->seen(kAsyncShared)[r.self - r.first] = r.initFence;
-  release(w, *c, strongRelease);
-  if (!strongRelease) ++r.own();
-}
-void raceClusterDone(Cluster& c) {
-  c.done = c.clock;
-  c.clock.reset();
+  if (!c.met) c.met = std::make_shared<RaceClock>(r.met);
+  (*c.met)[r.self] = {r.now(), r.initFence, 0};
+  raceRelease(w, c.clock, release);
+  if (!release) ++r.now();
 }
 void raceClusterWait(Warp& w) {
   if (!w.launch->race) return;
   Cluster& c = *w.cta->cluster;
-  if (c.done) acquire(w, *c.done, true);
+  if (c.done) w.race->acquire(*c.done, true);
   if (c.met) w.race->met.join(*c.met);
   laneSync(w, kAll);
 }
@@ -463,7 +428,7 @@ void raceClusterWait(Warp& w) {
 
 void raceMbarrierInit(Warp& w, int lane, Mbarrier& b) {
   if (!w.launch->race) return;
-  b.initBy = w.race->self, b.initTime = w.race->own();
+  b.initBy = w.agent, b.initTime = w.race->now();
   b.initLane = (uint32_t)lane, b.initLaneTime = w.laneTime;
 }
 void raceMbarrierUse(Warp& w, const Inst& in, int lane, const Mbarrier& b) {
@@ -475,139 +440,97 @@ void raceMbarrierUse(Warp& w, const Inst& in, int lane, const Mbarrier& b) {
              b.initLane, " of the same warp (bar.warp.sync is missing)");
     return;
   }
-  if (knows(r.clock, r.first, b.initBy, b.initTime) || knows(r.met, r.first, b.initBy, b.initTime, kAsyncShared))
-    return;
+  if (r.clock.knows(b.initBy, b.initTime) || r.met.knows(b.initBy, b.initTime, kAsyncShared)) return;
   const uint32_t n = w.launch->warpsPerCta;
-  const bool fence = knows(r.met, r.first, b.initBy, b.initTime);
   w.fail(in, lane, "race on an mbarrier of CTA ", b.initBy / n, ": nothing orders this operation after its ",
          "mbarrier.init by warp ", b.initBy % n, " (",
-         (fence                        ? "fence.mbarrier_init"
-          : b.initBy / n == r.self / n ? "a barrier of the CTA"
-                                       : "a cluster barrier"),
+         (r.met.knows(b.initBy, b.initTime) ? "fence.mbarrier_init"
+          : b.initBy / n == r.self / n      ? "a barrier of the CTA"
+                                            : "a cluster barrier"),
          " is missing)");
 }
 void raceRemote(Warp& w, const Inst& in, int lane, Cta& target, const AsyncOp* op) {
   if (!w.launch->race || &target == w.cta) return;
   RaceWarp& r = *w.race;
-  const uint32_t n = w.launch->warpsPerCta, at = target.rank * n;
+  const uint32_t first = target.warps[0].agent;
   bool started = false;
-  for (uint32_t i = at; i < at + n; ++i) started |= r.clock.seen(kThreads)[i] || r.met.seen(kThreads)[i];
+  for (uint32_t i = first; i < first + w.launch->warpsPerCta; ++i) started |= r.clock.knows(i, 1) || r.met.knows(i, 1);
   if (!started)
     w.fail(in, lane, "shared memory of CTA rank ", target.rank,
            " is accessed before that CTA is known to have started: a cluster barrier is missing");
-  const uint32_t pc = (uint32_t)(&in - w.kernel->code.data());
-  if (op) {
-    target.shadow->remoteOps.push_back({op->id, 0, pc, 1, kOpFlag | kWriteFlag, 0});
-    return;
-  }
-  const Entry e{r.self, r.own(), pc, 1, kWriteFlag, 0};
-  for (auto& x : target.shadow->remote)
-    if (x.agent == e.agent) {
-      x = e;
-      return;
-    }
-  target.shadow->remote.push_back(e);
+  auto& list = op ? target.shadow->remoteOps : target.shadow->remote;
+  const Entry e{op ? op->id : r.self, op ? 0 : r.now(), pcOf(w, in), 1,
+                (uint8_t)(op ? kOpFlag | kWriteFlag : kWriteFlag)};
+  auto same = std::find_if(list.begin(), list.end(), [&](const Entry& x) { return x.agent == e.agent; });
+  if (op || same == list.end())
+    list.push_back(e);
+  else
+    *same = e;
 }
 void raceExit(Warp& w) {
   if (w.launch->race) w.cta->shadow->exit.join(w.race->clock), w.cta->shadow->met.join(w.race->met);
 }
 static void checkRemote(Cta& cta) {
-  RaceState& s = *cta.launch->race;
-  const RaceWarp& own = *cta.warps[0].race;
-  const Side me{&cta.shadow->exit, own.first, kAll, 0, 0, 0, kThreads, false};
-  const uint32_t n = cta.launch->warpsPerCta;
-  auto check = [&](const Entry& e) {
-    if (!*ordered(s, me, e)) return;
-    const uint32_t warp = e.flags & kOpFlag ? s.ops[e.agent]->issuer : e.agent;
-    if (!(e.flags & kOpFlag) && knows(cta.shadow->met, own.first, warp, e.time)) return;
-    const std::string who = "warp " + std::to_string(warp % n) + " of CTA " + std::to_string(warp / n);
-    throw Error("CTA ", cta.linear, " may exit before ",
-                (e.flags & kOpFlag
-                     ? "the asynchronous operation issued by " + who + " has written its shared memory: nothing waits"
-                     : who + " accesses its shared memory: a cluster barrier is missing"),
-                "\n  at kernel ", cta.launch->kernel->name, ": ", cta.launch->kernel->place(e.pc));
-  };
-  for (const Entry& e : cta.shadow->remote) check(e);
-  for (const Entry& e : cta.shadow->remoteOps) check(e);
+  const RaceState& s = *cta.launch->race;
+  const RaceShadow& shadow = *cta.shadow;
+  const Kernel& k = *cta.launch->kernel;
+  const Side me{cta.warps[0], k.code[0], shadow.exit, kAll, 0, 0, kThreads};
+  for (auto* list : {&shadow.remote, &shadow.remoteOps})
+    for (const Entry& e : *list) {
+      const bool op = e.flags & kOpFlag;
+      const uint32_t warp = warpOf(s, e);
+      if (!*ordered(me, e) || (!op && shadow.met.knows(warp, e.time))) continue;
+      throw Error("CTA ", cta.linear, " may exit before ", (op ? "the asynchronous operation issued by " : ""),
+                  nameOf(*cta.launch, warp),
+                  (op ? " has written its shared memory: nothing waits"
+                      : " accesses its shared memory: a cluster barrier is missing"),
+                  "\n  at kernel ", k.name, ": ", k.place(e.pc));
+    }
 }
 
-void raceRelease(Warp& w, Mbarrier& b, bool strongRelease) {
-  if (!w.launch->race) return;
-  if (!b.clock) b.clock = std::make_shared<RaceClock>();
-  release(w, *b.clock, strongRelease);
-}
 void racePhase(Mbarrier& b) {
-  b.done = std::move(b.clock);
-  b.clock.reset();
-  b.completion.reset();
-  b.completion = b.open;
-  b.open.reset();
+  b.done = std::exchange(b.clock, nullptr);
+  b.completion = std::exchange(b.open, nullptr);
 }
-void raceAcquire(Warp& w, Mbarrier& b, bool strongAcquire) {
+void raceAcquire(Warp& w, Mbarrier& b, bool acquire) {
   if (!w.launch->race) return;
-  if (b.done) acquire(w, *b.done, strongAcquire);
-  if (b.completion) b.completion->observers.emplace_back(w.race->self, w.race->own());
+  if (b.done) w.race->acquire(*b.done, acquire);
+  if (b.completion) b.completion->observers.emplace_back(w.agent, w.race->now());
 }
 
 // ---- asynchronous operations
 
-void raceJoin(Warp& w, std::shared_ptr<RaceClock>& clock) {
-  if (!w.launch->race) return;
-  if (!clock) clock = std::make_shared<RaceClock>();
-  clock->join(w.race->clock);
-  ++w.race->own();
-}
 void raceIssueAt(AsyncOp& op, const std::shared_ptr<RaceClock>& clock) {
-  RaceState* s = op.warp->launch->race;
-  if (!s) {
-    op.id = 1;
-    return;
-  }
-  auto r = std::make_shared<OpRecord>();
-  r->clock = *clock;
-  r->first = op.warp->race->first;
-  r->issuer = op.warp->race->self;
-  r->generic = op.generic;
-  op.id = (uint32_t)s->ops.size();
-  s->ops.push_back(std::move(r));
+  RaceState* s = op.warp->launch->race.get();
+  op.id = s ? (uint32_t)s->ops.size() : 1;
+  if (s) s->ops.push_back(std::make_shared<OpRecord>(OpRecord{*clock, op.warp->agent, op.generic, {}, {}}));
 }
 void raceIssue(Warp& w, AsyncOp& op) {
   std::shared_ptr<RaceClock> clock;
   raceJoin(w, clock);
   raceIssueAt(op, clock);
 }
-
-static Side opSide(const AsyncOp& op, Sight sight) {
-  const OpRecord& r = *op.warp->launch->race->ops[op.id];
-  const uint32_t pc = (uint32_t)(op.inst - op.warp->kernel->code.data());
-  return {&r.clock, r.first, op.id, 0, pc, kOpFlag, r.generic ? kThreads : sight, true};
-}
 void raceAsyncShared(AsyncOp& op, Cta& cta, uint32_t offset, uint32_t bytes, Kind kind) {
-  RaceState* s = op.warp->launch->race;
-  const Memory memory{&cta, nullptr};
-  if (s) range(*s, *op.warp, *op.inst, *cta.shadow, opSide(op, kAsyncShared), offset, bytes, kind, memory);
+  if (cta.launch->race) range(side(op, kAsyncShared), {&cta, nullptr, cta.shadow.get(), offset}, bytes, kind);
 }
 void raceAsyncGlobal(AsyncOp& op, Buffer& b, uint64_t address, uint64_t bytes, Kind kind) {
-  RaceState* s = op.warp->launch->race;
-  if (!s || !b.writable) return;
-  Side me = opSide(op, kAsyncGlobal);
+  RaceState* s = op.warp->launch->race.get();
+  if (!s) return;
+  Side me = side(op, kAsyncGlobal);
   if (kind == Kind::Atomic) me.flags |= kStrong;
-  range(*s, *op.warp, *op.inst, globalShadow(*s, b), me, address - b.begin, bytes, kind, Memory{nullptr, &b});
+  range(me, spotOf(*s, b, address), bytes, kind);
 }
 void raceAsyncSignal(const AsyncOp& op, Mbarrier& b) {
-  RaceState* s = op.warp->launch->race;
+  RaceState* s = op.warp->launch->race.get();
   if (!s) return;
   if (!b.open) b.open = std::make_shared<RaceCompletion>();
-  auto add = [&](uint32_t id) { s->ops[id]->full.push_back(b.open); };
-  add(op.id);
-  for (uint32_t id : op.covers) add(id);
+  s->ops[op.id]->full.push_back(b.open);
+  for (uint32_t id : op.covers) s->ops[id]->full.push_back(b.open);
 }
 void raceWaited(Warp& w, const AsyncOp& op, bool readsOnly) {
-  RaceState* s = w.launch->race;
-  if (!s) return;
-  auto c = std::make_shared<RaceCompletion>();
-  c->observers.emplace_back(w.race->self, w.race->own());
-  (readsOnly ? s->ops[op.id]->read : s->ops[op.id]->full).push_back(std::move(c));
+  if (!w.launch->race) return;
+  OpRecord& r = *w.launch->race->ops[op.id];
+  (readsOnly ? r.read : r.full).push_back(std::make_shared<RaceCompletion>(RaceCompletion{{{w.agent, w.race->now()}}}));
 }
 void raceTag(Cta& cta, uint32_t offset, const Provenance& from) {
   if (cta.launch->race) cta.shadow->at(offset / 16).from = from;
@@ -623,25 +546,22 @@ const Provenance* raceTagOf(Cta& cta, uint32_t offset) {
 void checkExit(Cta& cta) {
   if (!cta.launch->opt.detect) return;
   checkRemote(cta);
+  const std::string kernel = "kernel " + cta.launch->kernel->name;
   for (auto& w : cta.warps) {
     for (auto& op : w.bulk.ops)
-      if (!op->exitOk() && cta.launch->race && cta.launch->race->ops[op->id]->read.empty()) {
-        throw Error(
-            "the CTA exits before a bulk store has read its shared memory: cp.async.bulk.wait_group is missing\n  at ",
-            where(w, *op->inst, -1));
-      }
+      if (!op->exitOk() && cta.launch->race->ops[op->id]->read.empty())
+        w.fail(*op->inst, -1,
+               "the CTA exits before a bulk store has read its shared memory: cp.async.bulk.wait_group is missing");
     if (!w.wgmma.ops.empty())
-      throw Error("the CTA exits with a wgmma that nobody has waited for\n  at ",
-                  where(w, *w.wgmma.ops.front()->inst, -1));
+      w.fail(*w.wgmma.ops.front()->inst, -1, "the CTA exits with a wgmma that nobody has waited for");
   }
   for (auto& o : cta.wgmma)
     if (!o.issued.empty() && !o.issued.back()->id)
-      throw Error("kernel ", cta.launch->kernel->name,
-                  ": not all warps of a warpgroup have issued the same number of wgmma");
+      throw Error(kernel, ": not all warps of a warpgroup have issued the same number of wgmma");
   for (auto& b : cta.mbars)
     if (b.live && b.tx != 0)
-      throw Error("kernel ", cta.launch->kernel->name, ": CTA ", cta.linear, " exits while an mbarrier still expects ",
-                  b.tx, " bytes (transaction count; negative: more came than were expected)");
+      throw Error(kernel, ": CTA ", cta.linear, " exits while an mbarrier still expects ", b.tx,
+                  " bytes (transaction count; negative: more came than were expected)");
 }
 
 }  // namespace ptxsim

@@ -2,9 +2,7 @@
 #pragma once
 #include <cstring>
 #include <deque>
-#include <functional>
 #include <list>
-#include <memory>
 #include <random>
 
 #include "memory.h"
@@ -23,19 +21,24 @@ struct Cluster;
 struct Launch;
 struct Kernel;
 struct RaceClock;
-struct RaceCompletion;
-struct RaceWarp;
-struct RaceShadow;
 using Handler = void (*)(Warp&, const Inst&, uint32_t mask);
 
 // An operand: 32 lane values at `off` in the warp's registers, or in the kernel's constants when kConstBit is set.
-// `id` names the validity mask that goes with it; id 0 is "always valid".
+// kNegated: a source predicate with a `!`. `id` names the validity mask that goes with it; id 0 is "always valid".
 struct Ref {
-  static constexpr uint32_t kConstBit = 0x80000000u;
+  static constexpr uint32_t kConstBit = 0x80000000u, kNegated = 0x40000000u;
   uint32_t off = 0, id = 0;
+  explicit operator bool() const { return off || id; }  // false: the operand is not there
+};
+
+struct AddressOperand {  // an address beside Inst::a
+  Ref ref;
+  int64_t offset = 0;
+  unsigned bytes = 8;  // of the register
 };
 
 struct Extra {  // what does not fit an Inst
+  AddressOperand second;
   std::vector<Ref> refs, refs2;
   std::vector<uint32_t> widths;  // register bytes of refs
   std::vector<int> targets;      // brx
@@ -60,13 +63,14 @@ struct Inst {
   bool convergeAll = false;  // .aligned: all lanes of the warp that have not exited come together
   Space space = Space::Generic;
   uint8_t bytes = 0, vec = 1;
-  uint8_t x[6] = {0, 0, 0, 0, 0, 0};
+  uint8_t x[8] = {};  // each instruction's own
 };
 
-// A special register: what a lane finds in it when its warp starts; nullptr: it changes while the warp runs.
+// A special register, and what a lane finds in it.
 struct Special {
   const char* name;
   uint64_t (*value)(const Warp&, unsigned lane, unsigned dimension);
+  bool changes = false;  // while the warp runs
 };
 const Special* findSpecial(const std::string& name, unsigned* dimension);  // nullptr: there is none
 extern const Special kSharedAddress;                                       // where the CTA's window begins
@@ -103,9 +107,6 @@ struct Kernel {
   std::vector<std::pair<uint32_t, uint32_t>> paramLayout;  // offset, bytes
   uint8_t* params = nullptr;                               // simulated parameter bank
   int entry = 0;
-  // attributes
-  int maxDynamicShared = 48 * 1024;
-  bool nonPortableCluster = false;
   // What launches did: see profile.cpp
   std::vector<uint64_t> hits;    // by warps, of each instruction, in the last launch
   std::vector<uint64_t> taken;   // of a predicated one: those with a lane to run for
@@ -177,8 +178,9 @@ struct Warp {
   unsigned numInflight = 0;
   std::vector<uint8_t> unfenced;  // by validity id: a register of a wgmma written since the last wgmma.fence
   uint64_t wgmmaCount = 0;
-  std::shared_ptr<RaceWarp> race;
-  uint32_t laneTime = 0, laneNews[kLanes] = {};  // race detector: now, and when each lane last heard of the others
+  std::shared_ptr<struct RaceWarp> race;
+  uint32_t agent = 0;                            // race detector: its number in the grid
+  uint32_t laneTime = 1, laneNews[kLanes] = {};  // now, and when each lane last heard of the others
   unsigned maxnreg = 0;
   bool ready = false;
   uint64_t sliceStamp = 0;
@@ -187,9 +189,10 @@ struct Warp {
 
   template <class T>
   T* ptr(Ref r) {
-    return reinterpret_cast<T*>(base[r.off >> 31] + (r.off & 0x7fffffffu));
+    return reinterpret_cast<T*>(base[r.off >> 31] + (r.off & ~(Ref::kConstBit | Ref::kNegated)));
   }
   uint32_t& pred(Ref r) { return *ptr<uint32_t>(r); }
+  uint32_t predicate(Ref r) { return pred(r) ^ (r.off & Ref::kNegated ? kAll : 0); }
   uint32_t validOf(Ref r) const { return valid[r.id]; }
   void setValid(Ref d, uint32_t m, uint32_t v) { valid[d.id] = (valid[d.id] & ~m) | (v & m); }
   void setPred(Ref d, uint32_t m, uint32_t value, uint32_t v) {
@@ -199,9 +202,6 @@ struct Warp {
 
   bool run(unsigned quantum);  // false: nothing to run now
   void schedule();
-  void checkInflight(const Inst& in);
-  void noteUnfenced(const Inst& in);
-  bool exited() const { return live == 0; }
   Fragment& frag() { return frags[cur]; }
 
   // ---- used by instruction handlers
@@ -215,10 +215,11 @@ struct Warp {
   void needValid(const Inst& in, Ref r, uint32_t mask, const char* role);
 };
 
+inline uint32_t pcOf(const Warp& w, const Inst& in) { return (uint32_t)(&in - w.kernel->code.data()); }
+
 struct NamedBarrier {
   bool all = false;                    // waits for every thread of the CTA
   unsigned arrived = 0, expected = 0;  // threads
-  uint64_t generation = 0;
   struct Waiter {
     Warp* warp;
     uint32_t mask;
@@ -238,8 +239,13 @@ struct Mbarrier {
   uint64_t txSeen = 0;                // bytes that arrived in this phase, for reports
   uint32_t initBy = 0, initTime = 0;  // race detector: warp of the grid
   uint32_t initLane = 0, initLaneTime = 0;
-  std::shared_ptr<RaceClock> clock, done;            // race detector: of the open phase, of the last completed one
-  std::shared_ptr<RaceCompletion> open, completion;  // asynchronous operations of the open phase, of the last one
+  std::shared_ptr<RaceClock> clock, done;  // race detector: of the open phase, of the last completed one
+  std::shared_ptr<struct RaceCompletion> open,
+      completion;  // asynchronous operations of the open phase, of the last one
+};
+
+struct alignas(64) Line {
+  uint8_t bytes[64];
 };
 
 struct Cta {
@@ -261,8 +267,8 @@ struct Cta {
     std::deque<std::shared_ptr<AsyncOp>> issued;  // and the one before, which the next follows
   };
   std::vector<WgmmaOrder> wgmma;
-  std::shared_ptr<RaceShadow> shadow;  // race detector
-  std::unique_ptr<uint64_t[]> memory, regMemory;
+  std::shared_ptr<struct RaceShadow> shadow;  // race detector
+  std::list<std::vector<Line>> memory;        // what the pointers in here and in its warps point to
 };
 
 struct Cluster {
@@ -293,27 +299,32 @@ struct AsyncOp {
   virtual void waited(uint32_t) {}              // these lanes have waited for it: what it did is as if they had now
 };
 
+// Each as it is reported, and its field.
+#define COUNTERS(X)                                                                                               \
+  X(warp_instructions, warpInst), X(thread_instructions, threadInst), X(global_read, globalRead),                 \
+      X(global_write, globalWrite), X(atomic, atomics), X(shared_read, sharedRead), X(shared_write, sharedWrite), \
+      X(shared_wavefronts, sharedWavefronts), X(shared_ideal, sharedIdeal), X(tma_read, tmaRead),                 \
+      X(tma_write, tmaWrite), X(wgmma, wgmma), X(wgmma_cycles, wgmmaCycles), X(mma, mma), X(branches, branches),  \
+      X(divergent, divergent), X(barriers, barriers)
 struct Counters {
-  uint64_t warpInst = 0, threadInst = 0;
-  uint64_t globalRead = 0, globalWrite = 0, sharedRead = 0, sharedWrite = 0, tmaRead = 0, tmaWrite = 0, atomics = 0;
-  uint64_t sharedWavefronts = 0, sharedIdeal = 0;
-  uint64_t wgmma = 0, wgmmaCycles = 0, mma = 0;
-  uint64_t branches = 0, divergent = 0, barriers = 0;
+#define FIELD(name, field) field = 0
+  uint64_t COUNTERS(FIELD);
+#undef FIELD
 };
 
 enum class Timing : uint8_t { Early, Late, Random };
+enum class Order : uint8_t { Forward, Reverse, Random };
 struct Options {
   uint64_t seed = 0;              // 0: fixed round robin
   Timing timing = Timing::Early;  // when asynchronous work happens
   unsigned sms = 132;
-  std::string order = "forward";  // CTA order: forward, reverse, random
-  bool eager = false;             // all resident CTAs advance together
-  bool detect = true;             // uninitialised reads and races
-  bool fp8Truncate = false;       // accumulate fp8 wgmma with 14 bits
-  uint64_t maxIdle = 200000000;   // thread instructions without any effect before a launch is called stuck
+  Order order = Order::Forward;  // in which CTAs start
+  bool eager = false;            // all resident CTAs advance together
+  bool detect = true;            // uninitialised reads and races
+  bool fp8Truncate = false;      // accumulate fp8 wgmma with 14 bits
+  uint64_t maxIdle = 200000000;  // thread instructions without any effect before a launch is called stuck
   bool verbose = false;
 };
-Options& options();
 
 struct Launch {
   Kernel* kernel = nullptr;
@@ -327,11 +338,13 @@ struct Launch {
   std::mt19937_64 rng;
   Options opt;
   Counters n;
-  struct RaceState* race = nullptr;
-  uint64_t (*alias)(uint64_t address,
-                    uint64_t bytes) = nullptr;  // a host address of a declared buffer -> its simulated copy
+  std::shared_ptr<struct RaceState> race;
+  // A host address of a declared buffer -> its simulated copy.
+  // Launched early (programmatic stream serialization): what the launch before used is to be touched only after
+  // griddepcontrol.wait. `waited`: somebody has, so that this launch ends after the one before.
+  bool early = false, waited = false;
+  uint64_t (*alias)(uint64_t address, uint64_t bytes) = nullptr;
   std::vector<std::unique_ptr<Cluster>> resident;
-  std::vector<std::unique_ptr<Cta>> pool;  // finished CTAs, their memory reused
   uint64_t numClusters = 0;
   unsigned maxResident = 1;  // clusters
 
@@ -343,15 +356,17 @@ struct Launch {
 
  private:
   std::unique_ptr<Cluster> makeCluster(uint64_t index);
-  void retire(Cluster& c);
+  std::unique_ptr<Cta> makeCta(Cluster& c, unsigned rank);
   Progress runCluster(Cluster& c);
   bool performSome(Cluster& c);
+  template <class F>
+  void eachFragment(F visit);
   bool giveUpWaits();
-  bool nextResidentHint() const { return resident.size() == maxResident && numClusters > maxResident; }
   [[noreturn]] void reportDeadlock();
 };
 
-constexpr uint32_t kSharedReserved = 1024;
+constexpr uint32_t kSharedReserved = 1024, kMaxShared = 232448, kSharedPerSm = 233472;  // bytes
+constexpr unsigned kRegisters = 65536, kThreadsPerSm = 2048;                            // of an SM
 
 std::unique_ptr<Kernel> decodeKernel(Module& m, Func& f);
 

@@ -1,5 +1,5 @@
-// Special registers (PTX ISA 10): a table of names and of what a lane finds in them when its warp starts. Those without
-// a function change while it runs, and `mov` reads them.
+// Special registers (PTX ISA 10): a table of names and of what a lane finds in them, when its warp starts or, in those
+// that change while it runs, when `mov` reads them.
 #include "sim.h"
 
 namespace ptxsim {
@@ -10,6 +10,9 @@ unsigned coordinate(const Launch& l, unsigned thread, unsigned d) {
   for (unsigned i = 0; i < d; ++i) thread /= l.block[i];
   return d == 2 ? thread : thread % l.block[d];
 }
+
+uint64_t now(const Warp& w) { return w.launch->clock + w.executed; }
+constexpr uint64_t kStart = 1000000000;  // of %globaltimer
 
 // A name that ends in a dot is followed by x, y or z, which is d.
 #define VALUE(expression) \
@@ -41,12 +44,12 @@ const Special kSpecials[] = {
     {"%total_smem_size", VALUE(w.kernel->staticShared + w.launch->dynShared)},
     {"%reserved_smem_offset_begin", VALUE(0)},
     {"%reserved_smem_offset_end", VALUE(kSharedReserved)},
-    {"%clock", nullptr},
-    {"%clock_hi", nullptr},
-    {"%clock64", nullptr},
-    {"%globaltimer", nullptr},
-    {"%globaltimer_lo", nullptr},
-    {"%globaltimer_hi", nullptr},
+    {"%clock", VALUE(now(w)), true},
+    {"%clock_hi", VALUE(now(w) >> 32), true},
+    {"%clock64", VALUE(now(w)), true},
+    {"%globaltimer", VALUE(kStart + now(w)), true},
+    {"%globaltimer_lo", VALUE(kStart + now(w)), true},
+    {"%globaltimer_hi", VALUE((kStart + now(w)) >> 32), true},
 };
 #undef VALUE
 

@@ -131,9 +131,10 @@ class Kernel:
         if self.library:
             self.sim.lib.cuLibraryUnload(self.library)
 
-    def launch(self, *args, grid=1, block=32, shared=0, cluster=None, buffers=(), declare=True):
+    def launch(self, *args, grid=1, block=32, shared=0, cluster=None, early=False, buffers=(), declare=True):
         """numpy arrays go as pointers and are declared readable and writable; ints as 32 bits (np.int64 as 64), floats
-        as float32, bytes and tensor maps as they are. `buffers`: further (array, access) reached otherwise."""
+        as float32, bytes and tensor maps as they are. `buffers`: further (array, access) reached otherwise. `early`:
+        by programmatic stream serialization, beside the end of the launch before."""
         values = []
         keep = []
         for a in args:
@@ -165,10 +166,13 @@ class Kernel:
         if shared > 48 * 1024:
             self.sim.call("cuKernelSetAttribute", 8, shared, self.kernel, 0)
         config = _Config((ctypes.c_uint * 3)(*_dims(grid)), (ctypes.c_uint * 3)(*_dims(block)), shared, None, None, 0)
+        attributes = []
         if cluster is not None:
-            attribute = _Attribute(4, 0, (ctypes.c_uint * 16)(*_dims(cluster)))
-            config.attributes = ctypes.pointer(attribute)
-            config.num_attributes = 1
+            attributes.append(_Attribute(4, 0, (ctypes.c_uint * 16)(*_dims(cluster))))
+        if early:
+            attributes.append(_Attribute(6, 0, (ctypes.c_uint * 16)(1)))
+        config.attributes = (_Attribute * len(attributes))(*attributes)
+        config.num_attributes = len(attributes)
         self.sim.call("cuLaunchKernelEx", ctypes.byref(config), self.function, params, None)
 
 

@@ -336,3 +336,18 @@ def test_tensormap_replace(sim, field, timing):
         "swizzle_mode": np.stack([x[r].reshape(8, 4)[np.arange(8) ^ r].ravel() for r in range(8)]),
     }.get(field, x)  # fmt: skip
     assert np.array_equal(out, want)
+
+
+def test_a_rank_of_dimensions_that_were_never_set(sim):
+    x, work, out = (np.zeros((n, 32), np.float32) for n in (8, 8, 8))
+    space = np.zeros(128 + 128, np.uint8)
+    source = space[-space.ctypes.data % 128 :][:128]
+    source[:] = np.frombuffer(TensorMap(sim, "f32", x.ctypes.data, [32, 8], [128], [32, 8]).data, np.uint8)
+    body = edited("rank", 8, ACQUIRE, 3).replace("[%r2], 0;", "[%r2], 2;").replace("{0}", "{0, 0, 0}")
+    place = work.reshape(-1).view(np.uint8)[-work.ctypes.data % 128 :][:128]
+    with pytest.raises(SimError, match="element stride of dimension 2 was never set"):
+        sim.run(
+            kernel(body, ", ".join(f".param .u64 {p}" for p in ("map", "other", "work", "out"))),
+            *(source, x, place, out),
+            block=32,
+        )

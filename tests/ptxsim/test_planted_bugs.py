@@ -193,6 +193,15 @@ def test_flag_between_ctas(sim):
     )
 
 
+@pytest.mark.parametrize("timing", ["early", "late"])
+def test_cp_async_reads_what_another_cta_writes(sim, timing):
+    sim.option(timing=timing)
+    body = """ld.param.u64 %d0, [out]; mov.u32 %r1, %ctaid.x; mov.u32 %r2, s; setp.ne.u32 %p0, %r1, 0; @%p0 bra COPY; st.global.u32 [%d0], 5; bra END;
+    COPY: cp.async.ca.shared.global [%r2], [%d0+OFFSET], 4; cp.async.wait_all; END:"""
+    sim.run(kernel(body.replace("OFFSET", "4")), np.zeros(4, np.uint32), grid=2, block=1)
+    expect(sim, "(?s)race on buffer 0.*cp.async", body.replace("OFFSET", "0"), grid=2, block=1)
+
+
 @pytest.mark.parametrize(
     ("body", "text"),
     [
