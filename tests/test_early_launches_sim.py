@@ -17,16 +17,15 @@ TILES = ["8x128", "32x128", "64x128", "128x128", "256x128", "128x192", "128x256"
 
 
 def dense(normal) -> list[torch.Tensor]:
-    """Every product reads what the launch before it wrote, or writes beside it."""
+    """Every product reads what the launch before it wrote, or writes where that one does."""
     w = dk.quantize_128x128(normal(256, 256))
     results = []
     for tile in TILES:
         x = dk.quantize_1x128(normal(200, 256))
-        y, again, z = (torch.zeros(200, 256, dtype=torch.bfloat16) for _ in range(3))
-        _cuda.fp8_gemm(*x, *w, None, y.dtype, f"{tile}/1", None, y)
-        _cuda.fp8_gemm(*x, *w, None, y.dtype, f"{tile}/1", None, again)
-        _cuda.fp8_gemm(*dk.quantize_1x128(y), *w, None, y.dtype, f"{tile}/1", None, z)
-        results += [y, again, z]
+        y, z = (torch.zeros(200, 256, dtype=torch.bfloat16) for _ in range(2))
+        for a, out in ((x, y), (x, y), (dk.quantize_1x128(y), z)):
+            _cuda.fp8_gemm(*a, *w, None, out.dtype, f"{tile}/1", None, out)
+        results += [y, z]
     return results
 
 

@@ -316,7 +316,7 @@ void launch(const LaunchConfig& cfg, KernelHandle& handle, void** params, void**
   gKernelName = k.name;
   gInstructions = instructionCounts(k);
   if (!l.early || l.waited) gPredecessors.clear();  // this launch has ended, and so have those before it
-  gPredecessors.insert(gPredecessors.end(), declared.begin(), declared.end());
+  if (l.signalled) gPredecessors.insert(gPredecessors.end(), declared.begin(), declared.end());
   profileEnd(k);
   const bool outside = failure.find("out-of-bounds global") != std::string::npos;
   require(failure.empty(), outside ? IllegalAddress : LaunchFailed, failure);

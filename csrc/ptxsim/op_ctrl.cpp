@@ -64,6 +64,7 @@ void ret(Warp& w, const Inst&, uint32_t m) {
 }
 void exitThread(Warp& w, const Inst&, uint32_t m) { w.exitLanes(m); }
 void trap(Warp& w, const Inst& in, uint32_t m) { w.fail(in, firstLane(m), "trap"); }
+void gridSignal(Warp& w, const Inst&, uint32_t) { w.launch->signalled = true; }
 void gridWait(Warp& w, const Inst&, uint32_t) {
   w.launch->waited = true;
   raceGridWait(w);
@@ -232,7 +233,7 @@ const Forms kForms = {
     {"trap|brkpt", "", "", trap},
     {"nanosleep", "u32", "a", nothing},
     {"griddepcontrol", "wait", "", gridWait},
-    {"griddepcontrol", "launch_dependents", "", nothing},
+    {"griddepcontrol", "launch_dependents", "", gridSignal},
     {"fence|membar", "global|shared::cta|shared::cluster? sc|acq_rel|acquire|release? (cta|cluster|gpu|sys|gl)",
      nullptr, decodeFence},
     {"setmaxnreg", "inc|dec sync aligned u32", "imm", decodeSetmaxnreg},

@@ -341,8 +341,9 @@ struct Launch {
   std::shared_ptr<struct RaceState> race;
   // A host address of a declared buffer -> its simulated copy.
   // Launched early (programmatic stream serialization): what the launch before used is to be touched only after
-  // griddepcontrol.wait. `waited`: somebody has, so that this launch ends after the one before.
-  bool early = false, waited = false;
+  // griddepcontrol.wait. `waited`: somebody has, so that this launch ends after the one before. `signalled`: by
+  // griddepcontrol.launch_dependents, so that the next one may begin before this one ends.
+  bool early = false, waited = false, signalled = false;
   uint64_t (*alias)(uint64_t address, uint64_t bytes) = nullptr;
   std::vector<std::unique_ptr<Cluster>> resident;
   uint64_t numClusters = 0;

@@ -1,6 +1,6 @@
 # ruff: noqa: E501 - PTX reads better unbroken
-"""A kernel launched early (programmatic stream serialization) must not touch what the launch before may still use until
-griddepcontrol.wait, in whatever way it touches it."""
+"""A kernel launched early (programmatic stream serialization), beside one that has signalled, must not touch what that
+one may still use until griddepcontrol.wait, in whatever way it touches it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from simulator import HEADER, SimError, TensorMap
 
-WAIT = "griddepcontrol.wait;"
+WAIT, SIGNAL = "griddepcontrol.wait;", "griddepcontrol.launch_dependents;"
 ERROR = "race between launches on buffer .*launched early.*griddepcontrol.wait"
 COPY = "ld.global.u32 %r2, [%d1]; st.global.u32 [%d0], %r2;"
 ASYNC = "mbarrier.init.shared.b64 [bar], 1; mbarrier.arrive.expect_tx.shared.b64 _, [bar], 128; {} W: mbarrier.try_wait.parity.shared.b64 %p1, [bar], 0; @!%p1 bra W;"
@@ -59,9 +59,9 @@ ACCESSES = {
 def test_what_the_launch_before_wrote(sim, access, timing):
     sim.option(timing=timing)
     first, second, unrelated = array(), array(), array()
-    launch(sim, COPY, first, unrelated, early=False)
+    launch(sim, SIGNAL + COPY, first, unrelated, early=False)
     launch(sim, WAIT + ACCESSES[access], second, first)
-    launch(sim, COPY, first, unrelated, early=False)
+    launch(sim, SIGNAL + COPY, first, unrelated, early=False)
     with pytest.raises(SimError, match=re.compile(ERROR, re.S)):
         launch(sim, ACCESSES[access] + WAIT, second, first)
     launch(sim, ACCESSES[access] + WAIT, second, first, early=False)
@@ -69,9 +69,9 @@ def test_what_the_launch_before_wrote(sim, access, timing):
 
 def test_what_the_launch_before_reads_may_be_read_but_not_written(sim):
     weights, scratch, a, b, c = array(readonly=True), array(), array(), array(), array()
-    launch(sim, COPY, a, weights, early=False)
+    launch(sim, SIGNAL + COPY, a, weights, early=False)
     launch(sim, COPY + WAIT, b, weights)
-    launch(sim, COPY, a, scratch, early=False)
+    launch(sim, SIGNAL + COPY, a, scratch, early=False)
     with pytest.raises(SimError, match=ERROR):
         launch(sim, COPY + WAIT, scratch, c)
 
@@ -81,10 +81,10 @@ def test_the_wait_of_one_thread_counts_for_those_it_tells(sim):
     sync = "bar.sync 0; "
     rest = "mad.wide.u32 %d1, %r0, 4, %d1; mad.wide.u32 %d0, %r0, 4, %d0; setp.ge.u32 %p1, %r0, 64; @%p1 bra E;" + COPY
     first, out = np.arange(128, dtype=np.uint32), np.zeros(128, np.uint32)
-    launch(sim, "", first, array(), early=False)
+    launch(sim, SIGNAL, first, array(), early=False)
     launch(sim, one + sync + rest + "E:", out, first, block=96)
     assert np.array_equal(out[:64], np.arange(64))
-    launch(sim, "", first, array(), early=False)
+    launch(sim, SIGNAL, first, array(), early=False)
     with pytest.raises(SimError, match=ERROR):
         launch(sim, one + rest + "E:", out, first, block=96)
 
@@ -96,7 +96,7 @@ def test_a_flag_tells_another_cta(sim):
     OTHER: ld.acquire.gpu.global.u32 %r6, [%d0]; setp.ne.u32 %p1, %r6, 1; @%p1 bra OTHER; ld.global.u32 %r2, [%d1]; st.global.u32 [%d0+4], %r2; END:"""
     sim.option(eager=1)
     for sem, good in (("acquire", True), ("relaxed", False)):
-        launch(sim, "st.global.u32 [%d0], 7;", first, array(), early=False)
+        launch(sim, SIGNAL + "st.global.u32 [%d0], 7;", first, array(), early=False)
         out[:] = 0
         if good:
             launch(sim, body, out, first, grid=2)
@@ -108,17 +108,23 @@ def test_a_flag_tells_another_cta(sim):
 
 def test_a_launch_that_waits_for_nobody_does_not_end_its_predecessor(sim):
     first, second, third, a, b = array(), array(), array(), array(), array()
-    launch(sim, COPY, first, a, early=False)
+    launch(sim, SIGNAL + COPY, first, a, early=False)
     launch(sim, COPY, second, b)
     with pytest.raises(SimError, match=ERROR):
         launch(sim, COPY + WAIT, third, first)
-    launch(sim, COPY, first, a, early=False)
+    launch(sim, SIGNAL + COPY, first, a, early=False)
     launch(sim, WAIT + COPY, second, b)
     launch(sim, COPY + WAIT, third, first)
 
 
 def test_a_synchronisation_ends_all(sim):
     first, second, a = array(), array(), array()
-    launch(sim, COPY, first, a, early=False)
+    launch(sim, SIGNAL + COPY, first, a, early=False)
     sim.call("cuStreamSynchronize", None)
     launch(sim, COPY + WAIT, second, first)
+
+
+def test_a_launch_that_does_not_signal_is_over(sim):
+    first, second, a = array(), array(), array()
+    launch(sim, COPY, first, a, early=False)
+    launch(sim, COPY, second, first)
