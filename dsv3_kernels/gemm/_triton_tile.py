@@ -13,6 +13,9 @@ import triton.language as tl
 from .. import _triton
 
 BAND = tl.constexpr(8)  # rows of tiles that go down a column together: they share B in L2, and their A from the last
+# Beside the scales of B per row there are no registers for what can be moved out of the loop over tiles. Triton 3.8 and
+# 3.9 spill four of those without this, 3.6 and 3.7 two with it.
+STAYS = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8))
 
 # What is specialised has a kernel of its own for every 1 and every multiple of 16. Two things gain by it: the output's
 # strides (wide stores) and b_scale_row (with 1, a thread's 32 scales of B are one address, otherwise 32 in registers).
