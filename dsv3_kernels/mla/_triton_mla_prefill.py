@@ -35,7 +35,7 @@ def _tile(queries: int, keys: int, warps: int, stages: int) -> dict[str, int]:
 # 227 KB on sm_90. All of it follows from that and is unmeasured.
 FORWARD = _triton.Table(
     "mla_prefill",
-    ({"sm": 80}, _tile(128, 64, 8, 2)),
+    ({"sm": 80}, _tile(128, 64, 8, 3)),
     ({"sm": 89}, _tile(64, 32, 4, 2)),
     ({}, _tile(128, 64, 8, 3)),
     candidates=tuple(_tile(m, n, w, s) for m in (64, 128) for n in (32, 64, 128) for w in (4, 8) for s in (2, 3)),
