@@ -13,14 +13,14 @@ from torch import Tensor
 from .. import _triton
 from .._triton_sums import halves, in_turn
 
-MOST = 1024  # experts of a token: 8 a lane, and a sum in turn that is unrolled 32 times
+MOST = 4096  # experts of a token: 8 a lane of 16 warps, and a sum in turn that is unrolled 128 times
 CLOSED = tl.constexpr(0x7FFFFF)  # key of -inf
 SUM_FLOOR = tl.constexpr(1e-20)
 
 
 def tile(width: int) -> dict[str, Any]:
     """Tokens of a program: 8 values a lane. Nothing is fused, as in eager."""
-    return {"TOKENS": max(1, 1024 // width), "num_warps": 4, "enable_fp_fusion": False}
+    return {"TOKENS": max(1, 1024 // width), "num_warps": max(4, width // 256), "enable_fp_fusion": False}
 
 
 @triton.jit
