@@ -122,6 +122,26 @@ def promoted(
 
 
 @triton.jit
+def multiply_group(
+    a, a_stride, a_scale, a_scale_row, a_scale_block, m0, rows,
+    b, b_group, b_stride, b_scale, b_scale_group, b_scale_row, b_scale_block, g, column, out, out_stride, N, K,
+    BY_ROW: tl.constexpr, MULTIPLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Writes a tile of `out`: the `rows` of A from m0 on times tile number `column` of the rows of B's group g.
+
+    m0 and g are 64-bit. N is a multiple of 8.
+    """
+    n0, columns = column.to(tl.int64) * BN, N // 8 * 8 - column * BN
+    total = promoted(
+        a + m0 * (a_stride * 16), a_stride, a_scale + m0 * a_scale_row, a_scale_row, a_scale_block, rows,
+        b + (g * b_group + n0 * b_stride) * 16, b_stride,
+        b_scale + g * b_scale_group + (n0 if BY_ROW else n0 // 128) * b_scale_row, tl.arange(0, BN) * b_scale_row,
+        b_scale_block, columns, K, BM, BN, BY_ROW, MULTIPLE,
+    )  # fmt: skip
+    store(out + (m0 * out_stride + n0), out_stride, rows, columns, total, False, BM, BN)
+
+
+@triton.jit
 def store(out, out_stride, rows, columns, total, ACCUMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """Writes the tile's `rows` and `columns` at `out`, added to what is there with ACCUMULATE."""
     m, n = tl.arange(0, BM), tl.arange(0, BN)
