@@ -21,6 +21,7 @@ class Op:
     module: str = ""  # file in the family's folders; the op's own name when empty
     cuda: bool = False  # a hand-written sm_90a kernel ships
     triton: bool = False  # a Triton kernel ships
+    fp8: bool = False  # reads or writes E4M3 whatever its arguments: in Triton for compute capability 8.9 and newer
     out: bool = False  # a caller may give the output: a second schema, <op>_out
     grad: str = ""  # the op that computes its gradient, when it is differentiable
     internal: bool = False  # no public function of this name: a backward, or half of a public op
@@ -28,29 +29,31 @@ class Op:
 
 OPS: dict[str, Op] = {
     # quant
-    "quantize_1x128": Op("quant", cuda=True, triton=True, out=True),
-    "quantize_128x128": Op("quant", cuda=True, triton=True, out=True),
-    "quantize_1x128_both": Op("quant", cuda=True, triton=True, out=True),
-    "dequantize": Op("quant", cuda=True, triton=True),
-    "silu_mul_quantize_1x128": Op("quant", cuda=True, triton=True, out=True),
+    "quantize_1x128": Op("quant", cuda=True, triton=True, fp8=True, out=True),
+    "quantize_128x128": Op("quant", cuda=True, triton=True, fp8=True, out=True),
+    "quantize_1x128_both": Op("quant", cuda=True, triton=True, fp8=True, out=True),
+    "dequantize": Op("quant", cuda=True, triton=True, fp8=True),
+    "silu_mul_quantize_1x128": Op("quant", cuda=True, triton=True, fp8=True, out=True),
     "rms_norm": Op("quant", cuda=True, triton=True, grad="rms_norm_backward"),
     "rms_norm_backward": Op("quant", module="rms_norm", cuda=True, triton=True, internal=True),
-    "rms_norm_quantize_1x128": Op("quant", cuda=True, triton=True, out=True),
+    "rms_norm_quantize_1x128": Op("quant", cuda=True, triton=True, fp8=True, out=True),
     # gemm
-    "fp8_gemm": Op("gemm", cuda=True, triton=True, out=True),
-    "fp8_gemm_accumulate": Op("gemm", module="fp8_gemm", cuda=True, triton=True, internal=True),
-    "fp8_grouped_gemm": Op("gemm", cuda=True, triton=True),
-    "fp8_masked_gemm": Op("gemm", cuda=True, triton=True),
-    "fp8_grouped_wgrad": Op("gemm", cuda=True, triton=True, out=True),
-    "fp8_grouped_wgrad_accumulate": Op("gemm", module="fp8_grouped_wgrad", cuda=True, triton=True, internal=True),
-    "fp8_grouped_gemm_swiglu_quantize": Op("gemm", cuda=True, triton=True),
+    "fp8_gemm": Op("gemm", cuda=True, triton=True, fp8=True, out=True),
+    "fp8_gemm_accumulate": Op("gemm", module="fp8_gemm", cuda=True, triton=True, fp8=True, internal=True),
+    "fp8_grouped_gemm": Op("gemm", cuda=True, triton=True, fp8=True),
+    "fp8_masked_gemm": Op("gemm", cuda=True, triton=True, fp8=True),
+    "fp8_grouped_wgrad": Op("gemm", cuda=True, triton=True, fp8=True, out=True),
+    "fp8_grouped_wgrad_accumulate": Op(
+        "gemm", module="fp8_grouped_wgrad", cuda=True, triton=True, fp8=True, internal=True
+    ),
+    "fp8_grouped_gemm_swiglu_quantize": Op("gemm", cuda=True, triton=True, fp8=True),
     # mla
     "rope": Op("mla", cuda=True, triton=True, out=True, grad="rope"),
     "mla_prefill": Op("mla", cuda=True, triton=True, grad="mla_prefill_backward"),
     "mla_prefill_backward": Op("mla", module="mla_prefill", cuda=True, triton=True, internal=True),
     "mla_decode": Op("mla", cuda=True, triton=True, out=True),
     "mla_decode_plan": Op("mla", cuda=True, triton=True),
-    "mla_prologue": Op("mla", cuda=True, triton=True),
+    "mla_prologue": Op("mla", cuda=True, triton=True, fp8=True),
     "mla_absorb": Op("mla", cuda=True, triton=True, out=True),
     "mla_cache_append": Op("mla", cuda=True, triton=True),
     "mla_cache_gather": Op("mla", cuda=True, triton=True),

@@ -337,7 +337,7 @@ def _triton_device(op: str, device: Any) -> str | None:
     why = _gpu_missing(device)
     if why is not None:
         return why
-    fp8 = "fp8" in op or "quantize" in op  # what is FP8 says so in its name
+    fp8 = OPS[op].fp8
     wanted = (8, 9) if fp8 else (8, 0)
     capability = _capability(device)
     if capability >= wanted:

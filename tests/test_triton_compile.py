@@ -108,6 +108,12 @@ def test_every_op_with_a_triton_kernel_says_how_it_is_called():
     assert set(CALLS) == {op for op, row in OPS.items() if row.triton}
 
 
+def test_the_table_of_ops_knows_what_their_kernels_need():
+    assert {op: min(call.least for call in calls) for op, calls in CALLS.items()} == {
+        op: 89 if OPS[op].fp8 else 80 for op in CALLS
+    }
+
+
 @needs_disassembler
 @pytest.mark.parametrize(
     ("compiled", "op"),

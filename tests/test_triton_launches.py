@@ -70,6 +70,9 @@ def test_fp8_needs_compute_capability_8_9(monkeypatch):
     monkeypatch.setattr(backends, "_capability", lambda device: (8, 6))
     gpu = torch.device("cuda:0")
     assert backends.missing("quantize_1x128", "triton", gpu) == "needs compute capability 8.9 (FP8), got 8.6"
+    for op, row in backends.OPS.items():
+        assert dk.is_supported(op, gpu, "triton") == (row.triton and not row.fp8), op
+    assert not dk.is_supported("mla_prologue", gpu, "triton") and dk.is_supported("mla_decode", gpu, "triton")
     monkeypatch.setattr(backends, "_capability", lambda device: (7, 5))
     monkeypatch.setitem(backends.OPS, "rope", type(backends.OPS["rope"])("mla", triton=True))
     assert backends.missing("rope", "triton", gpu) == "needs compute capability 8.0, got 7.5"

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
-from ._triton_tile import RUNTIME, apart, configs, multiple, place, promoted, store
+from ._triton_tile import RUNTIME, STAYS, apart, configs, multiple, place, promoted, store
 
 CONFIGS = configs("fp8_gemm")
 ANY = 1 << 30  # policy "fixed": the configuration of the largest sizes, whatever M
@@ -42,7 +42,8 @@ def triton_fp8_gemm(
     BN: tl.constexpr,
 ):
     row_tiles, column_tiles = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    for tile in range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
+    STAY: tl.constexpr = BY_ROW and STAYS
+    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), disable_licm=STAY):
         row, column = place(tile, row_tiles, column_tiles)
         m0, n0 = row.to(tl.int64) * BM, column.to(tl.int64) * BN
         rows, columns = (M - m0).to(tl.int32), (N // 8 * 8 - n0).to(tl.int32)  # N is a multiple of 8

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _triton
 from .._triton_segments import segment_of
 from .._triton_segments import tiles as tiles_of
-from ._triton_tile import RUNTIME, apart, configs, multiple, place, promoted, store
+from ._triton_tile import RUNTIME, apart, configs, multiple, multiply_group, place
 
 CONFIGS = configs("fp8_grouped_gemm")
 
@@ -46,28 +46,11 @@ def triton_fp8_grouped_gemm(
         row, column = place(tile, row_tiles, column_tiles)
         group, first, end = segment_of(offsets, G, M, row, BM)
         if (group >= 0) & (group < G) & (first < end):
-            m0, n0, g = first.to(tl.int64), column.to(tl.int64) * BN, group.to(tl.int64)
-            rows, columns = end - first, N // 8 * 8 - column * BN  # N is a multiple of 8
-            total = promoted(
-                a + m0 * (a_stride * 16),
-                a_stride,
-                a_scale + m0 * a_scale_row,
-                a_scale_row,
-                a_scale_block,
-                rows,
-                b + (g * b_group + n0 * b_stride) * 16,
-                b_stride,
-                b_scale + g * b_scale_group + (n0 if BY_ROW else n0 // 128) * b_scale_row,
-                tl.arange(0, BN) * b_scale_row,
-                b_scale_block,
-                columns,
-                K,
-                BM,
-                BN,
-                BY_ROW,
-                MULTIPLE,
-            )
-            store(out + (m0 * out_stride + n0), out_stride, rows, columns, total, False, BM, BN)
+            multiply_group(
+                a, a_stride, a_scale, a_scale_row, a_scale_block, first.to(tl.int64), end - first,
+                b, b_group, b_stride, b_scale, b_scale_group, b_scale_row, b_scale_block, group.to(tl.int64), column,
+                out, out_stride, N, K, BY_ROW, MULTIPLE, BM, BN,
+            )  # fmt: skip
 
 
 def fp8_grouped_gemm_cannot(

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
-from ._triton_tile import RUNTIME, apart, configs, place, promoted, store
+from ._triton_tile import RUNTIME, STAYS, apart, configs, place, promoted, store
 
 CONFIGS = configs("fp8_grouped_wgrad")
 
@@ -41,7 +41,7 @@ def triton_fp8_grouped_wgrad(
 ):
     row_tiles, column_tiles = tl.cdiv(M, BM), tl.cdiv(N, BN)
     tiles = row_tiles * column_tiles
-    for number in range(tl.program_id(0), G * tiles, tl.num_programs(0)):
+    for number in tl.range(tl.program_id(0), G * tiles, tl.num_programs(0), disable_licm=STAYS):
         row, column = place(number % tiles, row_tiles, column_tiles)
         start, end = tl.load(offsets + number // tiles), tl.load(offsets + number // tiles + 1)
         g, m0, n0 = (number // tiles).to(tl.int64), row.to(tl.int64) * BM, column.to(tl.int64) * BN

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
-from ._triton_tile import RUNTIME, apart, configs, multiple, place, promoted, store
+from ._triton_tile import RUNTIME, apart, configs, multiple, multiply_group, place
 
 CONFIGS = configs("fp8_masked_gemm")
 
@@ -48,30 +48,15 @@ def triton_fp8_masked_gemm(
     tiles = row_tiles * column_tiles
     for number in range(tl.program_id(0), G * tiles, tl.num_programs(0)):
         row, column = place(number % tiles, row_tiles, column_tiles)
-        rows, columns = tl.load(counts + number // tiles) - row * BM, N // 8 * 8 - column * BN  # N is a multiple of 8
+        rows = tl.load(counts + number // tiles) - row * BM
         if rows > 0:
-            g, m0, n0 = (number // tiles).to(tl.int64), row.to(tl.int64) * BM, column.to(tl.int64) * BN
-            total = promoted(
-                a + (g * a_group + m0 * a_stride) * 16,
-                a_stride,
-                a_scale + (g * a_scale_group + m0 * a_scale_row),
-                a_scale_row,
-                a_scale_block,
-                rows,
-                b + (g * b_group + n0 * b_stride) * 16,
-                b_stride,
-                b_scale + g * b_scale_group + (n0 if BY_ROW else n0 // 128) * b_scale_row,
-                tl.arange(0, BN) * b_scale_row,
-                b_scale_block,
-                columns,
-                K,
-                BM,
-                BN,
-                BY_ROW,
-                MULTIPLE,
-            )
-            at = out + (g * out_group + m0 * out_stride + n0)
-            store(at, out_stride, rows, columns, total, False, BM, BN)
+            g = (number // tiles).to(tl.int64)
+            multiply_group(
+                a + g * a_group * 16, a_stride, a_scale + g * a_scale_group, a_scale_row, a_scale_block,
+                row.to(tl.int64) * BM, rows,
+                b, b_group, b_stride, b_scale, b_scale_group, b_scale_row, b_scale_block, g, column,
+                out + g * out_group, out_stride, N, K, BY_ROW, MULTIPLE, BM, BN,
+            )  # fmt: skip
 
 
 def fp8_masked_gemm_cannot(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *rest: Any) -> str | None:

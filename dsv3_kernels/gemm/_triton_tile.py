@@ -13,6 +13,9 @@ import triton.language as tl
 from .. import _triton
 
 BAND = tl.constexpr(8)  # rows of tiles that go down a column together: they share B in L2, and their A from the last
+# Beside the scales of B per row there are no registers for what can be moved out of the loop over tiles. Triton 3.8 and
+# 3.9 spill four of those without this, 3.6 and 3.7 two with it.
+STAYS = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8))
 
 # What is specialised has a kernel of its own for every 1 and every multiple of 16. Two things gain by it: the output's
 # strides (wide stores) and b_scale_row (with 1, a thread's 32 scales of B are one address, otherwise 32 in registers).
@@ -116,6 +119,26 @@ def promoted(
         b_scale += b_scale_block
         left -= 128
     return total
+
+
+@triton.jit
+def multiply_group(
+    a, a_stride, a_scale, a_scale_row, a_scale_block, m0, rows,
+    b, b_group, b_stride, b_scale, b_scale_group, b_scale_row, b_scale_block, g, column, out, out_stride, N, K,
+    BY_ROW: tl.constexpr, MULTIPLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Writes a tile of `out`: the `rows` of A from m0 on times tile number `column` of the rows of B's group g.
+
+    m0 and g are 64-bit. N is a multiple of 8.
+    """
+    n0, columns = column.to(tl.int64) * BN, N // 8 * 8 - column * BN
+    total = promoted(
+        a + m0 * (a_stride * 16), a_stride, a_scale + m0 * a_scale_row, a_scale_row, a_scale_block, rows,
+        b + (g * b_group + n0 * b_stride) * 16, b_stride,
+        b_scale + g * b_scale_group + (n0 if BY_ROW else n0 // 128) * b_scale_row, tl.arange(0, BN) * b_scale_row,
+        b_scale_block, columns, K, BM, BN, BY_ROW, MULTIPLE,
+    )  # fmt: skip
+    store(out + (m0 * out_stride + n0), out_stride, rows, columns, total, False, BM, BN)
 
 
 @triton.jit

@@ -68,8 +68,9 @@ def _add_scores(s, q, k, scale, precision: tl.constexpr):
     """s + q (scale k)^T."""
     if scale is None:
         return tl.dot(q, tl.trans(k), s, input_precision=precision)
-    else:
-        return s + tl.dot(q, tl.trans(k), input_precision=precision) * scale[None, :]
+    else:  # the product starts from a zero made of s: so ptxas cannot keep those of all blocks and add them up last
+        product = tl.dot(q, tl.trans(k), tl.minimum(tl.abs(s), 0.0), input_precision=precision)
+        return s + product * scale[None, :]
 
 
 @triton.jit
@@ -111,11 +112,13 @@ def triton_mla_decode(
     WIDE_ROPE: tl.constexpr,
     UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
+    WGMMA: tl.constexpr,
     BH: tl.constexpr,
     BN: tl.constexpr,
 ):
     """Rows of the cache begin at multiples of UNIT of its elements, in which page_stride counts. `scale` is that of
-    scores to the base 2."""
+    scores to the base 2. With WGMMA nothing is moved out of the loop: the descriptors of q's parts would be 72
+    registers there, beside 128 of the sum."""
     FP8: tl.constexpr = cache.dtype.element_ty == tl.uint8
     BLOCKS: tl.constexpr = (LATENT + WIDE - 1) // WIDE
     BY_BLOCK: tl.constexpr = q.dtype.element_ty == tl.float32  # whose blocks side by side are too many registers
@@ -152,7 +155,7 @@ def triton_mla_decode(
 
     top = tl.full((BH,), -float("inf"), tl.float32)
     total = tl.zeros((BH,), tl.float32)
-    for start in range(first, last, BN):
+    for start in tl.range(first, last, BN, disable_licm=WGMMA):
         key = start + tl.arange(0, BN)
         seen = key < last
         number = tl.load(table + (key >> page_bits), mask=seen, other=0)
@@ -160,6 +163,9 @@ def triton_mla_decode(
             41 if FP8 else (LATENT + ROPE) // UNIT
         )
         s = tl.zeros((BH, BN), tl.float32)
+        if BY_BLOCK:
+            k_rotary = _columns(rotary, row * (8 if FP8 else UNIT), seen, 0, ROPE, WIDE_ROPE).to(q.dtype.element_ty)
+            s = _add_scores(s, q_rotary, k_rotary, None, PRECISION)
         k_blocks, k_scales = (), ()
         for i in tl.static_range(BLOCKS):
             k_blocks += (_columns(codes, row * UNIT, seen, WIDE * i, LATENT, WIDE).to(q.dtype.element_ty),)
@@ -167,11 +173,11 @@ def triton_mla_decode(
                 k_scales += (tl.load(scales + i + row * 4, mask=seen, other=0.0),)
             if BY_BLOCK:
                 s = _add_scores(s, q_blocks[i], k_blocks[i], k_scales[i] if FP8 else None, PRECISION)
-        k_rotary = _columns(rotary, row * (8 if FP8 else UNIT), seen, 0, ROPE, WIDE_ROPE).to(q.dtype.element_ty)
-        for i in tl.static_range(BLOCKS):
-            if not BY_BLOCK:
+        if not BY_BLOCK:
+            k_rotary = _columns(rotary, row * (8 if FP8 else UNIT), seen, 0, ROPE, WIDE_ROPE).to(q.dtype.element_ty)
+            for i in tl.static_range(BLOCKS):
                 s = _add_scores(s, q_blocks[i], k_blocks[i], k_scales[i] if FP8 else None, PRECISION)
-        s = _add_scores(s, q_rotary, k_rotary, None, PRECISION)
+            s = _add_scores(s, q_rotary, k_rotary, None, PRECISION)
         s = tl.where(key[None, :] < limit[:, None], s * scale, -float("inf"))
         new = tl.maximum(top, tl.max(s, 1))
         base = tl.where(new == -float("inf"), 0.0, new)
@@ -273,7 +279,8 @@ def mla_decode(
     part = q.new_empty(items, rows, latent, dtype=torch.float32)
     part_lse = q.new_empty(items, rows, dtype=torch.float32)
     unit = math.gcd(16 // kv_cache.itemsize, row, kv_cache.stride(0))
-    wide = min(64 if q.dtype == torch.float32 else 128, max(16, _triton.next_power_of_2(latent)))
+    wgmma = config["BH"] >= 64 and q.itemsize == 2 and _triton.sm(q) >= 90
+    wide = 64 if q.itemsize == 4 else 256 if wgmma and kv_cache.itemsize == 2 else 128  # FP8 has a scale for every 128
     _triton.launch(
         triton_mla_decode,
         (items * row_blocks,),
@@ -295,10 +302,11 @@ def mla_decode(
         count,
         latent,
         width - latent,
-        wide,
+        min(wide, max(16, _triton.next_power_of_2(latent))),
         max(16, _triton.next_power_of_2(width - latent)),
         unit,
         "tf32x3" if q.dtype == torch.float32 else "tf32",
+        wgmma,
         **config,
     )
     _triton.launch(

@@ -35,7 +35,7 @@ def _tile(queries: int, keys: int, warps: int, stages: int) -> dict[str, int]:
 # 227 KB on sm_90. All of it follows from that and is unmeasured.
 FORWARD = _triton.Table(
     "mla_prefill",
-    ({"sm": 80}, _tile(128, 64, 8, 2)),
+    ({"sm": 80}, _tile(128, 64, 8, 3)),
     ({"sm": 89}, _tile(64, 32, 4, 2)),
     ({}, _tile(128, 64, 8, 3)),
     candidates=tuple(_tile(m, n, w, s) for m in (64, 128) for n in (32, 64, 128) for w in (4, 8) for s in (2, 3)),
@@ -74,6 +74,14 @@ def _rows(pointer, first, stride, n, width: tl.constexpr, inside):
 def _scores(x, x_rotary, y, y_rotary):
     """x y^T over both parts."""
     return tl.dot(x_rotary, tl.trans(y_rotary), tl.dot(x, tl.trans(y)))
+
+
+@triton.jit
+def _weights_and_gradient(x, x_rotary, x_value, y, y_rotary, y_value, seen, top, row_sum, scale):
+    """(P, dS) of a block, or transposed with keys as x: of the values and dO one is x_value, the other y_value."""
+    s = _scores(x, x_rotary, y, y_rotary) * (scale / LN2) - top
+    p = tl.where(seen, tl.exp2(s), 0.0)
+    return p, (p * (tl.dot(x_value, tl.trans(y_value)) - row_sum)).to(y.dtype)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -209,9 +217,8 @@ def triton_mla_prefill_backward_queries(
         y = _rows(k_nope + head * k_nope_head, key0 + start, k_nope_row, n, NOPE, seen)
         y_rotary = _rows(k_rope, key0 + start, k_rope_row, n, ROPE, seen)
         z = _rows(v + head * v_head, key0 + start, v_row, n, VALUE, seen)
-        s = _scores(x, x_rotary, y, y_rotary) * (scale / LN2) - top[:, None]
-        p = tl.where((start + n)[None, :] < limit[:, None], tl.exp2(s), 0.0)
-        ds = (p * (tl.dot(g, tl.trans(z)) - row_sum[:, None])).to(y.dtype)
+        sees = (start + n)[None, :] < limit[:, None]
+        _, ds = _weights_and_gradient(x, x_rotary, g, y, y_rotary, z, sees, top[:, None], row_sum[:, None], scale)
         total = tl.dot(ds, y, total)
         total_rotary = tl.dot(ds, y_rotary, total_rotary)
     at = (m * (H * (NOPE + ROPE)))[:, None] + tl.arange(0, NOPE)[None, :]
@@ -278,10 +285,9 @@ def triton_mla_prefill_backward_keys(
         at = (query0 + start).to(tl.int64) * H + head
         top = tl.load(lse + at + m * H, mask=sees, other=0.0) / LN2
         row_sum = tl.load(row_sums + at + m * H, mask=sees, other=0.0)
-        s = _scores(y, y_rotary, x, x_rotary) * (scale / LN2) - top[None, :]
-        p = tl.where((start + m)[None, :] >= nearest[:, None], tl.exp2(s), 0.0)  # past the last query x and g are 0
+        seen = (start + m)[None, :] >= nearest[:, None]  # past the last query x and g are 0
+        p, ds = _weights_and_gradient(y, y_rotary, z, x, x_rotary, g, seen, top[None, :], row_sum[None, :], scale)
         total_v = tl.dot(p.to(g.dtype), g, total_v)
-        ds = (p * (tl.dot(z, tl.trans(g)) - row_sum[None, :])).to(x.dtype)
         total = tl.dot(ds, x, total)
         total_rotary = tl.dot(ds, x_rotary, total_rotary)
     row = first.to(tl.int64) * H + head

@@ -76,8 +76,6 @@ def triton_mla_prologue(
 def mla_prologue_cannot(
     x: Tensor, q_weight: Tensor, kv_weight: Tensor, positions: Tensor, cos_sin: Tensor, kv_cache: Tensor, *_: Any
 ) -> str | None:
-    if _triton.sm(x) < 89:
-        return f"E4M3 codes need compute capability 8.9, got {_triton.sm(x) / 10}"
     return cannot(kv_cache)
 
 

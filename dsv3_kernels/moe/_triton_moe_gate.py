@@ -13,14 +13,14 @@ from torch import Tensor
 from .. import _triton
 from .._triton_sums import halves, in_turn
 
-MOST = 1024  # experts of a token: 8 a lane, and a sum in turn that is unrolled 32 times
+MOST = {"sigmoid": 4096, "softmax": 1024}  # experts of a token: 8 a lane, and a sum in turn that is unrolled 32 times
 CLOSED = tl.constexpr(0x7FFFFF)  # key of -inf
 SUM_FLOOR = tl.constexpr(1e-20)
 
 
 def tile(width: int) -> dict[str, Any]:
     """Tokens of a program: 8 values a lane. Nothing is fused, as in eager."""
-    return {"TOKENS": max(1, 1024 // width), "num_warps": 4, "enable_fp_fusion": False}
+    return {"TOKENS": max(1, 1024 // width), "num_warps": max(4, width // 256), "enable_fp_fusion": False}
 
 
 @triton.jit
@@ -193,18 +193,19 @@ def triton_moe_gate_backward(
     tl.store(grad_logits + row[:, None] * count + expert, result, mask=there)
 
 
-def _cannot(logits: Tensor) -> str | None:
+def _cannot(logits: Tensor, score: str) -> str | None:
     if logits.dtype is not torch.float32:
         return f"the Triton kernel takes float32 logits, got {logits.dtype}"
-    return f"the Triton kernel takes up to {MOST} experts, got {logits.shape[1]}" if logits.shape[1] > MOST else None
+    most, count = MOST[score], logits.shape[1]
+    return f"the Triton kernel takes up to {most} experts of a {score}, got {count}" if count > most else None
 
 
-def moe_gate_cannot(logits: Tensor, *_: object) -> str | None:
-    return _cannot(logits)
+def moe_gate_cannot(logits: Tensor, *rest: Any) -> str | None:
+    return _cannot(logits, rest[-1])
 
 
-def moe_gate_backward_cannot(grad_weights: Tensor, logits: Tensor, *_: object) -> str | None:
-    return _cannot(logits)
+def moe_gate_backward_cannot(grad_weights: Tensor, logits: Tensor, *rest: Any) -> str | None:
+    return _cannot(logits, rest[-1])
 
 
 def moe_gate(

@@ -99,6 +99,25 @@ def calls() -> dict[tuple[str, ...], list[Call]]:
     }
 
 
+@pytest.mark.parametrize(("experts", "options"), [(1030, {**OPEN, "num_groups": 5}), (4096, V3), (1024, ODD | OPEN)])
+def test_a_gate_of_many_experts_has_the_bits_of_eager(experts, options):
+    call = gate(experts, options, biased=True)
+    before = dk.launch_counts()
+    with dk.backend("sim:triton"):
+        got = call()
+    launched = dk.launch_counts() - before
+    assert launched == {"triton_moe_gate": 1, "triton_moe_gate_backward": 1}
+    assert same_bits(got, call())
+
+
+def test_more_experts_are_refused():
+    with dk.backend("sim:triton"):
+        with pytest.raises(RuntimeError, match="takes up to 4096 experts of a sigmoid, got 4104"):
+            dk.moe_gate(torch.randn(1, 4104), None, **V3)
+        with pytest.raises(RuntimeError, match="takes up to 1024 experts of a softmax, got 1032"):
+            dk.moe_gate(torch.randn(1, 1032), None, **V3, score="softmax")
+
+
 @pytest.mark.parametrize("kernels", calls(), ids=lambda k: k[0])
 def test_the_bits_of_eager_under_extreme_schedules(kernels):
     with ExitStack() as stack:

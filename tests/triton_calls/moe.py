@@ -40,12 +40,12 @@ CALLS = {
     "moe_balance_loss_backward": [Call(lambda: balance(backward=True), (BALANCE[0], *BALANCE[2:]))],
     "moe_gate": [
         Call(lambda: dk.moe_gate(f32(T, E), f32(E), **V3), ("triton_moe_gate",)),
-        Call(
-            lambda: dk.moe_gate(f32(T, 1024), None, **V3, score="softmax"), ("triton_moe_gate",)
-        ),  # as many experts as it takes
+        Call(lambda: dk.moe_gate(f32(T, 4096), f32(4096), **V3), ("triton_moe_gate",)),  # as many experts as it takes
+        Call(lambda: dk.moe_gate(f32(T, 1024), None, **V3, score="softmax"), ("triton_moe_gate",)),
     ],
     "moe_gate_backward": [
         Call(lambda: gate_backward(E, "sigmoid"), ("triton_moe_gate_backward",)),
+        Call(lambda: gate_backward(4096, "sigmoid"), ("triton_moe_gate_backward",)),
         Call(lambda: gate_backward(1024, "softmax"), ("triton_moe_gate_backward",)),
     ],
     "moe_permute": [
