@@ -23,13 +23,12 @@ def _main(
 ) -> None:
     torch.set_num_threads(1)
     try:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{store}",
-            rank=rank,
-            world_size=num_ranks,
-            timeout=datetime.timedelta(seconds=seconds),
-        )
+        shared = dist.FileStore(store, num_ranks)
+        timeout = datetime.timedelta(seconds=seconds)
+        dist.init_process_group("gloo", store=shared, rank=rank, world_size=num_ranks, timeout=timeout)
+        # A rank that dies at once must not do so while others still connect.
+        shared.set(f"connected {rank}", "")
+        shared.wait([f"connected {other}" for other in range(num_ranks)], timeout)
         answer = (True, function(rank, *arguments))
     except BaseException:
         answer = (False, traceback.format_exc())
