@@ -35,6 +35,22 @@ def test_launches_are_counted_and_an_empty_grid_is_none():
 
 
 @needs_simulator
+@pytest.mark.parametrize(("kernel", "fused"), [("triton_silu_mul_quantize_1x128", True), ("triton_rope", False)])
+def test_whether_products_and_sums_are_fused_does_not_depend_on_the_environment(monkeypatch, kernel, fused):
+    made = []
+    launch = _triton.launch
+    monkeypatch.setattr(_triton, "launch", lambda *args, **options: made.append(launch(*args, **options)))
+    for variable in ("0", "1"):
+        monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", variable)
+        with dk.backend("sim:triton"):
+            if kernel == "triton_rope":
+                dk.rope(torch.zeros(3, 1, 64), torch.arange(3), torch.zeros(8, 64))
+            else:
+                dk.silu_mul_quantize_1x128(X)
+    assert [m.metadata.enable_fp_fusion for m in made] == [fused, fused] and {m.name for m in made} == {kernel}
+
+
+@needs_simulator
 def test_explain_names_the_kernels():
     with dk.backend("sim:triton"):
         said = dk.explain("quantize_1x128", X, False, "mn")
