@@ -18,7 +18,7 @@ launches: Counter[str] = Counter()  # by kernel name, since the process began
 Sizes = Mapping[str, int]
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, enable_fp_fusion: bool = True, **options: Any) -> Any:
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, enable_fp_fusion: int = True, **options: Any) -> Any:
     """Launch a Triton kernel and count it. `args` are all its arguments in order, the constants too; options are
     `num_warps`, `num_stages` and the like. An empty grid launches nothing. Products and sums are fused unless an option
     says otherwise, whatever Triton's version or environment would choose.
