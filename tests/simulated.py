@@ -27,7 +27,7 @@ SCHEDULES = {
     "random1": {"timing": "random", "order": "random", "seed": "1"},
     "random2": {"timing": "random", "order": "random", "seed": "2"},
 }
-_DEFAULTS = {"timing": "early", "order": "forward", "seed": "0", "fp8_truncate": "0", "banks": "0", "sms": "132"}
+_DEFAULTS = {"timing": "early", "order": "forward", "seed": "0", "rounding": "float32", "banks": "0", "sms": "132"}
 
 
 def _library() -> Any:

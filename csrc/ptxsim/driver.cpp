@@ -341,7 +341,7 @@ bool setOption(const std::string& name, const std::string& value) {
   if (name == "seed") return number(o.seed);
   if (name == "eager") return number(o.eager);
   if (name == "detect") return number(o.detect);
-  if (name == "fp8_truncate") return number(o.fp8Truncate);
+  if (name == "rounding") return choice(o.hardwareRounding, {"float32", "hardware"});
   if (name == "max_idle") return number(o.maxIdle);
   if (name == "banks") return number(o.verbose);
   return false;

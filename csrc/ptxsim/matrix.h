@@ -10,7 +10,7 @@ namespace ptxsim {
 struct MatrixShape {
   unsigned n = 8, k = 0;
   Type a = Type::None, b = Type::None, d = Type::None;
-  bool saturate = false;
+  bool saturate = false, async = false;  // async: wgmma
   bool integer() const { return a == Type::S8 || a == Type::U8; }
   bool half() const { return a == Type::F16 || a == Type::BF16; }
   unsigned accumulators() const { return d == Type::F16 ? n / 4 : n / 2; }  // registers
@@ -26,9 +26,8 @@ struct MatrixOperands {  // float32 holds every type exactly
 // A warp's A or B from its registers: with E elements in each, g = lane/4 and q = lane%4, register r holds
 //   of A: row g + 8 (r & 1), k = E q + 4 E (r >> 1) + e        of B: column g, k = E q + 4 E r + e
 void operandFromRegisters(Warp& w, const Ref* refs, unsigned count, Type t, bool isA, MatrixOperands& m);
-// D = A B + C, or A B when c is nullptr. `truncate`: as fp8 wgmma does it, see truncated().
-void multiplyMatrices(Warp& w, const MatrixShape& s, const MatrixOperands& m, const Ref* c, const Ref* d,
-                      bool truncate);
+// D = A B + C, or A B when c is nullptr.
+void multiplyMatrices(Warp& w, const MatrixShape& s, const MatrixOperands& m, const Ref* c, const Ref* d);
 
 inline float matrixElement(Type t, const uint8_t* p) {
   uint32_t u = 0;

@@ -63,7 +63,7 @@ void mma(Warp& w, const Inst& in, uint32_t) {
   const Ref *a = in.ext->refs2.data(), *b = a + 2 * nb;
   operandFromRegisters(w, a, 2 * nb, s.a, true, m);
   operandFromRegisters(w, b, nb, s.b, false, m);
-  multiplyMatrices(w, s, m, b + nb, in.ext->refs.data(), false);
+  multiplyMatrices(w, s, m, b + nb, in.ext->refs.data());
   ++w.launch->n.mma;
 }
 
@@ -117,24 +117,89 @@ void operandFromRegisters(Warp& w, const Ref* refs, unsigned count, Type t, bool
 
 namespace {
 
-// The fp8 tensor core of sm_90 aligns all addends to the largest and keeps about 14 bits of each.
-float truncated(const MatrixOperands& m, unsigned row, unsigned col, unsigned K, float c) {
-  auto product = [&](unsigned k) { return m.A[row][k] * m.B[k][col]; };
-  int top = c == 0 ? -1000 : std::ilogb(c);
-  for (unsigned k = 0; k < K; ++k)
-    if (product(k) != 0) top = std::max(top, std::ilogb(product(k)));
-  if (top < -900) return c;
-  const double unit = std::ldexp(1.0, top - 13);
-  double sum = std::trunc(c / unit);
-  for (unsigned k = 0; k < K; ++k) sum += std::trunc((double)product(k) / unit);
-  return (float)(sum * unit);
-}
+// How the tensor cores of sm_90 add, measured on H100 and H200 (tests/ptxsim/hardware): of the products of one step and
+// of the accumulator everything is cut off that lies more than `align` bits below the largest exponent among them,
+// where a product's exponent is the sum of its factors'. A float32 sum is cut off after `mantissa` bits, a float16 one
+// rounded to nearest even. Infinities and NaN act as in IEEE arithmetic.
+struct TensorCore {
+  static constexpr unsigned kMaxK = MatrixOperands::kMaxK, kMaxN = MatrixOperands::kMaxN;
+  const MatrixShape& s;
+  const MatrixOperands& m;
+  const bool half = s.d == Type::F16, fp8 = typeBytes(s.a) == 1, shortSums = fp8 && s.async;
+  const int align = shortSums ? 13 : 25, mantissa = shortSums ? 13 : 23;
+  int16_t exponentB[kMaxK][kMaxN];
+
+  TensorCore(const MatrixShape& shape, const MatrixOperands& operands) : s(shape), m(operands) {
+    for (unsigned k = 0; k < s.k; ++k)
+      for (unsigned j = 0; j < s.n; ++j) exponentB[k][j] = exponent(m.B[k][j], s.a);
+  }
+  static int16_t exponent(float x, Type t) {
+    const int least = t == Type::E4M3 ? -6 : t == Type::E5M2 || t == Type::F16 ? -14 : -126;
+    return (int16_t)(x == 0 ? -9999 : std::max(least, (int)(bits(x) >> 23 & 0xff) - 127));
+  }
+  double narrow(double x) const {
+    if (half) return fromF16((uint16_t)narrowFrom(x, kF16));
+    if (std::fabs(x) < 0x1p-126) return std::trunc(x * 0x1p149) * 0x1p-149;
+    return bitsAs<double>(bits(x) >> (52 - mantissa) << (52 - mantissa));
+  }
+  // sum[j] += the products of row i of A and column j of B over the k whose bits are set. F holds them exactly.
+  template <class F>
+  void step(unsigned i, uint32_t ks, double* sum) const {
+    const unsigned n = s.n;
+    int16_t top[kMaxN];
+    F total[kMaxN], scale[kMaxN];
+    for (unsigned j = 0; j < n; ++j) top[j] = exponent((float)sum[j], s.d);
+    for (int k : lanesOf(ks)) {
+      const int16_t e = exponent(m.A[i][k], s.a);
+      for (unsigned j = 0; j < n; ++j) top[j] = std::max(top[j], (int16_t)(e + exponentB[k][j]));
+    }
+    constexpr int kLeast = sizeof(F) == 4 ? -100 : -300;  // below it are no products, nor sums of products
+    for (unsigned j = 0; j < n; ++j) {
+      scale[j] = (F)bitsAs<double>((uint64_t)(1023 + align - std::max<int>(top[j], kLeast)) << 52);
+      total[j] = (F)std::trunc(sum[j] * scale[j]);
+    }
+    for (int k : lanesOf(ks)) {
+      const F x = m.A[i][k];
+      for (unsigned j = 0; j < n; ++j) total[j] += std::trunc(x * (F)m.B[k][j] * scale[j]);
+    }
+    for (unsigned j = 0; j < n; ++j)
+      if (std::isfinite(total[j]))
+        sum[j] = narrow((double)total[j] / scale[j]);
+      else
+        for (int k : lanesOf(ks)) sum[j] += (double)m.A[i][k] * m.B[k][j];
+  }
+  void row(unsigned i, double* sum) const {
+    if (shortSums) return step<float>(i, kAll, sum);
+    if (!fp8) return step<double>(i, kAll >> (kMaxK - s.k), sum);
+    // mma.sync has no fp8 of its own: two products in float16, of elements 0 and 1 of every four and of 2 and 3, and an
+    // addition of C; so ptxas translates it.
+    double product[kMaxN] = {};
+    step<double>(i, 0x33333333, product);
+    step<double>(i, 0xcccccccc, product);
+    for (unsigned j = 0; j < s.n; ++j)
+      sum[j] = half ? narrow(sum[j] + product[j]) : (double)((float)sum[j] + (float)product[j]);
+  }
+};
+
+template <class Sum>
+struct InOrder {  // of k, four at a time
+  const MatrixShape& s;
+  const MatrixOperands& m;
+  void row(unsigned i, Sum* sum) const {
+    for (unsigned k = 0; k < s.k; k += 4) {
+      const Sum a0 = m.A[i][k], a1 = m.A[i][k + 1], a2 = m.A[i][k + 2], a3 = m.A[i][k + 3];
+      const float *b0 = m.B[k], *b1 = m.B[k + 1], *b2 = m.B[k + 2], *b3 = m.B[k + 3];
+      for (unsigned j = 0; j < s.n; ++j)
+        sum[j] = std::fma(a3, (Sum)b3[j],
+                          std::fma(a2, (Sum)b2[j], std::fma(a1, (Sum)b1[j], std::fma(a0, (Sum)b0[j], sum[j]))));
+    }
+  }
+};
 
 // Accumulator q of a lane has row lane/4 + 8 (q >> 1 & 1), column 8 (q / 4) + 2 (lane % 4) + (q & 1). A register holds
-// one, or as float16 two. Sum is double for integers, whose sums it holds exactly.
-template <class Sum, unsigned kPer>
-void multiplyIn(Warp& w, const MatrixShape& s, const MatrixOperands& m, const Ref* c, const Ref* d, bool truncate) {
-  constexpr bool kInteger = std::is_same<Sum, double>::value;
+// one, or as float16 two. Sums of integers are exact in double.
+template <class Adder, class Sum, unsigned kPer, bool kInteger = false>
+void multiplyBy(Warp& w, const MatrixShape& s, const MatrixOperands& m, const Ref* c, const Ref* d) {
   Sum C[16][MatrixOperands::kMaxN];
   const unsigned n = s.n;
   auto row = [](unsigned q, unsigned l) { return l / 4 + 8 * (q >> 1 & 1); };
@@ -150,18 +215,8 @@ void multiplyIn(Warp& w, const MatrixShape& s, const MatrixOperands& m, const Re
                                                : (Sum)f32(v);
     }
   }
-  for (unsigned i = 0; i < 16; ++i)
-    if (truncate)
-      for (unsigned j = 0; j < n; ++j) C[i][j] = (Sum)truncated(m, i, j, s.k, (float)C[i][j]);
-    else
-      for (unsigned k = 0; k < s.k; k += 4) {  // in order of k, four at a time
-        const Sum a0 = m.A[i][k], a1 = m.A[i][k + 1], a2 = m.A[i][k + 2], a3 = m.A[i][k + 3];
-        const float *b0 = m.B[k], *b1 = m.B[k + 1], *b2 = m.B[k + 2], *b3 = m.B[k + 3];
-        Sum* sum = C[i];
-        for (unsigned j = 0; j < n; ++j)
-          sum[j] = std::fma(a3, (Sum)b3[j],
-                            std::fma(a2, (Sum)b2[j], std::fma(a1, (Sum)b1[j], std::fma(a0, (Sum)b0[j], sum[j]))));
-      }
+  const Adder adder{s, m};
+  for (unsigned i = 0; i < 16; ++i) adder.row(i, C[i]);
   const bool anyBad = m.badRow.any() || m.badCol.any();
   for (unsigned q = 0; q < n / 2; q += kPer) {
     const Ref r = d[q / kPer];
@@ -172,7 +227,7 @@ void multiplyIn(Warp& w, const MatrixShape& s, const MatrixOperands& m, const Re
       if constexpr (kInteger)
         to[l] = (uint32_t)(int64_t)(s.saturate ? std::clamp<Sum>(x, INT32_MIN, INT32_MAX) : x);
       else
-        to[l] = kPer == 2 ? toF16(x) | (uint32_t)toF16(C[i][j + 1]) << 16 : bits(canonical(x));
+        to[l] = kPer == 2 ? toF16((float)x) | (uint32_t)toF16((float)C[i][j + 1]) << 16 : bits(canonical((float)x));
       if (anyBad && (m.badRow[i] || m.badCol[j] || m.badCol[j + kPer - 1])) valid[q / kPer] &= ~(1u << l);
     }
     w.setValid(r, kAll, valid[q / kPer]);
@@ -181,10 +236,13 @@ void multiplyIn(Warp& w, const MatrixShape& s, const MatrixOperands& m, const Re
 
 }  // namespace
 
-void multiplyMatrices(Warp& w, const MatrixShape& s, const MatrixOperands& m, const Ref* c, const Ref* d,
-                      bool truncate) {
-  const auto as = s.integer() ? multiplyIn<double, 1> : s.d == Type::F16 ? multiplyIn<float, 2> : multiplyIn<float, 1>;
-  as(w, s, m, c, d, truncate);
+void multiplyMatrices(Warp& w, const MatrixShape& s, const MatrixOperands& m, const Ref* c, const Ref* d) {
+  const bool hardware = w.launch->opt.hardwareRounding, half = s.d == Type::F16;
+  const auto by = s.integer() ? multiplyBy<InOrder<double>, double, 1, true>
+                  : hardware  ? half ? multiplyBy<TensorCore, double, 2> : multiplyBy<TensorCore, double, 1>
+                  : half      ? multiplyBy<InOrder<float>, float, 2>
+                              : multiplyBy<InOrder<float>, float, 1>;
+  by(w, s, m, c, d);
 }
 
 }  // namespace ptxsim

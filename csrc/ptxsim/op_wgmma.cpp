@@ -141,7 +141,6 @@ struct Wgmma : AsyncOp {
   bool step() override {
     MatrixOperands m;
     const auto &acc = inst->ext->refs, &registers = inst->ext->refs2;
-    const bool truncate = typeBytes(s->a) == 1 && !s->integer() && warp->launch->opt.fp8Truncate;
     if (warp->launch->race) {
       if (!s->registersA) checkOperand(a(0, 64), "A");
       checkOperand(b(), "B");
@@ -156,7 +155,7 @@ struct Wgmma : AsyncOp {
       if (s->sign < 0)
         for (auto& row : m.A)
           for (unsigned k = 0; k < s->k; ++k) row[k] = -row[k];
-      multiplyMatrices(*part->warp, *s, m, accumulate ? acc.data() : nullptr, acc.data(), truncate);
+      multiplyMatrices(*part->warp, *s, m, accumulate ? acc.data() : nullptr, acc.data());
       part->done = part->readDone = true;
     }
     return readDone = true;
@@ -238,6 +237,7 @@ void fence(Warp& w, const Inst&, uint32_t) { std::fill(w.unfenced.begin(), w.unf
 void decodeWgmma(Dec& d) {
   d.out.isWgmma = true;
   auto& s = own<Shape>(d);
+  s.async = true;
   s.saturate = d.out.x[0];
   for (size_t i = 1; i < d.used.size(); ++i)
     if (!d.used[i] && sscanf(d.p.op[i].c_str(), "m64n%uk%u", &s.n, &s.k) == 2) d.used[i] = true;

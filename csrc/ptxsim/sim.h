@@ -318,11 +318,11 @@ struct Options {
   uint64_t seed = 0;              // 0: fixed round robin
   Timing timing = Timing::Early;  // when asynchronous work happens
   unsigned sms = 132;
-  Order order = Order::Forward;  // in which CTAs start
-  bool eager = false;            // all resident CTAs advance together
-  bool detect = true;            // uninitialised reads and races
-  bool fp8Truncate = false;      // accumulate fp8 wgmma with 14 bits
-  uint64_t maxIdle = 200000000;  // thread instructions without any effect before a launch is called stuck
+  Order order = Order::Forward;   // in which CTAs start
+  bool eager = false;             // all resident CTAs advance together
+  bool detect = true;             // uninitialised reads and races
+  bool hardwareRounding = false;  // of matrix products, see TensorCore; else float32 in order of k
+  uint64_t maxIdle = 200000000;   // thread instructions without any effect before a launch is called stuck
   bool verbose = false;
 };
 

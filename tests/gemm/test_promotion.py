@@ -43,7 +43,7 @@ def test_fourteen_bits_need_promotion(without_promotion: Kernel) -> None:
         return float(((out.double() - wanted).abs() / wanted).max())
 
     carried, exact, promoted = torch.zeros(64, 8), torch.zeros(64, 8), torch.zeros(8, 8)
-    with schedule(fp8_truncate="1"):
+    with schedule(rounding="hardware"):
         without_promotion.launch(a.numpy(), b.numpy(), carried.numpy(), k, block=128)
         with launches("fp8_gemm_128x128_block"):
             _cuda.fp8_gemm(x, ones, y, ones[:1], None, torch.float32, "fixed", None, promoted)

@@ -18,7 +18,7 @@ DEFAULTS = {
     "order": "forward",
     "eager": 0,
     "detect": 1,
-    "fp8_truncate": 0,
+    "rounding": "float32",
     "max_idle": 200_000_000,
     "banks": 0,
 }

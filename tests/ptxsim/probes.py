@@ -59,7 +59,9 @@ class Device:
         self.call("cuCtxSetCurrent", context)
 
     def start(self) -> None:
-        """Before a probe: nothing has gone in or come out."""
+        """Before a probe: nothing has gone in or come out. A simulator is to add as a GPU does."""
+        if hasattr(self.lib, "dsv3SimSetOption"):
+            self.call("dsv3SimSetOption", b"rounding", b"hardware")
         self.inputs, self.outputs = hashlib.sha256(), hashlib.sha256()
         self.written: list[bytes | None] = []  # arrays after each launch; None: as they were before
 

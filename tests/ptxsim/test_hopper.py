@@ -364,15 +364,14 @@ def fragment(a: torch.Tensor) -> np.ndarray:
     return out
 
 
-def wgmma(
-    sim, kind, n, mode=128, trans=(False, False), registers=False, accumulate=False, scale=(1, 1), half=False,
-    operands=None, loose=0.0, barrier="fence.proxy.async.shared::cta; bar.sync 0;", wait="wgmma.wait_group.sync.aligned 0;",
+def wgmma_product(
+    sim, kind, a, b, mode=128, trans=(False, False), registers=False, accumulate=False, scale=(1, 1), half=False,
+    c=2.0, barrier="fence.proxy.async.shared::cta; bar.sync 0;", wait="wgmma.wait_group.sync.aligned 0;",
     fence="wgmma.fence.sync.aligned;",
-):  # fmt: skip
-    """Compares one product with float64; `loose`: relative to the largest addend, what else the sum may be off."""
-    _, k, op = TYPES[kind]
+) -> np.ndarray:  # fmt: skip
+    """A [64, k] times B [n, k] transposed, on accumulators of C [64, n]."""
+    n, (_, k, op) = len(b), TYPES[kind]
     op = op.replace("f32", "f16", 1) if half else op
-    a, b = operands or (operand(kind, 64, k), operand(kind, n, k))
     ia, lbo_a, sbo_a = place(raw(a), mode, trans[0])
     ib, lbo_b, sbo_b = place(raw(b), mode, trans[1])
     start_b = (len(ia) + 1023) // 1024 * 1024
@@ -395,12 +394,17 @@ def wgmma(
     {barrier} add.u32 %r9, %r1, {start_b};
     {descriptor("%r1", "%d2", lbo_a, sbo_a)} {descriptor("%r9", "%d3", lbo_b, sbo_b)}
     ld.param.u64 %d4, [regs]; mul.wide.u32 %d5, %r0, 16; add.s64 %d4, %d4, %d5; ld.global.v4.u32 {{%f0, %f1, %f2, %f3}}, [%d4];
-    {" ".join(f"mov.b32 %a{i}, {0x40004000 if half else 2 if kind == 's8' else 0x40000000};" for i in range(nd))}
+    ld.param.u64 %d6, [out]; mul.wide.u32 %d7, %r0, 4; add.s64 %d6, %d6, %d7;
+    {" ".join(f"ld.global.b32 %a{i}, [%d6+{512 * i}];" for i in range(nd))}
     {fence} setp.ne.u32 %p2, {int(accumulate)}, 0;
     wgmma.mma_async.sync.aligned.m64n{n}k{k}.{op} {{{acc}}}, {"{%f0, %f1, %f2, %f3}" if registers else "%d2"}, %d3, {", ".join(["%p2", *imm])};
-    wgmma.commit_group.sync.aligned; {wait} ld.param.u64 %d6, [out]; mul.wide.u32 %d7, %r0, 4; add.s64 %d6, %d6, %d7;
+    wgmma.commit_group.sync.aligned; {wait}
     {" ".join(f"st.global.b32 [%d6+{512 * i}], %a{i};" for i in range(nd))}"""
-    out = np.zeros((nd, 128), np.float32 if not half and kind != "s8" else np.int32)
+    # Thread t's accumulator i: its row and column; two halves share a register.
+    t, i = np.arange(128)[:, None], np.arange(n // 2)
+    at = 16 * (t // 32) + t % 32 // 4 + 8 * (i >> 1 & 1), 8 * (i >> 2) + 2 * (t % 4) + (i & 1)
+    c = np.broadcast_to(c, (64, n)).astype(np.float16 if half else np.int32 if kind == "s8" else np.float32)
+    out = np.ascontiguousarray(c[at].view(np.uint32 if half else c.dtype).T)
     regs = fragment(a) if registers else np.zeros((128, 4), np.uint32)
     sim.run(
         kernel(body, ".param .u64 image, .param .u64 regs, .param .u64 out", max(len(image), 1024)),
@@ -409,12 +413,15 @@ def wgmma(
         out,
         block=128,
     )
-    got = np.zeros((64, n))
-    for t in range(128):
-        w, g, q = t // 32, t % 32 // 4, t % 4
-        for i in range(n // 2):
-            value = out[i, t] if not half else out[i // 2 : i // 2 + 1, t].view(np.float16)[i & 1]
-            got[16 * w + g + 8 * (i >> 1 & 1), 8 * (i >> 2) + 2 * q + (i & 1)] = value
+    got = np.empty_like(c)
+    got[at] = np.ascontiguousarray(out.T).view(c.dtype)
+    return got
+
+
+def wgmma(sim, kind, n, *args, accumulate=False, scale=(1, 1), half=False, operands=None, loose=0.0, **options):
+    """Compares one product with float64; `loose`: relative to the largest addend, what else the sum may be off."""
+    a, b = operands or (operand(kind, 64, TYPES[kind][1]), operand(kind, n, TYPES[kind][1]))
+    got = wgmma_product(sim, kind, a, b, *args, accumulate=accumulate, scale=scale, half=half, **options)
     want = (a.double() @ b.double().T).numpy() * scale[0] * scale[1] + (2 if accumulate else 0)
     tolerance = 0 if kind == "s8" else 2**-9 * np.abs(want).max() if half else 1e-5 * max(1, np.abs(want).max())
     tolerance += loose * float(a.double().abs().max() * b.double().abs().max())
@@ -494,12 +501,6 @@ def test_wgmma_that_a_warp_does_not_issue(sim):
             64,
             barrier="fence.proxy.async; setp.ge.u32 %p3, %r0, 96; @%p3 bra SLEEP; bra GO; SLEEP: bra SLEEP; GO:",
         )
-
-
-def test_wgmma_fp8_truncation_is_an_option(sim):
-    sim.option(fp8_truncate=1)
-    with pytest.raises(AssertionError):
-        wgmma(sim, "e4m3", 64)
 
 
 @pytest.mark.parametrize("first", [0, 1])

@@ -42,9 +42,9 @@ def fragments(x: np.ndarray, rows: int) -> np.ndarray:
     return np.array([[x[lane // 4 + r, lane % 4 + c] for r, c in steps] for lane in range(32)], np.uint32)
 
 
-def mma(sim, d: str, k: int, a: str, b: str, modifier: str = "", c=None):
+def mma(sim, d: str, k: int, a: str, b: str, modifier: str = "", c=None, operands=None):
     """D [16, 8] = A [16, k] * B [8, k]^T + C; returns it with A, B and C."""
-    x, y = operand(a, 16, k), operand(b, 8, k)
+    x, y = operands or (operand(a, 16, k), operand(b, 8, k))
     if c is None:
         c = (RNG.standard_normal((16, 8)) * 9).astype({"f32": np.float32, "f16": np.float16, "s32": np.int32}[d])
     fa, fb = fragments(words(x), 16), fragments(words(y), 8)

@@ -51,7 +51,7 @@ DIRECT = {
         "test_cp_async": "cp.async",
         "test_bulk_copies": "cp.async.bulk cp.reduce.async.bulk",
         "test_ldmatrix_stmatrix": "ldmatrix stmatrix",
-        "wgmma": "wgmma.mma_async wgmma.commit_group wgmma.wait_group wgmma.fence",
+        "wgmma_product": "wgmma.mma_async wgmma.commit_group wgmma.wait_group wgmma.fence",
     },
     "test_mma": {"mma": "mma"},
 }  # fmt: skip
