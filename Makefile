@@ -1,4 +1,4 @@
-# Ways in: venv demo test test-fast lint test-gpu bench gpu gpu-wheels clean
+# Ways in: venv demo test test-fast test-rounding lint test-gpu bench gpu gpu-wheels clean
 PYTHON ?= python3
 TORCH ?= torch==2.13.0 triton==3.7.1
 PY := .venv/bin/python
@@ -6,7 +6,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 CXX_FILES := $(shell find csrc bench tests/build tests/bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv native ptxsim demo test test-fast lint test-gpu bench gpu gpu-native gpu-probes gpu-validate gpu-wheels clean
+.PHONY: help venv native ptxsim demo test test-fast test-rounding lint test-gpu bench gpu gpu-native gpu-probes gpu-validate gpu-wheels clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -44,6 +44,9 @@ test: venv  ## every test that needs no GPU
 
 test-fast: venv  ## the same without the slow ones
 	$(PY) -m pytest tests $(WORKERS) -m 'not slow' $(PYTEST_ARGS)
+
+test-rounding: venv  ## the matrix products again, with tensor cores that add bit for bit as a GPU's do
+	DSV3_KERNELS_SIM=rounding=hardware $(PY) -m pytest tests/gemm tests/mla tests/cli/test_validation.py $(WORKERS) -m 'not slow' $(PYTEST_ARGS)
 
 lint: .venv/installed  ## ruff, mypy, clang-format
 	$(PY) -m ruff check .

@@ -27,6 +27,11 @@ def missing() -> str | None:
     return None if path.exists() else f"DSV3_KERNELS_DRIVER names {path}, which does not exist"
 
 
+def adds_as_hardware() -> bool:
+    """Whether simulated tensor cores add bit for bit as a GPU's do (DSV3_KERNELS_SIM), rather than in float32."""
+    return "rounding=hardware" in (env.get("DSV3_KERNELS_SIM") or "").split(",")
+
+
 @contextlib.contextmanager
 def active(kind: str) -> Iterator[None]:
     """The launches inside the block, of `cuda` or of `triton` kernels, go to the simulator."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import checks
 import pytest
 
 import dsv3_kernels as dk
@@ -27,7 +28,8 @@ SCHEDULES = {
     "random1": {"timing": "random", "order": "random", "seed": "1"},
     "random2": {"timing": "random", "order": "random", "seed": "2"},
 }
-_DEFAULTS = {"timing": "early", "order": "forward", "seed": "0", "rounding": "float32", "banks": "0", "sms": "132"}
+_ROUNDING = "hardware" if checks.HARDWARE_ROUNDING else "float32"
+_DEFAULTS = {"timing": "early", "order": "forward", "seed": "0", "rounding": _ROUNDING, "banks": "0", "sms": "132"}
 
 
 def _library() -> Any:

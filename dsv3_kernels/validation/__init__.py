@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import _simulator, backends
 from .._library import OPS
 
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float8_e4m3fn: 2.0**-4}
@@ -76,7 +76,8 @@ class Inputs:
         A GPU's FP8 tensor cores keep 13 fraction bits below an instruction's largest addend; kernels promote every 128
         terms.
         """
-        truncated = fp8 and self.device.type == "cuda" and self.backend != "eager"
+        on_tensor_cores = self.device.type == "cuda" or _simulator.adds_as_hardware()
+        truncated = fp8 and self.backend != "eager" and on_tensor_cores
         return magnitudes * (summing(terms) + (2.0**-12 if truncated else 0.0))
 
 

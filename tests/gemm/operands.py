@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import exact
 import torch
 from checks import close
 from torch import Tensor
@@ -73,7 +74,7 @@ def canvas(shape: tuple[int, ...], dtype: torch.dtype, *, offset: int = 8) -> tu
 
 
 def check(out: Tensor, wanted: Tensor, size: Tensor, what: str = "out") -> None:
-    bound = 1e-5 * size
+    bound = exact.SIMULATED * size
     if out.dtype == torch.bfloat16:
         bound = bound + wanted.abs() * 2**-8 + 1e-30
     close(out, wanted, bound, what)

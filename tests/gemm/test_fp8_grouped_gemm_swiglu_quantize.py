@@ -13,11 +13,11 @@ OP = "fp8_grouped_gemm_swiglu_quantize"
 E4M3 = torch.float8_e4m3fn
 
 
-def hidden(a, b, weights):
+def hidden(a, b, weights, backend):
     """SwiGLU of the exact products, and how far float32 products may carry it off."""
     half = b.shape[0] // 2
     gate, up = (a @ b.T).split(half, 1)
-    gate_off, up_off = ((a.abs() @ b.abs().T) * exact.FLOAT32["eager"]).split(half, 1)
+    gate_off, up_off = ((a.abs() @ b.abs().T) * exact.FLOAT32[backend]).split(half, 1)
     scaled = weights.double()[:, None] if weights is not None else torch.ones(1, 1, dtype=torch.float64)
     silu = gate / (1 + torch.exp(-gate))
     # |silu'| <= 1.1 everywhere
@@ -59,7 +59,7 @@ def test_values(backend, device, counts, fk, recipe, pow2_scale, weighted):
     assert not q.view(torch.uint8)[used:].any() and not scale[used:].any()
     a_real, b_real = exact.values(*a), exact.values(*b)
     for group, (start, end) in enumerate(zip(bounds.tolist(), bounds[1:].tolist(), strict=False)):
-        wanted, off = hidden(a_real[start:end], b_real[group], weights[start:end].cpu() if weighted else None)
+        wanted, off = hidden(a_real[start:end], b_real[group], weights[start:end].cpu() if weighted else None, backend)
         check(q[start:end], scale[start:end], wanted, off, pow2_scale)
 
 

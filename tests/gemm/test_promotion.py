@@ -1,4 +1,4 @@
-"""Promotion every 128 of K, against a kernel that does without, where the simulator's tensor cores keep 14 bits."""
+"""Promotion every 128 of K, against a kernel that does without, where tensor cores add as a GPU's do."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def without_promotion(tmp_path: Path) -> Kernel:
     return Simulator().load(ptx.read_text(), "without_promotion")
 
 
-def test_fourteen_bits_need_promotion(without_promotion: Kernel) -> None:
+def test_short_sums_need_promotion(without_promotion: Kernel) -> None:
     """Terms of one sign: an accumulator that runs on over K = 16384 loses what one emptied every 128 keeps."""
     generator, k = torch.Generator().manual_seed(6), 16384
     a = torch.randint(0x30, 0x40, (64, k), generator=generator, dtype=torch.uint8)
@@ -47,6 +47,7 @@ def test_fourteen_bits_need_promotion(without_promotion: Kernel) -> None:
         without_promotion.launch(a.numpy(), b.numpy(), carried.numpy(), k, block=128)
         with launches("fp8_gemm_128x128_block"):
             _cuda.fp8_gemm(x, ones, y, ones[:1], None, torch.float32, "fixed", None, promoted)
-    without_promotion.launch(a.numpy(), b.numpy(), exact.numpy(), k, block=128)
+    with schedule(rounding="float32"):
+        without_promotion.launch(a.numpy(), b.numpy(), exact.numpy(), k, block=128)
     assert error(exact[:8]) < 1e-6  # the kernel is right where the accumulator is
-    assert 1e-6 < error(promoted) < 2e-3 < error(carried[:8])
+    assert 1e-6 < error(promoted) < 1e-3 < 0.1 < error(carried[:8])

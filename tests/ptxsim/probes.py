@@ -153,7 +153,7 @@ class Replay(Device):
                 a[...] = np.frombuffer(unpacked(value), a.dtype).reshape(a.shape)
 
 
-# The fp8 tensor core of sm_90 is reported to align the 33 addends of a k-step to the largest and to keep 14 bits.
+# The fp8 tensor core of sm_90 aligns the 33 addends of a k-step to the largest and keeps 14 bits.
 FP8 = 33 * 2.0**-13
 
 
