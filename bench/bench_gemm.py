@@ -15,7 +15,7 @@ from .bench_quant import normal, scales, uneven_offsets
 from .cases import Call, Case
 
 SAMPLE = 16  # rows of an output that are held against float64
-# Tensor cores keep 14 bits between promotions, which costs normal operands 1e-4 (docs/gemm.md); bfloat16 rounds once more.
+# Tensor cores keep 14 bits between promotions: 1e-4 of normal operands (docs/gemm.md); bfloat16 rounds once more.
 ACCUMULATION, ROUNDING = 2**-12, 2**-8
 
 

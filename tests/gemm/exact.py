@@ -13,13 +13,17 @@ import dsv3_kernels as dk
 E4M3 = torch.float8_e4m3fn
 # Error of a float32 result, in units of sum |a| |b|: what float32 promotion of exact partial sums costs, with room.
 EXACT_SUMS = 1e-5
-# FP8 tensor cores cut off what lies 13 bits below the largest of the up to 33 addends of a step, and sums after 13 bits:
-# tests/ptxsim/hardware. Seen with the simulator's model of it, over the tests of this folder: up to 2^-10.1.
+# FP8 tensor cores cut off what lies 13 bits below the largest of the 33 addends of a step, and sums after 13 bits (see
+# tests/ptxsim/hardware). Seen with the simulator's model of it, over the tests of this folder: up to 2^-9.8.
 HARDWARE_SUMS = 2.0**-9
 SIMULATED = HARDWARE_SUMS if HARDWARE_ROUNDING else EXACT_SUMS
 FLOAT32 = {
-    "eager": EXACT_SUMS, "sim:cuda": SIMULATED, "sim:triton": SIMULATED, "cuda": HARDWARE_SUMS, "triton": HARDWARE_SUMS
-}  # fmt: skip
+    "eager": EXACT_SUMS,
+    "sim:cuda": SIMULATED,
+    "sim:triton": SIMULATED,
+    "cuda": HARDWARE_SUMS,
+    "triton": HARDWARE_SUMS,
+}
 
 
 def uneven(*shape: int) -> Tensor:
