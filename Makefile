@@ -45,8 +45,8 @@ test: venv  ## every test that needs no GPU
 test-fast: venv  ## the same without the slow ones
 	$(PY) -m pytest tests $(WORKERS) -m 'not slow' $(PYTEST_ARGS)
 
-test-rounding: venv  ## the matrix products again, with tensor cores that add bit for bit as a GPU's do
-	DSV3_KERNELS_SIM=rounding=hardware $(PY) -m pytest tests/gemm tests/mla tests/cli/test_validation.py $(WORKERS) -m 'not slow' $(PYTEST_ARGS)
+test-rounding: venv  ## the tests of a GPU, on simulated tensor cores and approximations that round as a GPU's do
+	DSV3_KERNELS_SIM=rounding=hardware,approximate=1 $(PY) -m pytest $(GPU_TESTS) tests/cli/test_validation.py $(WORKERS) -m 'not slow' $(PYTEST_ARGS)
 
 lint: .venv/installed  ## ruff, mypy, clang-format
 	$(PY) -m ruff check .

@@ -342,6 +342,7 @@ bool setOption(const std::string& name, const std::string& value) {
   if (name == "eager") return number(o.eager);
   if (name == "detect") return number(o.detect);
   if (name == "rounding") return choice(o.hardwareRounding, {"float32", "hardware"});
+  if (name == "approximate") return number(o.approximate);
   if (name == "max_idle") return number(o.maxIdle);
   if (name == "banks") return number(o.verbose);
   return false;

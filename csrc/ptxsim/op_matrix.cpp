@@ -164,7 +164,7 @@ struct TensorCore {
     }
     for (unsigned j = 0; j < n; ++j)
       if (std::isfinite(total[j]))
-        sum[j] = narrow((double)total[j] / scale[j]);
+        sum[j] = narrow((double)total[j] / scale[j] + 0.0);  // no -0
       else
         for (int k : lanesOf(ks)) sum[j] += (double)m.A[i][k] * m.B[k][j];
   }

@@ -321,6 +321,7 @@ struct Options {
   Order order = Order::Forward;   // in which CTAs start
   bool eager = false;             // all resident CTAs advance together
   bool detect = true;             // uninitialised reads and races
+  uint32_t approximate = 0;       // not 0: approximate functions err as the ISA allows, differently for each value
   bool hardwareRounding = false;  // of matrix products, see TensorCore; else float32 in order of k
   uint64_t maxIdle = 200000000;   // thread instructions without any effect before a launch is called stuck
   bool verbose = false;

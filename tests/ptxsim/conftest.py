@@ -19,6 +19,7 @@ DEFAULTS = {
     "eager": 0,
     "detect": 1,
     "rounding": "float32",
+    "approximate": 0,
     "max_idle": 200_000_000,
     "banks": 0,
 }

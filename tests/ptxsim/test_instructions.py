@@ -334,6 +334,38 @@ def test_approximations(sim):
         np.testing.assert_allclose(got, want(inputs.astype(np.float64)), rtol=2e-7, atol=2e-8, err_msg=op)
 
 
+def test_approximations_err_when_told(sim):
+    """Inside the ISA's bounds, some of them, differently for every seed and always the same; what is exact stays so."""
+    x = np.concatenate([RNG.uniform(0.01, 100, 500), RNG.uniform(-3, 3, 500)]).astype(np.float32)
+    y = RNG.permutation(x)
+    positive = np.abs(x)
+    for op, a, want, bound in (
+        ("ex2.approx.ftz", x % 20, np.exp2(x.astype(np.float64) % 20), 2**-22),
+        ("lg2.approx", positive, np.log2(positive, dtype=np.float64), 2**-22),
+        ("rcp.approx.ftz", x, 1 / x.astype(np.float64), 2**-23),
+        ("rsqrt.approx", positive, 1 / np.sqrt(positive, dtype=np.float64), 2**-22.9),
+        ("sqrt.approx", positive, np.sqrt(positive, dtype=np.float64), 2**-23),
+        ("sin.approx", x, np.sin(x, dtype=np.float64), 2**-23),
+        ("tanh.approx", x, np.tanh(x, dtype=np.float64), 2**-11),
+        ("div.approx", x, x.astype(np.float64) / y, 2**-22),
+        ("div.full.ftz", x, x.astype(np.float64) / y, 2**-22),
+    ):
+        want = np.exp2(a.astype(np.float64)) if op.startswith("ex2") else want
+        inputs = [a.astype(np.float32), *([y] if op.startswith("div") else [])]
+        results = []
+        for seed in (0, 1, 1, 2):
+            sim.option(approximate=seed)
+            text = f"{op}.f32 {{d}}, {{a}}{', {b}' if len(inputs) > 1 else ''};"
+            results.append(run(sim, text, *inputs, out=np.float32))
+            assert np.abs(results[-1] / want - 1).max() <= bound, op
+        exact, first, again, second = results
+        assert np.array_equal(first, again)
+        assert 100 < (first != exact).sum() < 1000 > (first != second).sum() > 100, op
+    powers = np.exp2(np.arange(-20, 20)).astype(np.float32)
+    assert np.array_equal(run(sim, "rcp.approx.ftz.f32 {d}, {a};", powers, out=np.float32), 1 / powers)
+    assert np.array_equal(run(sim, "div.rn.f32 {d}, {a}, {b};", x, y, out=np.float32), x / y)
+
+
 ALL16 = np.arange(65536, dtype=np.uint16)
 HALF = {"f16": (torch.float16, np.float16), "bf16": (torch.bfloat16, None)}
 

@@ -146,7 +146,7 @@ def test_fp8_without_wgmma(sim, kind):
     assert dot(2.0**25, k0=1, k31=tiny) == 2.0**25
 
 
-def test_nothing_finite(sim):
+def test_infinities_subnormals_and_zeros(sim):
     sim.option(rounding="hardware")
     inf, nan = float("inf"), float("nan")
     for x, y, c, answer in (
@@ -160,7 +160,10 @@ def test_nothing_finite(sim):
         ([2.0**-127, 0], [2.0**-22, 0], 0.0, 2.0**-149),
         ([1.5 * 2.0**-127, 0], [2.0**-22, 0], 0.0, 2.0**-149),
         ([0, 0], [0, 0], 0.0, 0.0),
+        ([-1, 1], [1, 1], -0.0, 0.0),
+        ([0, 0], [-1, -1], -0.0, 0.0),
     ):
         kind = [rows(v, dtype=torch.bfloat16) for v in (x, y)]
         got = dots(sim, "wgmma", "bf16", *kind, np.float32([c]))
         assert np.array_equal(got, np.float32([answer]), equal_nan=True), (x, y, c)
+        assert np.signbit(got[0]) == (answer == -inf) or np.isnan(answer), (x, y, c)
