@@ -1,4 +1,4 @@
-# Ways in: venv demo test test-fast test-rounding lint test-gpu bench gpu gpu-wheels clean
+# Ways in: venv demo test test-fast rehearse lint test-gpu bench gpu gpu-wheels clean
 PYTHON ?= python3
 TORCH ?= torch==2.13.0 triton==3.7.1
 PY := .venv/bin/python
@@ -6,7 +6,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 CXX_FILES := $(shell find csrc bench tests/build tests/bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv native ptxsim demo test test-fast test-rounding lint test-gpu bench gpu gpu-native gpu-probes gpu-validate gpu-wheels clean
+.PHONY: help venv native ptxsim demo test test-fast rehearse lint test-gpu bench gpu gpu-native gpu-probes gpu-validate gpu-wheels clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -45,8 +45,9 @@ test: venv  ## every test that needs no GPU
 test-fast: venv  ## the same without the slow ones
 	$(PY) -m pytest tests $(WORKERS) -m 'not slow' $(PYTEST_ARGS)
 
-test-rounding: venv  ## the tests of a GPU, on simulated tensor cores and approximations that round as a GPU's do
-	DSV3_KERNELS_SIM=rounding=hardware,approximate=1 $(PY) -m pytest $(GPU_TESTS) tests/cli/test_validation.py $(WORKERS) -m 'not slow' $(PYTEST_ARGS)
+# Tensor cores and approximations round as a GPU's do.
+rehearse: venv  ## the tests of a GPU, on a make-believe one
+	DSV3_KERNELS_SIM=rounding=hardware,approximate=1 $(PY) -m pytest $(GPU_TESTS) --rehearse $(WORKERS) $(PYTEST_ARGS)
 
 lint: .venv/installed  ## ruff, mypy, clang-format
 	$(PY) -m ruff check .
@@ -58,7 +59,7 @@ lint: .venv/installed  ## ruff, mypy, clang-format
 GPU_PY := PYTHONPATH=$(CURDIR):$(CURDIR)/build/gpu-site $(PYTHON)
 GPU_NEEDS := hypothesis pytest rich safetensors tokenizers
 # What a GPU can decide: the rest is the same anywhere, and the node's minutes are few.
-GPU_TESTS ?= tests/quant tests/gemm tests/mla tests/moe tests/model/test_demo_checkpoint.py tests/test_gpu.py
+GPU_TESTS ?= tests/quant tests/gemm tests/mla tests/moe tests/test_gpu.py
 
 build/gpu-site: $(wildcard .whl/*.whl)
 	mkdir -p $@

@@ -36,7 +36,7 @@ def first(problems: Any) -> str | None:
 
 def fp8_gemm(m: int, n: int, k: int, *, quick: bool = False, cpu: bool = False) -> Case:
     def make(device: torch.device) -> tuple[Any, ...]:
-        a, b = dk.quantize_1x128(normal(device, m, k)), dk.quantize_128x128(normal(device, n, k))
+        a, b = dk.quantize_1x128(normal(device, m, k)), dk.quantize_128x128(normal(device, n, k, seed=1))
         return *a, *b, torch.empty(m, n, dtype=torch.bfloat16, device=device)
 
     return Case(
@@ -65,7 +65,7 @@ def quantised_gemm(m: int, n: int, k: int, *, quick: bool = False) -> Case:
 
     def make(device: torch.device) -> tuple[Any, ...]:
         out = torch.empty(m, n, dtype=torch.bfloat16, device=device)
-        return normal(device, m, k).bfloat16(), *dk.quantize_128x128(normal(device, n, k)), out
+        return normal(device, m, k).bfloat16(), *dk.quantize_128x128(normal(device, n, k, seed=1)), out
 
     def run(x: Tensor, b: Tensor, b_scale: Tensor, out: Tensor) -> Tensor:
         return dk.fp8_gemm(*dk.quantize_1x128(x), b, b_scale, out=out)
@@ -134,7 +134,7 @@ def weight_gradient(m: int, n: int, tokens: int, *, quick: bool = False) -> Case
     """Both scales 1x128, added into float32: the weight gradient of a dense layer over microbatches."""
 
     def make(device: torch.device) -> tuple[Any, ...]:
-        a, b = dk.quantize_1x128(normal(device, m, tokens)), dk.quantize_1x128(normal(device, n, tokens))
+        a, b = dk.quantize_1x128(normal(device, m, tokens)), dk.quantize_1x128(normal(device, n, tokens, seed=1))
         return *a, *b, torch.zeros(m, n, device=device)
 
     def check(inputs: tuple[Any, ...], out: Tensor) -> str | None:
@@ -162,7 +162,7 @@ def grouped_inputs(device: torch.device, groups: int, rows: int, n: int, k: int)
     offsets = uneven_offsets(device, rows, groups)
     if rows >= 256 * groups:
         offsets = (offsets + 64) // 128 * 128
-    b = dk.quantize_128x128(normal(device, groups, n, k))
+    b = dk.quantize_128x128(normal(device, groups, n, k, seed=1))
     return *dk.quantize_1x128(normal(device, rows, k)), *b, offsets
 
 
@@ -199,7 +199,10 @@ def fp8_grouped_gemm(groups: int, rows: int, n: int, k: int, *, quick: bool = Fa
 
 def fp8_masked_gemm(groups: int, most: int, mean: int, n: int, k: int, *, quick: bool = False) -> Case:
     def make(device: torch.device) -> tuple[Any, ...]:
-        a, b = dk.quantize_1x128(normal(device, groups, most, k)), dk.quantize_128x128(normal(device, groups, n, k))
+        a, b = (
+            dk.quantize_1x128(normal(device, groups, most, k)),
+            dk.quantize_128x128(normal(device, groups, n, k, seed=1)),
+        )
         counts = uneven_offsets(device, groups * mean, groups).diff()
         return *a, *b, counts, torch.empty(groups, most, n, dtype=torch.bfloat16, device=device)
 
@@ -236,7 +239,10 @@ def fp8_grouped_wgrad(
 
     def make(device: torch.device) -> tuple[Any, ...]:
         offsets = uneven_offsets(device, tokens, groups)
-        a, b = (dk.quantize_1x128_both(normal(device, tokens, size), offsets=offsets)[2:] for size in (m, n))
+        a, b = (
+            dk.quantize_1x128_both(normal(device, tokens, size, seed=seed), offsets=offsets)[2:]
+            for seed, size in enumerate((m, n))
+        )
         return *a[:2], *b, torch.zeros(groups, m, n, device=device)
 
     def run(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, out: Tensor) -> Tensor:

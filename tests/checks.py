@@ -12,7 +12,7 @@ from torch import Tensor
 from dsv3_kernels import _simulator
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-HARDWARE_ROUNDING = _simulator.adds_as_hardware()  # of every launch on the simulator: make test-rounding
+HARDWARE_ROUNDING = _simulator.adds_as_hardware()  # of every launch on the simulator: make rehearse
 
 
 def no_skip(report: Any) -> Any:

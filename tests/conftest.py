@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import zlib
 
 import checks
 import pytest
+import rehearsal
 import torch
 
 import dsv3_kernels as dk
@@ -17,10 +19,13 @@ from dsv3_kernels._library import OPS, module_of
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="run on the GPU: a GPU that is missing is a failure")
+    parser.addoption("--rehearse", action="store_true", help="the same on a make-believe GPU (tests/rehearsal.py)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--gpu") and not torch.cuda.is_available():
+    if config.getoption("--rehearse"):
+        config.option.gpu = True
+    elif config.getoption("--gpu") and not torch.cuda.is_available():
         pytest.exit(f"--gpu: torch {torch.__version__} sees no GPU", returncode=1)
     for op in OPS:  # torch.ops knows an op once its module is imported, which a test must not owe to the one before it
         importlib.import_module(module_of(op))
@@ -30,12 +35,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` belong to `make test-gpu` alone: elsewhere they are not collected, rather than skipped."""
-    if not config.getoption("--gpu"):
-        deselected = [item for item in items if item.get_closest_marker("gpu")]
-        if deselected:
-            config.hook.pytest_deselected(items=deselected)
-            items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    """Tests marked `gpu` belong to `make test-gpu` alone: elsewhere they are not collected, rather than skipped; and
+    there only what a GPU can decide is: these, and what asks for a device."""
+    gpu, rehearse = config.getoption("--gpu"), config.getoption("--rehearse")
+
+    def belongs(item: pytest.Item) -> bool:
+        marked = item.get_closest_marker("gpu") is not None
+        if not gpu:
+            return not marked
+        return (marked or "device" in item.fixturenames) and not (rehearse and rehearsal.left_out(item))
+
+    config.hook.pytest_deselected(items=[item for item in items if not belongs(item)])
+    items[:] = [item for item in items if belongs(item)]
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -54,6 +65,12 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(autouse=True)
+def _gpu(request: pytest.FixtureRequest):
+    with rehearsal.device() if request.config.getoption("--rehearse") else contextlib.nullcontext():
+        yield
+
+
+@pytest.fixture(autouse=True)
 def _seeded(request: pytest.FixtureRequest) -> None:
     """Random numbers that are a test's own, and the same at every run, alone or among others."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
@@ -69,12 +86,14 @@ def backends_of(op: str, gpu: bool) -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that asks for `backend` runs on every backend that implements the op of its file."""
-    if "backend" in metafunc.fixturenames:
+    """A test that asks for `backend`, or `idle_backend`, runs on every backend that implements the op of its file."""
+    for name in ("backend", "idle_backend"):
+        if name not in metafunc.fixturenames:
+            continue
         op = getattr(metafunc.module, "OP", None)
         if op not in OPS:
-            raise pytest.UsageError(f"{metafunc.module.__name__} asks for `backend` and must name its op in OP")
-        metafunc.parametrize("backend", backends_of(op, metafunc.config.getoption("--gpu")), indirect=True)
+            raise pytest.UsageError(f"{metafunc.module.__name__} asks for `{name}` and must name its op in OP")
+        metafunc.parametrize(name, backends_of(op, metafunc.config.getoption("--gpu")), indirect=True)
 
 
 @pytest.fixture
@@ -86,6 +105,15 @@ def backend(request: pytest.FixtureRequest):
         yield request.param
     if kind != "eager":
         assert launched(kind) > before, f"no {kind} kernel ran on {request.param}"
+
+
+@pytest.fixture
+def idle_backend(request: pytest.FixtureRequest):
+    """Force a backend that must not launch anything: there is nothing to do."""
+    before = dk.launch_counts()
+    with dk.backend(request.param):
+        yield request.param
+    assert dk.launch_counts() == before, f"{request.param} launched a kernel on nothing"
 
 
 def launched(kind: str) -> int:

@@ -29,7 +29,15 @@ SCHEDULES = {
     "random2": {"timing": "random", "order": "random", "seed": "2"},
 }
 _ROUNDING = "hardware" if checks.HARDWARE_ROUNDING else "float32"
-_DEFAULTS = {"timing": "early", "order": "forward", "seed": "0", "rounding": _ROUNDING, "banks": "0", "sms": "132"}
+_DEFAULTS = {
+    "timing": "early",
+    "order": "forward",
+    "seed": "0",
+    "rounding": _ROUNDING,
+    "banks": "0",
+    "sms": "132",
+    "approximate": "0",
+}
 
 
 def _library() -> Any:

@@ -43,27 +43,29 @@ def rows(device: torch.device, *shape: int) -> tuple[Tensor, Tensor]:
     """A 1x128 operand whose rows lie a multiple of 16 bytes apart; between them lie NaN codes."""
     with dk.backend("eager"):  # the op under test is another one
         q, scale = dk.quantize_1x128(uneven(*shape))
-    return padded(q).to(device), scale.to(device)
+    return padded(q.to(device)), scale.to(device)
 
 
 def blocks(device: torch.device, *shape: int) -> tuple[Tensor, Tensor]:
     """A 128x128 operand, as `rows`."""
     with dk.backend("eager"):
         q, scale = dk.quantize_128x128(uneven(*shape))
-    return padded(q).to(device), scale.to(device)
+    return padded(q.to(device)), scale.to(device)
 
 
 def padded(q: Tensor) -> Tensor:
     width = q.shape[-1]
     if width % 16 == 0:
         return q
-    store = torch.full((*q.shape[:-1], -(-width // 16) * 16), 0x7F, dtype=torch.uint8)
+    store = torch.full((*q.shape[:-1], -(-width // 16) * 16), 0x7F, dtype=torch.uint8, device=q.device)
     store[..., :width] = q.view(torch.uint8)
     return store.view(E4M3)[..., :width]
 
 
-def product(got: Tensor, a: Tensor, b: Tensor, backend: str = "eager", *plus: Tensor) -> None:
-    """`got` is A @ B.T plus what is added, element by element, within the error of its backend and dtype."""
+def product(got: Tensor, a: Tensor, b: Tensor, backend: str | None = None, *plus: Tensor) -> None:
+    """`got` is A @ B.T plus what is added, element by element, within the error of its dtype and of its backend, by
+    default the one that its device takes by itself."""
+    backend = backend or ("cuda" if got.is_cuda else "eager")
     wanted, size = a @ b.mT, a.abs() @ b.abs().mT
     for addend in plus:
         wanted, size = wanted + addend.double(), size + addend.double().abs()

@@ -39,12 +39,14 @@ def definition(q, keys, causal, scale=SCALE, latent=512, weight_roundoff=0.0):
     return out, lse, out_off + 1e-30, lse_off
 
 
-def check(device, q, filled_cache, causal=True, scale=SCALE, latent=512, backend="eager", **options):
+def check(device, q, filled_cache, causal=True, scale=SCALE, latent=512, backend=None, **options):
+    """`backend`: by default the one that the device takes by itself."""
     cache, table, lengths, keys = filled_cache
     args = (t.to(device) for t in (q, cache, table, lengths))
     options = options if latent == 512 else {**options, "latent": latent}
     out, lse = dk.mla_decode(*args, softmax_scale=scale, causal=causal, **options)
-    weight_roundoff = 0.0 if backend == "eager" else roundoff(torch.bfloat16)
+    in_kernel = device.type != "cpu" if backend is None else backend != "eager"
+    weight_roundoff = roundoff(q.dtype) if in_kernel and q.dtype.itemsize == 2 else 0.0
     wanted = definition(q, keys, causal, scale, latent, weight_roundoff)
     assert out.dtype == q.dtype and lse.dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)
     assert out.is_contiguous() and lse.is_contiguous()

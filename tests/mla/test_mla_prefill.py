@@ -134,7 +134,8 @@ def test_no_sequences(device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_other_dtypes(device, dtype):
     cu_q, cu_k = bounds_of([4, 9]), bounds_of([6, 9])
-    check(device, inputs(13, 15, 2, dtype), cu_q, cu_k, True)
+    in_kernel = device.type == "cuda" and dtype == torch.float16  # a GPU serves it by Triton
+    check(device, inputs(13, 15, 2, dtype), cu_q, cu_k, True, factor=roundoff(dtype) if in_kernel else 0.0)
 
 
 @pytest.mark.parametrize("widths", [(16, 8, 16), (21, 6, 14), (1, 2, 1), (8, 0, 4)], ids=str)

@@ -23,18 +23,24 @@ def bounds(counts, device="cpu") -> torch.Tensor:
     return torch.tensor([0, *torch.tensor(counts).cumsum(0)], dtype=torch.int32, device=device)
 
 
+@dk.backend("eager")
+def quantized(x, pow2_scale):
+    """The reference, on the device of x whatever is tested."""
+    return dk.quantize_1x128(x, pow2_scale=pow2_scale)
+
+
 def check(got, x, counts, pow2_scale):
     """Everything that belongs to a group; the rest is unspecified."""
     q, scale, q_t, scale_t, offsets_t = got
     used, start, column = sum(counts), 0, 0
-    wanted = dk.quantize_1x128(x[:used], pow2_scale=pow2_scale)
+    wanted = quantized(x[:used], pow2_scale)
     assert same_bits((q[:used], scale[:used].contiguous()), (wanted[0], wanted[1].contiguous()))
     for group, count in enumerate(counts):
         if offsets_t is not None:
             assert offsets_t[group] == column
         width = -(-count // 128) * 128
         tokens = torch.nn.functional.pad(x[start : start + count], (0, 0, 0, width - count))
-        wanted = dk.quantize_1x128(tokens.t().contiguous(), pow2_scale=pow2_scale)
+        wanted = quantized(tokens.t().contiguous(), pow2_scale)
         theirs = q_t[:, column : column + width], scale_t[:, column // 128 : (column + width) // 128]
         assert same_bits([t.contiguous() for t in theirs], [t.contiguous() for t in wanted])
         start, column = start + count, column + width
