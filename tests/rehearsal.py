@@ -1,8 +1,9 @@
 """A make-believe GPU, on which the tests of a GPU are rehearsed where there is none: `pytest --rehearse`.
 
 Its tensors say cuda:0 and live on the CPU, its kernels run in the simulator, with a GPU's rounding where the
-environment asks for it. An operation on tensors of both devices fails as it would there, and so does a call that names a
-backend which the device does not have. What needs the driver itself (graphs, streams, pinned memory) cannot be rehearsed.
+environment asks for it. An operation on tensors of both devices fails as it would there, and so does a call that names
+a backend which the device does not have. What needs the driver itself (graphs, streams, pinned memory) cannot be
+rehearsed.
 """
 
 from __future__ import annotations
