@@ -26,8 +26,8 @@ from dsv3_kernels._library import OPS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 SIMULATED = {"cuda": "sim:cuda", "triton": "sim:triton"}
-# These trace or count operations themselves, or make tensors below what is intercepted here.
-NOT_REHEARSED = ("op_contract", "compiles", "gradient_in_float64")
+# These trace or count operations themselves.
+NOT_REHEARSED = ("op_contract", "compiles")
 MAY_MIX = ("aten::copy_", "aten::_to_copy", "aten::index", "aten::_index_put_impl_")  # and scalars always
 
 
@@ -92,24 +92,32 @@ def _run(func: Any, args: tuple, kwargs: dict) -> Any:
     """The operation on the bytes, with the GPU's rules for what may meet and where results are."""
     name, (flat, spec) = func._schema.name, tree_flatten((args, kwargs))
     ours = [a for a in flat if isinstance(a, OnGpu)]
-    others = [a for a in flat if isinstance(a, torch.Tensor) and not isinstance(a, OnGpu) and a.dim()]
-    if ours and others and not name.startswith(MAY_MIX):
+    others = [a for a in flat if isinstance(a, torch.Tensor) and not isinstance(a, OnGpu)]
+    others = [a for a in others if not hasattr(a, "anywhere")]
+    if ours and any(a.dim() for a in others) and not name.startswith(MAY_MIX):
         raise RuntimeError(f"{name}: expected all tensors to be on the same device, found cuda:0 and cpu")
-    device = kwargs.get("device")
+    # Autograd takes our tensors for the CPU's. Its casts leave a gradient where it is; zeros that it makes, for a
+    # gradient that nobody gave, may be of either device.
+    backward = torch._C._current_graph_task_id() != -1
+    device = None if backward and ours else kwargs.get("device")
     on_gpu = bool(ours) if device is None else torch.device(device).type == "cuda"
     if name == "aten::copy_":
         on_gpu = isinstance(args[0], OnGpu)
     args, kwargs = tree_unflatten([a.inner if isinstance(a, OnGpu) else a for a in flat], spec)
-    if device is not None and on_gpu:
+    if on_gpu and kwargs.get("device") is not None:
         kwargs["device"] = CPU
     with _backend_of(name, args) if ours and name.startswith("dsv3_kernels::") else contextlib.nullcontext():
         out = func(*args, **kwargs)
-    if not on_gpu:
-        return out
     known = {id(a.inner): a for a in ours}  # what was written in place stays the tensor it was
 
     def back(t: Any) -> Any:
-        return known[id(t)] if id(t) in known else OnGpu(t) if isinstance(t, torch.Tensor) else t
+        if not isinstance(t, torch.Tensor):
+            return t
+        if on_gpu:
+            return known[id(t)] if id(t) in known else OnGpu(t)
+        if backward and not others:
+            t.anywhere = True
+        return t
 
     return tree_map(back, out)
 

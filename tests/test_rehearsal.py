@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from checks import same_bits
 from simulated import needs_simulator, schedule
 
 import dsv3_kernels as dk
+from dsv3_kernels import cli
 from dsv3_kernels.model import pretrain
 
 PROMPT = b"In the beginning God created the heaven and the earth. And the earth was"
@@ -116,3 +118,30 @@ def test_the_model_writes_the_same_text(weights):
     if weights == "fp8":
         families |= {"fp8_gemm", "fp8_grouped_gemm", "fp8_grouped_gemm_swiglu_quantize", "mla_prologue"}
     assert [f for f in families if not any(name.startswith(f) for name in launched)] == []
+
+
+@needs_simulator
+def test_a_step_of_training_is_that_of_the_cpu(tmp_path):
+    """The FP8 recipe, forward, backward and optimizer, in kernels."""
+    text = tmp_path / "text"
+    text.write_bytes(PROMPT * 20)
+
+    def step(device: str) -> dict[str, float]:
+        sizes = ["--steps", "1", "--batch", "2", "--sequence", "64"]
+        assert cli.main(["train", str(text), "--out", str(tmp_path / device), "--device", device, *sizes]) == 0
+        return json.loads((tmp_path / device / "metrics.jsonl").read_text())
+
+    wanted, before = step("cpu"), dk.launch_counts()
+    with rehearsal.device(), schedule(rounding="hardware", approximate="1"):
+        got = step("cuda")
+    launched = set(dk.launch_counts() - before)
+    for op in (
+        "quantize_1x128_both",
+        "fp8_gemm",
+        "fp8_grouped_gemm",
+        "fp8_grouped_wgrad",
+        "triton_mla_prefill_backward",
+    ):
+        assert any(name.startswith(op) for name in launched), op
+    assert got["main"] == pytest.approx(wanted["main"], rel=1e-3)
+    assert got["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=0.02)
