@@ -57,13 +57,13 @@ lint: .venv/installed  ## ruff, mypy, clang-format
 
 # The GPU targets use the python3 that has torch; they build in place and install nothing outside build/.
 GPU_PY := PYTHONPATH=$(CURDIR):$(CURDIR)/build/gpu-site $(PYTHON)
-GPU_NEEDS := hypothesis pytest rich safetensors tokenizers
+GPU_NEEDS := hypothesis pytest pytest-xdist rich safetensors tokenizers
 # What a GPU can decide: the rest is the same anywhere, and the node's minutes are few.
 GPU_TESTS ?= tests/quant tests/gemm tests/mla tests/moe tests/test_gpu.py
 
 build/gpu-site: $(wildcard .whl/*.whl)
 	mkdir -p $@
-	@missing=$$($(PYTHON) -c 'import sys; from importlib.util import find_spec; print(*[n for n in sys.argv[1:] if not find_spec(n)])' $(GPU_NEEDS)); \
+	@missing=$$($(PYTHON) -c 'import sys; from importlib.metadata import distributions; have = {d.name.lower() for d in distributions()}; print(*[n for n in sys.argv[1:] if n not in have])' $(GPU_NEEDS)); \
 	if [ -n "$$missing" ]; then \
 	  $(PYTHON) -m pip install --quiet --target $@ $(if $(wildcard .whl/*.whl),--no-index --find-links .whl) $$missing; \
 	fi
@@ -73,7 +73,7 @@ gpu-native: build/gpu-site
 	$(GPU_PY) -m build_backend --null-driver
 
 test-gpu: gpu-native  ## the tests on a GPU; one that is missing is a failure
-	$(GPU_PY) -m pytest $(GPU_TESTS) --gpu $(PYTEST_ARGS)
+	$(GPU_PY) -m pytest $(GPU_TESTS) --gpu $(WORKERS) $(PYTEST_ARGS)
 
 bench: gpu-native  ## side by side with the peers that are at hand
 	$(GPU_PY) -m bench.run $(BENCH_ARGS)
