@@ -28,7 +28,8 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 SIMULATED = {"cuda": "sim:cuda", "triton": "sim:triton"}
 # These trace or count operations themselves.
 NOT_REHEARSED = ("op_contract", "compiles")
-MAY_MIX = ("aten::copy_", "aten::_to_copy", "aten::index", "aten::_index_put_impl_")  # and scalars always
+INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
+MAY_MIX = INDEXING | {"aten::copy_", "aten::_to_copy"}  # and scalars always
 
 
 class OnGpu(torch.Tensor):
@@ -94,7 +95,7 @@ def _run(func: Any, args: tuple, kwargs: dict) -> Any:
     ours = [a for a in flat if isinstance(a, OnGpu)]
     others = [a for a in flat if isinstance(a, torch.Tensor) and not isinstance(a, OnGpu)]
     others = [a for a in others if not hasattr(a, "anywhere")]
-    if ours and any(a.dim() for a in others) and not name.startswith(MAY_MIX):
+    if ours and any(a.dim() for a in others) and name not in MAY_MIX:
         raise RuntimeError(f"{name}: expected all tensors to be on the same device, found cuda:0 and cpu")
     # Autograd takes our tensors for the CPU's. Its casts leave a gradient where it is; zeros that it makes, for a
     # gradient that nobody gave, may be of either device.

@@ -59,7 +59,12 @@ def test_views_share_memory_and_writes_keep_the_tensor(gpu):
 
 def test_devices_do_not_mix(gpu):
     x = torch.ones(3, device=gpu)
-    for mixed in (lambda: x + torch.ones(3), lambda: torch.ones(3) @ x, lambda: torch.cat([x, torch.ones(3)])):
+    for mixed in (
+        lambda: x + torch.ones(3),
+        lambda: torch.ones(3) @ x,
+        lambda: torch.cat([x, torch.ones(3)]),
+        lambda: x[:2].index_add_(0, torch.tensor([1]), x[:1]),
+    ):
         with pytest.raises(RuntimeError, match="expected all tensors to be on the same device, found cuda:0 and cpu"):
             mixed()
     assert (x + torch.tensor(2.0)).tolist() == [3, 3, 3]  # but scalars

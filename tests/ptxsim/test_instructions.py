@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from simulator import SimError
 
 RNG = np.random.default_rng(1)
 REG = {1: "b16", 2: "b16", 4: "b32", 8: "b64"}
@@ -364,6 +365,8 @@ def test_approximations_err_when_told(sim):
     powers = np.exp2(np.arange(-20, 20)).astype(np.float32)
     assert np.array_equal(run(sim, "rcp.approx.ftz.f32 {d}, {a};", powers, out=np.float32), 1 / powers)
     assert np.array_equal(run(sim, "div.rn.f32 {d}, {a}, {b};", x, y, out=np.float32), x / y)
+    with pytest.raises(SimError, match="not supported"):  # there is none
+        run(sim, "div.approx.f64 {d}, {a}, {b};", x.astype(np.float64), y.astype(np.float64), out=np.float64)
 
 
 ALL16 = np.arange(65536, dtype=np.uint16)
