@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import basic_blocks
 import checks
 import pytest
 
@@ -46,6 +48,13 @@ def _library() -> Any:
     return library
 
 
+def _text(function: Any, *args: Any) -> str:
+    size = function(*args, None, ctypes.c_size_t(0)) + 1
+    text = ctypes.create_string_buffer(size)
+    function(*args, text, ctypes.c_size_t(size))
+    return text.value.decode()
+
+
 @contextlib.contextmanager
 def schedule(**options: str) -> Iterator[None]:
     """Launches inside the block run under these options of the simulator."""
@@ -67,9 +76,8 @@ def counters() -> dict[str, Any]:
     tensor cores take for the wgmmas at full rate, summed over SMs. Under `schedule(banks="1")` shared_wavefronts counts
     passes over the shared-memory banks, of which shared_ideal would do: the difference are bank conflicts. Retries of
     waits count as instructions and depend on the schedule."""
-    text = ctypes.create_string_buffer(4096)
-    _library().dsv3SimCounters(text, ctypes.c_size_t(4096))
-    return json.loads(text.value)
+    counts = json.loads(_text(_library().dsv3SimCounters))
+    return counts | {"instructions": basic_blocks.by_class(counts["instructions"])}
 
 
 @contextlib.contextmanager
@@ -115,14 +123,23 @@ class Block:
         return f"PTX line {self.ptx_line}, {file}:{line} ({self.kind}): {self.source}"
 
 
+_rows: dict[tuple[str, int], list[basic_blocks.Row]] = {}  # of a version of a kernel
+
+
 def blocks(kernel: str) -> list[Block]:
     """Every basic block, and every predicated instruction, of the kernels of that name that this process launched."""
-    library = _library()
-    size = library.dsv3SimCoverage(kernel.encode(), None, ctypes.c_size_t(0)) + 1
-    text = ctypes.create_string_buffer(size)
-    library.dsv3SimCoverage(kernel.encode(), text, ctypes.c_size_t(size))
-    rows = [line.split("\t") for line in text.value.decode().splitlines()]
-    return [Block(int(r[0]), int(r[1]), r[2], int(r[3]), tuple(r[4:])) for r in rows]
+    lines = [line.split("\t") for line in _text(_library().dsv3SimCoverage, kernel.encode()).splitlines()]
+    seen = []
+    for number, group in itertools.groupby(lines, key=lambda fields: int(fields[0])):
+        counts, lane_counts, code = [], [], []
+        for _, count, lane_count, *fields in group:
+            counts.append(int(count)), lane_counts.append(int(lane_count)), code.append(fields)
+        if (kernel, number) not in _rows:
+            _rows[kernel, number] = basic_blocks.rows_of(basic_blocks.parse(code))
+        for row in _rows[kernel, number]:
+            count = (lane_counts if row.counts_lanes else counts)[row.first]
+            seen.append(Block(number, count, row.kind, int(code[row.first][3]), row.positions))
+    return seen
 
 
 class Coverage:

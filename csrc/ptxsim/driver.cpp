@@ -212,7 +212,7 @@ struct LaunchConfig {  // CUlaunchConfig
 static_assert(sizeof(LaunchAttribute) == 72 && sizeof(LaunchConfig) == 56, "the driver's layout");
 
 Counters gCounters;
-std::string gKernelName, gInstructions;
+std::string gKernelName;
 
 // The shape of a launch, checked against what the kernel and an SM allow.
 void shape(Launch& l, const LaunchConfig& cfg, const KernelHandle& handle) {
@@ -314,10 +314,8 @@ void launch(const LaunchConfig& cfg, KernelHandle& handle, void** params, void**
   }
   gCounters = l.n;
   gKernelName = k.name;
-  gInstructions = instructionCounts(k);
   if (!l.early || l.waited) gPredecessors.clear();  // this launch has ended, and so have those before it
   if (l.signalled) gPredecessors.insert(gPredecessors.end(), declared.begin(), declared.end());
-  profileEnd(k);
   const bool outside = failure.find("out-of-bounds global") != std::string::npos;
   require(failure.empty(), outside ? IllegalAddress : LaunchFailed, failure);
 }
@@ -584,9 +582,9 @@ SIM_API size_t dsv3SimCounters(char* out, size_t size) {
 #define PRINT(name, field) s += cat(", \"" #name "\": ", gCounters.field)
   COUNTERS(PRINT);
 #undef PRINT
-  return give(s + ", \"instructions\": {" + gInstructions + "}}", out, size);
+  return give(s + ", \"instructions\": {" + instructionCounts() + "}}", out, size);
 }
-// Executions of the basic blocks of every kernel of that name, over all launches: see coverageOf. Returns the length.
+// Executions of the instructions of every kernel of that name, over all launches: see coverageOf. Returns the length.
 SIM_API size_t dsv3SimCoverage(const char* kernel, char* out, size_t size) {
   std::lock_guard<std::recursive_mutex> lock(gMutex);
   return give(coverageOf(kernel), out, size);

@@ -140,8 +140,7 @@ bool Warp::run(unsigned quantum) {
   schedule();
   if (!ready) return false;
   const Inst* code = kernel->code.data();
-  uint64_t* hits = const_cast<uint64_t*>(kernel->hits.data());
-  uint64_t* taken = const_cast<uint64_t*>(kernel->taken.data());
+  uint64_t *hits = kernel->coverage->hits.data(), *taken = kernel->coverage->taken.data();
   uint64_t threadInst = 0, before = executed;
   uint32_t mask = frags[cur].mask;
   pc = frags[cur].pc;

@@ -87,6 +87,12 @@ struct SourceLine {
   std::string text;
 };
 
+struct Coverage {  // of one kernel of one module text over all launches: see profile.cpp. It outlives the module
+  size_t module;
+  std::vector<std::string> rows;              // of each instruction
+  std::vector<uint64_t> hits, taken, before;  // by warps; of a predicated one with a lane to run for; hits at launch
+};
+
 struct Kernel {
   std::string name;
   Module* module = nullptr;
@@ -107,11 +113,7 @@ struct Kernel {
   std::vector<std::pair<uint32_t, uint32_t>> paramLayout;  // offset, bytes
   uint8_t* params = nullptr;                               // simulated parameter bank
   int entry = 0;
-  // What launches did: see profile.cpp
-  std::vector<uint64_t> hits;    // by warps, of each instruction, in the last launch
-  std::vector<uint64_t> taken;   // of a predicated one: those with a lane to run for
-  std::vector<uint8_t> classOf;  // of each instruction
-  std::shared_ptr<struct Coverage> coverage;
+  std::shared_ptr<Coverage> coverage;
   std::string place(size_t pc) const;  // source position and PTX line, for reports
 };
 
@@ -373,8 +375,7 @@ constexpr unsigned kRegisters = 65536, kThreadsPerSm = 2048;                    
 std::unique_ptr<Kernel> decodeKernel(Module& m, Func& f);
 
 void profileStart(Kernel& k);  // before a launch
-void profileEnd(Kernel& k);    // after it, failed or not
-std::string instructionCounts(const Kernel& k);
+std::string instructionCounts();
 std::string coverageOf(const std::string& kernel);
 
 void checkExit(Cta& cta);  // what a CTA must not leave behind

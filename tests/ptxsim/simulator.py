@@ -107,10 +107,16 @@ class Simulator:
         """Launches hand-written PTX. `body` may leave out the header."""
         Kernel(self, body if ".version" in body else HEADER + body).launch(*args, **launch)
 
+    def text(self, function: str) -> str:
+        """What one of the functions gives that fill a buffer."""
+        call = getattr(self.lib, function)
+        size = call(None, ctypes.c_size_t(0)) + 1
+        text = ctypes.create_string_buffer(size)
+        call(text, ctypes.c_size_t(size))
+        return text.value.decode()
+
     def counters(self) -> dict:
-        text = ctypes.create_string_buffer(4096)
-        self.lib.dsv3SimCounters(text, ctypes.c_size_t(4096))
-        return json.loads(text.value)
+        return json.loads(self.text("dsv3SimCounters"))
 
 
 class Kernel:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import ctypes
 import re
 from pathlib import Path
 
@@ -58,10 +57,7 @@ DIRECT = {
 
 
 def opcodes(sim) -> set[str]:
-    size = sim.lib.dsv3SimOpcodes(None, ctypes.c_size_t(0)) + 1
-    text = ctypes.create_string_buffer(size)
-    sim.lib.dsv3SimOpcodes(text, ctypes.c_size_t(size))
-    return set(text.value.decode().split())
+    return set(sim.text("dsv3SimOpcodes").split())
 
 
 def test_every_opcode_is_listed(sim):
