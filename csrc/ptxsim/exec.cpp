@@ -28,22 +28,21 @@ void Warp::needValid(const Inst& in, Ref r, uint32_t mask, const char* role) {
 
 // ---- fragments
 
-void Warp::jump(uint32_t mask, uint32_t target, uint32_t activeMask) {
+void Warp::jump(uint32_t mask, uint32_t target, const std::vector<Frame>* stack) {
   Fragment& f = frag();
-  ++launch->n.branches;
-  if (mask == activeMask && mask == f.mask) {
+  reschedule |= mask != f.mask || frags.size() > 1;
+  if (mask == f.mask) {
+    if (stack) f.stack = *stack;
     next = target;
-    if (frags.size() > 1) reschedule = true;
     return;
   }
   ++launch->n.divergent;
   Fragment other = f;
+  if (stack) other.stack = *stack;
   other.mask = mask;
   other.pc = target;
-  other.wait = Wait::None;
   f.mask &= ~mask;
   frags.push_back(std::move(other));
-  reschedule = true;
 }
 
 void Warp::block(Wait kind, std::string (*describe)(Warp&, const Inst&)) {

@@ -7,19 +7,20 @@
 namespace ptxsim {
 namespace {
 
-void bra(Warp& w, const Inst& in, uint32_t m) { w.jump(m, (uint32_t)in.imm, w.frag().mask); }
-
+void bra(Warp& w, const Inst& in, uint32_t m) {
+  ++w.launch->n.branches;
+  w.jump(m, (uint32_t)in.imm);
+}
 // brx.idx: every lane to its own entry of the list
 void brx(Warp& w, const Inst& in, uint32_t m) {
   w.needValid(in, in.a, m, "branch index");
   const auto& targets = in.ext->targets;
-  for (uint32_t left = m; left;) {
-    uint32_t idx = lane32(w, in.a, (unsigned)firstLane(left)), same = 0;
-    for (uint32_t l = left; l; l &= l - 1)
-      if (lane32(w, in.a, (unsigned)firstLane(l)) == idx) same |= 1u << firstLane(l);
+  for (uint32_t left = m, same = 0; left; left &= ~same, same = 0) {
+    const uint32_t idx = lane32(w, in.a, (unsigned)firstLane(left));
+    for (int i : lanesOf(left)) same |= (uint32_t)(lane32(w, in.a, (unsigned)i) == idx) << i;
     if (idx >= targets.size()) w.fail(in, firstLane(left), "branch index ", idx, " of ", targets.size(), " targets");
-    left &= ~same;
-    w.jump(same, (uint32_t)targets[idx], w.frag().mask);
+    ++w.launch->n.branches;
+    w.jump(same, (uint32_t)targets[idx]);
   }
 }
 
@@ -33,26 +34,11 @@ void copyFrame(Warp& w, const std::vector<Extra::Copy>& copies, uint32_t m) {
     }
 }
 
-// Moves the lanes of m to `target` with another call stack.
-void enter(Warp& w, uint32_t m, uint32_t target, std::vector<Frame> stack) {
-  Fragment& f = w.frag();
-  w.reschedule |= m != f.mask || w.frags.size() > 1;
-  if (m == f.mask) {
-    f.stack = std::move(stack);
-    w.next = target;
-    return;
-  }
-  f.mask &= ~m;
-  Fragment& other = w.frags.emplace_back();
-  other.mask = m;
-  other.pc = target;
-  other.stack = std::move(stack);
-}
 void call(Warp& w, const Inst& in, uint32_t m) {
   copyFrame(w, in.ext->args, m);
   std::vector<Frame> stack = w.frag().stack;
   stack.push_back({(int)w.pc + 1, in.ext});
-  enter(w, m, (uint32_t)in.imm, std::move(stack));
+  w.jump(m, (uint32_t)in.imm, &stack);
 }
 void ret(Warp& w, const Inst&, uint32_t m) {
   std::vector<Frame> stack = w.frag().stack;
@@ -60,7 +46,7 @@ void ret(Warp& w, const Inst&, uint32_t m) {
   const Frame top = stack.back();
   stack.pop_back();
   copyFrame(w, top.call->rets, m);
-  enter(w, m, (uint32_t)top.returnPc, std::move(stack));
+  w.jump(m, (uint32_t)top.returnPc, &stack);
 }
 void exitThread(Warp& w, const Inst&, uint32_t m) { w.exitLanes(m); }
 void trap(Warp& w, const Inst& in, uint32_t m) { w.fail(in, firstLane(m), "trap"); }
@@ -85,39 +71,34 @@ uint64_t frame64(Warp& w, int lane, uint32_t off) {
 void vprintf(Warp& w, const Inst& in, uint32_t m) {
   for (int lane : lanesOf(m)) {
     const char* f = cstring(w, in, lane, frame64(w, lane, in.ext->args[0].from));
-    uint64_t buf = frame64(w, lane, in.ext->args[1].from);
+    uint64_t at = frame64(w, lane, in.ext->args[1].from);
     std::string out;
-    uint64_t at = 0;
-    while (*f) {
-      if (*f != '%' || f[1] == '%') {
-        f += *f == '%';
-        out += *f++;
+    for (size_t n; *f; f += n + 1) {
+      n = *f == '%' ? 1 + strcspn(f + 1, "%diouxXcsfFeEgGaAp") : 0;  // of the specification before its last character
+      const char c = f[n];
+      if (!c) break;
+      if (!n || c == '%') {
+        out += c;
         continue;
       }
-      std::string spec(1, *f);
-      bool wide = false;
-      for (++f; *f && !strchr("diouxXcsfFeEgGaAp", *f); ++f) {
-        wide |= strchr("ljzt", *f) != nullptr;
-        if (!strchr("hljzt", *f)) spec += *f;
-      }
-      const char c = *f ? *f++ : 'd';
-      const bool real = strchr("fFeEgGaA", c);
-      const unsigned size = real || wide || c == 's' || c == 'p' ? 8 : 4;
-      char text[512];
-      uint64_t v = 0;
+      const bool wide = std::any_of(f, f + n, [](char x) { return strchr("ljzt", x); }), real = strchr("fFeEgGaA", c);
+      const unsigned size = wide || real || strchr("sp", c) ? 8 : 4;
+      std::string spec;
+      std::remove_copy_if(f, f + n, std::back_inserter(spec), [](char x) { return strchr("hljzt", x); });
       at = (at + size - 1) / size * size;
-      memcpy(&v, locate(w, in, lane, Space::Generic, buf + at, size, Kind::Read, 4).p, size);
+      uint64_t v = 0;
+      memcpy(&v, locate(w, in, lane, Space::Generic, at, size, Kind::Read, 4).p, size);
       at += size;
+      char text[512];
+      auto print = [&](const std::string& as, auto value) { snprintf(text, sizeof text, as.c_str(), value); };
       if (real)
-        snprintf(text, sizeof text, (spec + c).c_str(), bitsAs<double>(v));
+        print(spec + c, bitsAs<double>(v));
       else if (c == 's')
-        snprintf(text, sizeof text, (spec + c).c_str(), cstring(w, in, lane, v));
-      else if (c == 'p')
-        snprintf(text, sizeof text, "0x%llx", (unsigned long long)v);
-      else if (wide)
-        snprintf(text, sizeof text, (spec + "ll" + c).c_str(), (long long)v);
+        print(spec + c, cstring(w, in, lane, v));
+      else if (size == 4)
+        print(spec + c, (uint32_t)v);
       else
-        snprintf(text, sizeof text, (spec + c).c_str(), (int)v);
+        print(c == 'p' ? "0x%llx" : spec + "ll" + c, v);
       out += text;
     }
     fputs(out.c_str(), stdout);
@@ -131,16 +112,9 @@ void assertFail(Warp& w, const Inst& in, uint32_t m) {
 }
 
 void decodeCall(Dec& d) {
-  const Operand *name = nullptr, *args = nullptr, *rets = nullptr;
-  for (auto& a : d.p.args) {
-    if (a.kind == Operand::Name && !name)
-      name = &a;
-    else if (a.kind == Operand::List && !name)
-      rets = &a;
-    else if (a.kind == Operand::List)
-      args = &a;
-  }
-  if (!name) d.fail("indirect calls are not supported");
+  const Operand *name = nullptr, *args = nullptr, *rets = nullptr;  // (results), name, (arguments)
+  for (auto& a : d.p.args) (a.kind != Operand::List ? name : name ? args : rets) = &a;
+  if (!name || name->kind != Operand::Name) d.fail("indirect calls are not supported");
   Extra* e = d.extra();
   e->text = name->name;
   auto var = [&](const Operand& o) -> const Var& {

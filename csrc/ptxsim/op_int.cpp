@@ -62,18 +62,12 @@ TYPED(T, Brev, (T a)) {
   for (unsigned i = 0; i < 8 * sizeof(T); ++i) r = (T)(r << 1 | ((a >> i) & 1));
   return r;
 }
+// A field that reaches past the value goes on with zeros or its sign.
 TYPED(T, Bfe, (T a, uint32_t b, uint32_t c)) {
-  const unsigned bits = 8 * sizeof(T), pos = b & 0xff, len = c & 0xff;
-  if (len == 0) return 0;
-  const unsigned msb = std::min(pos + len, bits) - 1;
-  bool sign = std::is_signed<T>::value && ((U<T>)a >> std::min(msb, bits - 1)) & 1;
-  U<T> r = pos >= bits ? 0 : (U<T>)((U<T>)a >> pos);
-  unsigned got = pos >= bits ? 0 : std::min(len, bits - pos);
-  if (got < bits) {
-    U<T> keep = (U<T>)(((U<T>)1 << got) - 1);
-    r = (U<T>)((r & keep) | (sign ? (U<T>)~keep : 0));
-  }
-  return (T)r;
+  constexpr unsigned bits = 8 * sizeof(W<T>);
+  const unsigned pos = std::min(b & 0xff, bits - 1), above = bits - std::min(c & 0xff, bits);
+  if (above == bits) return 0;
+  return (T)((W<T>)((W<U<T>>)((W<T>)a >> pos) << above) >> above);
 }
 TYPED(T, Bfi, (T a, T b, uint32_t c, uint32_t d)) {
   const unsigned bits = 8 * sizeof(T), pos = c & 0xff, len = d & 0xff;
@@ -82,12 +76,7 @@ TYPED(T, Bfi, (T a, T b, uint32_t c, uint32_t d)) {
   T keep = (T)((n >= bits ? ~(T)0 : (T)(((T)1 << n) - 1)) << pos);
   return (T)((b & ~keep) | ((T)(a << pos) & keep));
 }
-TYPED(T, Szext, (const Inst& in, T a, uint32_t n)) {
-  if (in.x[0]) n &= 31;
-  if (n >= 32) return a;
-  if (n == 0) return 0;
-  return (T)((T)((uint32_t)a << (32 - n)) >> (32 - n));
-}
+TYPED(T, Szext, (const Inst& in, T a, uint32_t n)) { return Bfe<T>()(a, 0, in.x[0] ? n & 31 : std::min(n, 32u)); }
 LANE(uint32_t, Bmsk, (const Inst& in, uint32_t a, uint32_t b)) {
   if (in.x[0]) a &= 31, b &= 31;
   if (a >= 32 || b == 0) return 0;
@@ -130,14 +119,11 @@ void withCarry(Warp& w, const Inst& in, uint32_t m) {
   uint32_t carry = 0;
   for (unsigned i = 0; i < kLanes; ++i) {
     const T a = w.ptr<T>(in.a)[i], b = w.ptr<T>(in.b)[i], c = w.ptr<T>(in.c)[i];
-    const unsigned carryIn = in.x[0] ? (w.carry >> i) & 1 : 0;
-    unsigned __int128 wide = (U<T>)(Op == CarryMadLo ? MulLo<T>()(a, b) : Op == CarryMadHi ? MulHi<T>()(a, b) : a);
-    if (Op == CarrySub)
-      wide = wide - (U<T>)b - carryIn;
-    else
-      wide = wide + (U<T>)(Op == CarryAdd ? b : c) + carryIn;
+    const unsigned __int128 x = (U<T>)(Op == CarryMadLo ? MulLo<T>()(a, b) : Op == CarryMadHi ? MulHi<T>()(a, b) : a);
+    const unsigned __int128 y = (U<T>)(Op < CarryMadLo ? b : c), more = in.x[0] ? w.carry >> i & 1 : 0;
+    const unsigned __int128 wide = Op == CarrySub ? x - y - more : x + y + more;
     r[i] = (T)wide;
-    carry |= (uint32_t)((wide >> (8 * sizeof(T))) & 1) << i;
+    carry |= (uint32_t)(wide >> (8 * sizeof(T)) & 1) << i;
   }
   storeLanes(w, in.d, r, m);
   if (in.x[1]) w.carry = (w.carry & ~m) | (carry & m);
@@ -150,9 +136,8 @@ void carry(Dec& d) {  // add.cc, addc, addc.cc, ...
   d.out.x[1] = std::find(op.begin(), op.end(), "cc") != op.end();
   d.out.fn = ofType<uint32_t, int32_t, uint64_t, int64_t>(d.types[0], [&](auto t) {
     using T = decltype(t);
-    static const Handler table[] = {withCarry<T, CarryAdd>, withCarry<T, CarrySub>, withCarry<T, CarryMadLo>,
-                                    withCarry<T, CarryMadHi>};
-    return table[which];
+    return std::array<Handler, 4>{withCarry<T, CarryAdd>, withCarry<T, CarrySub>, withCarry<T, CarryMadLo>,
+                                  withCarry<T, CarryMadHi>}[(size_t)which];
   });
 }
 

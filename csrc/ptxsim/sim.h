@@ -207,7 +207,8 @@ struct Warp {
   Fragment& frag() { return frags[cur]; }
 
   // ---- used by instruction handlers
-  void jump(uint32_t mask, uint32_t target, uint32_t activeMask);  // lanes of mask go to target
+  // Some of the running lanes go to target, with another call stack if one is given.
+  void jump(uint32_t mask, uint32_t target, const std::vector<Frame>* stack = nullptr);
   void exitLanes(uint32_t mask);
   void block(Wait kind, std::string (*describe)(Warp&, const Inst&) = nullptr);  // retry this instruction later
   template <class... Parts>

@@ -155,6 +155,43 @@ def test_branch_table(sim):
         warp(sim, body.replace("@%p0 bra D;", ""), np.full(32, 3, np.uint32))
 
 
+def test_printf(sim, capfd):
+    fmt = b"lane %u of 100%%: %d %5.2f %s %llx|%lld %c %p\n\0"
+    body = f"""
+.extern .func (.param .b32 result) vprintf (.param .b64 format, .param .b64 arguments);
+.global .align 1 .b8 fmt[{len(fmt)}] = {{{", ".join(map(str, fmt))}}};
+.global .align 1 .b8 word[4] = {{111, 110, 101, 0}};
+.visible .entry k() {{
+  .local .align 8 .b8 args[64]; .reg .b64 %d<6>; .reg .b32 %r<3>;
+  cvta.global.u64 %d0, fmt; mov.b64 %d1, args; cvta.local.u64 %d1, %d1; cvta.global.u64 %d2, word;
+  mov.u32 %r0, %laneid; st.u32 [%d1], %r0;
+  st.u32 [%d1+4], -7; st.f64 [%d1+8], 0d4009000000000000; st.u64 [%d1+16], %d2;
+  st.u64 [%d1+24], 0x123456789abcdef; st.u64 [%d1+32], -5; st.u32 [%d1+40], 65; st.u64 [%d1+48], 255;
+  {{ .param .b64 p0; st.param.b64 [p0], %d0; .param .b64 p1; st.param.b64 [p1], %d1; .param .b32 r;
+    call.uni (r), vprintf, (p0, p1); }}
+  ret; }}"""
+    sim.run(body, block=2)
+    line = "lane {} of 100%: -7  3.12 one 123456789abcdef|-5 A 0xff\n"
+    assert capfd.readouterr().out == line.format(0) + line.format(1)
+
+
+def test_failed_assertion(sim):
+    text = b"row < rows\0"
+    body = f"""
+.extern .func __assertfail (.param .b64 message, .param .b64 file, .param .b32 line, .param .b64 function,
+                            .param .b64 size) .noreturn;
+.global .align 1 .b8 text[{len(text)}] = {{{", ".join(map(str, text))}}};
+.visible .entry k() {{
+  .reg .b64 %d<2>; .reg .b32 %r<2>; .reg .pred %p<2>;
+  mov.u32 %r0, %laneid; setp.ne.u32 %p0, %r0, 5; @%p0 bra GOOD; cvta.global.u64 %d0, text;
+  {{ .param .b64 p0; st.param.b64 [p0], %d0; .param .b64 p1; st.param.b64 [p1], %d0; .param .b32 p2;
+    st.param.b32 [p2], 7; .param .b64 p3; st.param.b64 [p3], %d0; .param .b64 p4; st.param.b64 [p4], 1;
+    call.uni __assertfail, (p0, p1, p2, p3, p4); }}
+GOOD: ret; }}"""
+    with pytest.raises(SimError, match=r"device assertion failed: row < rows\n.* lane 5 "):
+        sim.run(body, block=32)
+
+
 def test_calls_and_returns(sim):
     function = """.func (.param .b32 r) twice(.param .b32 x) { .reg .b32 %v; .reg .pred %q; ld.param.b32 %v, [x];
     setp.gt.u32 %q, %v, 100; @%q bra BIG; shl.b32 %v, %v, 1; st.param.b32 [r], %v; ret; BIG: st.param.b32 [r], 7; ret; }"""
