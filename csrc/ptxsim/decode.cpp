@@ -248,8 +248,7 @@ static uint64_t immediateBits(const Operand& o, Type t, const Dec& d) {
   if (integer && t != Type::F32 && t != Type::F64) return (uint64_t)o.i;
   if (!integer && (o.width == 32 ? t != Type::F64 : typeBytes(t) != 4)) return o.bits;
   double x = (double)o.i;
-  if (!integer && o.width == 32) x = f32((uint32_t)o.bits);
-  if (!integer && o.width == 64) memcpy(&x, &o.bits, 8);
+  if (!integer) x = o.width == 32 ? f32((uint32_t)o.bits) : bitsAs<double>(o.bits);
   return t == Type::F64 ? bits(x) : bits((float)x);
 }
 

@@ -27,34 +27,20 @@ inline float flush(float f) {
   return (b & 0x7f800000u) == 0 ? f32(b & 0x80000000u) : f;
 }
 
-// Rounds a finite magnitude m * 2^e (m != 0, `sticky`: a non-zero remainder below m's last bit) to a format of `mant`
-// stored mantissa bits with smallest normal exponent emin. Returns the code without sign; codes run on into the
-// exponent, so the caller clamps what exceeds its largest. `up`: directed rounding goes away from zero.
-inline uint64_t roundMagnitude(uint64_t m, int e, bool sticky, int mant, int emin, Round mode, bool up) {
+// Rounds a finite magnitude m * 2^e (m != 0) to a format of `mant` stored mantissa bits with smallest normal exponent
+// emin. Returns the code without sign; codes run on into the exponent, so the caller clamps what exceeds its largest.
+// `up`: directed rounding goes away from zero.
+inline uint64_t roundMagnitude(uint64_t m, int e, int mant, int emin, Round mode, bool up) {
   int top = 63 - __builtin_clzll(m);  // value exponent is e + top
   int exponent = e + top;
   int quantum = (exponent < emin ? emin : exponent) - mant;  // weight of the last kept bit
   int shift = quantum - e;                                   // bits of m below it
-  uint64_t kept;
-  bool half = false, rest = sticky;
-  if (shift <= 0) {
-    kept = m << -shift;
-  } else if (shift > 64) {
-    kept = 0;
-    rest = true;
-  } else {
-    kept = shift == 64 ? 0 : m >> shift;
-    half = (m >> (shift - 1)) & 1;
-    rest |= shift > 1 && (m & ((1ull << (shift - 1)) - 1));
-  }
-  bool inc = false;
-  if (mode == Round::Nearest)
-    inc = half && (rest || (kept & 1));
-  else if (mode == Round::NearestAway)
-    inc = half;
-  else if (mode != Round::Zero)
-    inc = up && (half || rest);
-  kept += inc;
+  uint64_t kept = shift <= 0 ? m << -shift : shift < 64 ? m >> shift : 0;
+  const bool half = shift > 0 && shift <= 64 && m >> (shift - 1) & 1;
+  const bool rest = shift > 64 || (shift > 1 && m & ((1ull << (shift - 1)) - 1));
+  kept += mode == Round::Nearest       ? half && (rest || kept & 1)
+          : mode == Round::NearestAway ? half
+                                       : mode != Round::Zero && up && (half || rest);
   if (exponent < emin) return kept;  // subnormal, or the smallest normal after a carry
   return ((uint64_t)(exponent - emin + 1) << mant) + (kept - (1ull << mant));
 }
@@ -70,14 +56,14 @@ constexpr Narrow kE4m3{3, -6, 0, 0x7e, 0x7f, 7};
 constexpr Narrow kE5m2{2, -14, 0x7c, 0x7b, 0x7f, 7};
 
 // `saturate`: overflow and infinity go to the largest finite value (cvt .satfinite).
-inline uint64_t narrowFrom(uint64_t m, int e, bool sticky, bool negative, bool infinite, bool nan, const Narrow& f,
-                           Round mode, bool saturate) {
+inline uint64_t narrowFrom(uint64_t m, int e, bool negative, bool infinite, bool nan, const Narrow& f, Round mode,
+                           bool saturate) {
   if (nan) return f.nan;
   const uint64_t sign = (uint64_t)negative << f.signBit;
   if (infinite) return sign | (saturate ? f.maxFinite : f.inf ? f.inf : f.nan);
   if (m == 0) return sign;
   bool up = (mode == Round::Up && !negative) || (mode == Round::Down && negative);
-  uint64_t code = roundMagnitude(m, e, sticky, f.mant, f.emin, mode, up);
+  uint64_t code = roundMagnitude(m, e, f.mant, f.emin, mode, up);
   if (code > f.maxFinite) {
     if (saturate) return sign | f.maxFinite;
     bool toInf = mode == Round::Nearest || mode == Round::NearestAway || up;
@@ -90,8 +76,15 @@ inline uint64_t narrowFrom(F x, const Narrow& f, Round mode = Round::Nearest, bo
   constexpr int mant = sizeof(F) == 4 ? 23 : 52, most = sizeof(F) == 4 ? 0xff : 0x7ff;
   const uint64_t b = bits(x), one = 1ull << mant, frac = b & (one - 1);
   const int ex = (int)(b >> mant) & most;
-  return narrowFrom(ex ? frac | one : frac, (ex ? ex : 1) - most / 2 - mant, false, std::signbit(x),
-                    ex == most && !frac, ex == most && frac, f, mode, saturate);
+  return narrowFrom(ex ? frac | one : frac, (ex ? ex : 1) - most / 2 - mant, std::signbit(x), ex == most && !frac,
+                    ex == most && frac, f, mode, saturate);
+}
+// The smaller or the larger of two floats of 16 bits: -0 is below 0, and one NaN loses.
+inline uint16_t minOrMax(uint16_t a, uint16_t b, const Narrow& f, bool smaller) {
+  auto isNan = [&](uint16_t h) { return (h & 0x7fffu) > f.inf; };
+  auto rank = [](uint16_t h) { return h & 0x8000 ? ~(h & 0x7fff) : h; };
+  if (isNan(a)) return isNan(b) ? (uint16_t)f.nan : b;
+  return isNan(b) || (rank(a) < rank(b)) == smaller ? a : b;
 }
 inline float widen(uint32_t code, const Narrow& f) {
   uint32_t sign = (code >> f.signBit) & 1, mag = code & ((1u << f.signBit) - 1);

@@ -151,7 +151,7 @@ void arriveBarrier(Warp& w, const Inst& in, uint32_t m) {  // x[0] drop, x[1] ex
     if (in.x[0] && b.nextExpected < count) w.fail(in, i, "arrive_drop below zero");
     if (in.x[0]) b.nextExpected -= count;
     arrive(w, in, i, b, count);
-    raceRelease(w, b, !in.x[3]);
+    raceRelease(w, b.clock, !in.x[3]);
     if (in.x[2] && b.pending == 0) w.fail(in, i, "mbarrier.arrive.noComplete completes the phase");
     settle(*w.launch, b);
   });

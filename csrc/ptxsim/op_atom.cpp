@@ -8,12 +8,9 @@ enum AtomOp { kAdd, kMin, kMax, kAnd, kOr, kXor, kInc, kDec, kCas, kExch };
 int takeAtomOp(Dec& d) { return d.takeOneOf("add|min|max|and|or|xor|inc|dec|cas|exch"); }
 
 static uint16_t halfResult(int op, bool bf, uint16_t a, uint16_t b) {
-  const float x = bf ? fromBf16(a) : fromF16(a), y = bf ? fromBf16(b) : fromF16(b);
-  if (op == kAdd) return (uint16_t)narrowFrom((double)x + (double)y, bf ? kBf16 : kF16);
-  if (x != x) return y != y ? 0x7fff : b;
-  if (y != y) return a;
-  const bool first = x == y ? a >> 15 == 1 : x < y;  // -0 is less than 0
-  return first == (op == kMin) ? a : b;
+  if (op != kAdd) return minOrMax(a, b, bf ? kBf16 : kF16, op == kMin);
+  return bf ? narrowFrom((double)fromBf16(a) + (double)fromBf16(b), kBf16)
+            : narrowFrom((double)fromF16(a) + (double)fromF16(b), kF16);
 }
 uint64_t atomicResult(int op, Type t, uint64_t old, uint64_t b) {
   const bool bf = t == Type::BF16 || t == Type::BF16x2;

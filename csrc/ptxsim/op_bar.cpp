@@ -59,7 +59,7 @@ void barrier(Warp& w, const Inst& in, uint32_t m) {
     b.redAnd &= p == m ? kAll : 0;
     b.redOr |= p;
   }
-  raceArrive(w, b);
+  raceRelease(w, b.clock);
   w.launch->progress();
   if (in.x[0] != Arrive) {
     Fragment& f = w.frag();

@@ -55,7 +55,6 @@ void gridWait(Warp& w, const Inst&, uint32_t) {
   w.launch->waited = true;
   raceGridWait(w);
 }
-void nothing(Warp&, const Inst&, uint32_t) {}
 
 const char* cstring(Warp& w, const Inst& in, int lane, uint64_t a) {
   auto at = [&](uint64_t p) { return (const char*)locate(w, in, lane, Space::Generic, p, 1, Kind::Read, 1).p; };
@@ -180,9 +179,9 @@ void decodeFence(Dec& d) {  // what raceFence reads: x[0] kind, x[1] order, x[2]
 }
 
 int label(Dec& d, const std::string& name) {
-  const int target = d.fn.findLabel(d.p.scope, name);
-  if (target < 0) d.fail("label '", name, "' does not exist");
-  return (int)d.kb.start[&d.fn] + target;
+  auto* target = d.fn.find(d.p.scope, &Func::Scope::labels, name);
+  if (!target) d.fail("label '", name, "' does not exist");
+  return (int)d.kb.start[&d.fn] + *target;
 }
 void decodeBra(Dec& d) {
   d.wantArgs(1);
@@ -192,7 +191,7 @@ void decodeBra(Dec& d) {
 void decodeBrx(Dec& d) {
   d.wantArgs(2);
   d.out.a = d.src(0, Type::U32);
-  auto* list = d.fn.findTargets(d.p.scope, d.arg(1).name);
+  auto* list = d.fn.find(d.p.scope, &Func::Scope::targets, d.arg(1).name);
   if (!list) d.fail("branch target list '", d.arg(1).name, "' does not exist");
   for (auto& name : *list) d.extra()->targets.push_back(label(d, name));
   d.out.fn = brx;

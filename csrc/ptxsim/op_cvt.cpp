@@ -57,7 +57,7 @@ uint64_t fromFloatTo(Type t, double x, const Inst& in) {
 // `negative`: v is below zero as a signed number.
 uint64_t fromIntTo(Type t, uint64_t v, bool negative, bool saturate, Round r) {
   if (isFloat(t)) {
-    const uint64_t code = narrowFrom(negative ? 0 - v : v, 0, false, negative, false, false, format(t), r, false);
+    const uint64_t code = narrowFrom(negative ? 0 - v : v, 0, negative, false, false, format(t), r, false);
     if (saturate && t == Type::F32) return bits(std::clamp(f32((uint32_t)code), 0.0f, 1.0f));
     return saturate && t == Type::F64 ? bits(std::clamp(bitsAs<double>(code), 0.0, 1.0)) : code;
   }

@@ -43,9 +43,8 @@ uint16_t compute(const Inst& in, uint16_t a, uint16_t b = 0, uint16_t c = 0) {
     case kAbs: return a & 0x7fff;
     case kMin:
     case kMax: {
-      if ((isNan(a) && isNan(b)) || (in.x[3] && (isNan(a) || isNan(b)))) return F.nan;
-      const bool first = isNan(b) || (!isNan(a) && (x == y ? a >> 15 == 1 : x < y) == (op == kMin));
-      const uint16_t r = first ? a : b;
+      if (in.x[3] && (isNan(a) || isNan(b))) return F.nan;
+      const uint16_t r = minOrMax(a, b, F, op == kMin);
       return in.x[2] && (r & 0x8000) ? 0 : r;
     }
     case kAdd: exact = x + y; break;

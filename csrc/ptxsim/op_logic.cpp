@@ -190,9 +190,6 @@ void decodeSelp(Dec& d) {
 TYPED(T, SlctS32, (T a, T b, int32_t c)) { return c >= 0 ? a : b; }
 TYPED(T, SlctF32, (T a, T b, float c)) { return c >= 0 ? a : b; }
 
-struct B128 {
-  uint64_t v[2];
-};
 template <class T>
 void mov(Warp& w, const Inst& in, uint32_t m) {
   storeLanes(w, in.d, w.ptr<T>(in.a), m);

@@ -130,9 +130,6 @@ void Span::written(Warp& w, const Inst& in, uint32_t m, uint32_t changed) const 
 
 namespace {
 
-struct B128 {
-  uint64_t v[2];
-};
 const Ref* registersOf(const Inst& in) { return in.vec == 1 ? &in.d : in.ext->refs.data(); }
 
 template <class M, class R>
@@ -277,7 +274,6 @@ void mapa(Warp& w, const Inst& in, uint32_t m) {
 }
 TYPED(uint32_t, CtaRank, (T a)) { return (uint32_t)a >> 24; }
 
-void nothing(Warp&, const Inst&, uint32_t) {}
 void createPolicy(Warp& w, const Inst& in, uint32_t m) {
   setLanes<uint64_t>(w, in.d, m, kAll, [](int) { return 1ull << 60; });
 }

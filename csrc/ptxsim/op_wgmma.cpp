@@ -9,23 +9,13 @@ namespace {
 // Rows [first, first + count) of A, or columns of B, as a shared-memory descriptor gives them. `mn` counts these, k the
 // other direction.
 struct SharedMatrix {
-  uint32_t start, lbo, sbo, base;
-  unsigned mode;  // 0 none, 1 128 bytes, 2 64, 3 32
-  bool mnMajor;   // the contiguous direction
+  uint64_t descriptor;
+  bool mnMajor;  // the contiguous direction
   Type type;
-  unsigned first, count, k, es;
-  SharedMatrix(uint64_t d, bool mn, Type t, unsigned begin, unsigned n, unsigned depth)
-      : start((uint32_t)(d & 0x3fff) << 4),
-        lbo((uint32_t)(d >> 16 & 0x3fff) << 4),
-        sbo((uint32_t)(d >> 32 & 0x3fff) << 4),
-        base((uint32_t)(d >> 49 & 7)),
-        mode((unsigned)(d >> 62)),
-        mnMajor(mn),
-        type(t),
-        first(begin),
-        count(n),
-        k(depth),
-        es(typeBytes(t)) {}
+  unsigned first, count, k, es = typeBytes(type);
+  uint32_t start = field(0, 14) << 4, lbo = field(16, 14) << 4, sbo = field(32, 14) << 4, base = field(49, 3);
+  unsigned mode = field(62, 2);  // 0 none, 1 128 bytes, 2 64, 3 32
+  uint32_t field(int at, int n) const { return (uint32_t)(descriptor >> at & ((1u << n) - 1)); }
   unsigned shift() const { return mode ? 4 - mode : 0; }  // bits of the XOR
   uint32_t span() const { return 16u << shift(); }
   unsigned outer() const { return mnMajor ? k : count; }
@@ -212,7 +202,7 @@ void mmaAsync(Warp& w, const Inst& in, uint32_t m) {
     if (w.inflight[r.id] == 1)
       w.fail(in, -1, "the A registers of a wgmma are accumulators of one that has not been waited for");
   track(w, in, m, part, &w.wgmma);
-  raceJoin(w, op->clock);
+  raceRelease(w, op->clock);
   op->parts.push_back(part);
   ++w.launch->n.wgmma;
   if (op->parts.size() < 4) return;

@@ -26,6 +26,11 @@ inline void setLanes(Warp& w, Ref d, uint32_t m, const uint32_t& valid, F f) {
   w.setValid(d, m, valid);
 }
 
+struct B128 {
+  uint64_t v[2];
+};
+inline void nothing(Warp&, const Inst&, uint32_t) {}  // a handler
+
 // A function of what one lane has, as a type: LANE(type, Name, (parameters)) { body }
 #define LANE(type, name, parameters)  \
   struct name {                       \

@@ -110,9 +110,7 @@ class Parser {
     if (prefix == 'f' || prefix == 'd' || (prefix != 'x' && prefix != 'b' && strpbrk(s, ".eE"))) {
       o.kind = Operand::Float;
       o.width = prefix == 'f' ? 32 : 64;
-      const double d = strtod(s, nullptr);
-      memcpy(&o.bits, &d, 8);
-      if (prefix == 'f' || prefix == 'd') o.bits = strtoull(s + 2, nullptr, 16);
+      o.bits = prefix == 'f' || prefix == 'd' ? strtoull(s + 2, nullptr, 16) : bits(strtod(s, nullptr));
       if (negative) o.bits ^= 1ull << (o.width - 1);
     } else {
       o.kind = Operand::Int;
@@ -222,25 +220,19 @@ class Parser {
   }
   void initializer(Var& v, Type type) {
     if (accept("{")) return listUntil("}", [&] { initializer(v, type); });
-    uint64_t bits = 0;
+    uint64_t value = 0;
     if (isNumber()) {
       const Operand o = number();
-      bits = o.kind == Operand::Float ? o.bits : (uint64_t)o.i;
-      if (o.width == 64 && typeBytes(type) == 4) {
-        double d;
-        memcpy(&d, &o.bits, 8);
-        const float f = (float)d;
-        bits = 0;
-        memcpy(&bits, &f, 4);
-      }
+      value = o.kind == Operand::Float ? o.bits : (uint64_t)o.i;
+      if (o.width == 64 && typeBytes(type) == 4) value = bits((float)bitsAs<double>(o.bits));
     } else {  // symbol, generic(symbol), symbol+offset
       const bool generic = accept("generic");
       if (generic) expect("(");
       v.relocs.emplace_back(v.init.size(), ident());
       if (generic) expect(")");
-      if (accept("+")) bits = (uint64_t)integer();
+      if (accept("+")) value = (uint64_t)integer();
     }
-    for (unsigned i = 0; i < typeBytes(type); ++i) v.init.push_back((uint8_t)(bits >> (8 * i)));
+    for (unsigned i = 0; i < typeBytes(type); ++i) v.init.push_back((uint8_t)(value >> (8 * i)));
   }
 
   // ---- functions

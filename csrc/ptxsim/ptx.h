@@ -119,11 +119,6 @@ struct Func {
     }
     return nullptr;
   }
-  int findLabel(int scope, const std::string& name) const {
-    auto* at = find(scope, &Scope::labels, name);
-    return at ? *at : -1;
-  }
-  auto* findTargets(int scope, const std::string& name) const { return find(scope, &Scope::targets, name); }
 };
 
 struct Loc {  // a .loc; `caller` is the position that the function it lies in was inlined at, 0 for none

@@ -507,7 +507,7 @@ void raceIssueAt(AsyncOp& op, const std::shared_ptr<RaceClock>& clock) {
 }
 void raceIssue(Warp& w, AsyncOp& op) {
   std::shared_ptr<RaceClock> clock;
-  raceJoin(w, clock);
+  raceRelease(w, clock);
   raceIssueAt(op, clock);
 }
 void raceAsyncShared(AsyncOp& op, Cta& cta, uint32_t offset, uint32_t bytes, Kind kind) {

@@ -65,10 +65,7 @@ void raceMbarrierUse(Warp& w, const Inst& in, int lane, const Mbarrier& b);  // 
 void raceRemote(Warp& w, const Inst& in, int lane, Cta& target, const AsyncOp* op);
 void racePlace(Warp& w, const Inst& in, const Place& p, uint32_t bytes, Kind kind);
 // What w has done, or its last fence if this is no release, comes before whatever acquires `clock`.
-void raceRelease(Warp& w, std::shared_ptr<RaceClock>& clock, bool release);
-inline void raceRelease(Warp& w, Mbarrier& b, bool release) { raceRelease(w, b.clock, release); }
-inline void raceArrive(Warp& w, NamedBarrier& b) { raceRelease(w, b.clock, true); }
-inline void raceJoin(Warp& w, std::shared_ptr<RaceClock>& clock) { raceRelease(w, clock, true); }
+void raceRelease(Warp& w, std::shared_ptr<RaceClock>& clock, bool release = true);
 void raceAcquire(Warp& w, Mbarrier& b, bool acquire);
 void racePhase(Mbarrier& b);                                             // the open phase is complete
 void raceIssue(Warp& w, AsyncOp& op);                                    // op starts after what w has done
