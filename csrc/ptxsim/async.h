@@ -27,7 +27,7 @@ void waitGroup(Warp& w, const Inst& in, uint32_t m) {  // x[0] .read
 }
 
 // ---- atomic operations
-int takeAtomOp(Dec& d);  // -1: none is named
+#define ATOMIC_OPERATION "add|min|max|and|or|xor|inc|dec|cas|exch"  // numbered so
 // What the operation makes of values that fill the low bytes, as does the result; what is above does not matter.
 uint64_t atomicResult(int op, Type t, uint64_t old, uint64_t b);
 // n bytes at `to` become what the operation, or a copy if it is negative, makes of them and those at `from`. `other`:
@@ -35,7 +35,11 @@ uint64_t atomicResult(int op, Type t, uint64_t old, uint64_t b);
 void combine(int op, Type t, uint8_t* to, const uint8_t* from, uint32_t n, const uint8_t* other = nullptr);
 
 // ---- decoding
-size_t takeMemoryModifiers(Dec& d, bool isLoad);
+// Modifiers of accesses to memory: x[0] order, x[1] scope, x[2] there is a cache hint, which takeHints() looks at.
+#define MEMORY_ORDER                                                                                   \
+  "relaxed|acquire|release|acq_rel|volatile? (mmio) cta|cluster|gpu|sys? L2::cache_hint? L1::* L2::* " \
+  "(ca|cg|cs|lu|cv|wb|wt) space"
+size_t takeHints(Dec& d);       // the number of trailing hint operands
 void decodeAsyncStore(Dec& d);  // st.async, red.async
 
 }  // namespace ptxsim

@@ -127,6 +127,10 @@ std::string Dec::choose(const Form& form) {
       word == "space" ? takeSpace() : takeVector();
       continue;
     }
+    if (dropEnd(word, "*")) {
+      takePrefix(word);
+      continue;
+    }
     if (word[0] == '(') {
       takeOneOf(word.substr(1, word.size() - 2));
       continue;

@@ -13,7 +13,7 @@ using DecodeFn = void (*)(Dec&);
 //   cc                 must be there (`aligned` has the whole warp come together)
 //   lo|hi|wide         one of them must be there; the next of x[0], x[1], ... says which
 //   ftz?   l|r?        may be there; the next x is 0 when none is, else 1, 2, ...
-//   (uni)  (cta|gpu)   may be there and means nothing here
+//   (uni)  (cta|gpu)   may be there and means nothing here, and so with all that begin with proxy in proxy*
 //   space  vector      perhaps a state space -> Inst::space, x[4]; perhaps v2, v4 or v8 -> Inst::vec
 //   f32                the next type is this one -> types[0], types[1], ...
 //   type bits int      the next type is any, no float, an integer,

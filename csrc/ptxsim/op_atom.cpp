@@ -5,7 +5,6 @@
 namespace ptxsim {
 
 enum AtomOp { kAdd, kMin, kMax, kAnd, kOr, kXor, kInc, kDec, kCas, kExch };
-int takeAtomOp(Dec& d) { return d.takeOneOf("add|min|max|and|or|xor|inc|dec|cas|exch"); }
 
 static uint16_t halfResult(int op, bool bf, uint16_t a, uint16_t b) {
   if (op != kAdd) return minOrMax(a, b, bf ? kBf16 : kF16, op == kMin);
@@ -71,13 +70,11 @@ void atomic(Warp& w, const Inst& in, uint32_t m) {
   if (changed) w.launch->progress();
 }
 
-void decodeAtomic(Dec& d, bool returns) {
-  const size_t hints = takeMemoryModifiers(d, false);
-  const int op = takeAtomOp(d);
-  if (op < 0) d.fail("an operation is missing");
-  d.take("noftz");
-  d.takeVector();
-  const Type t = d.needType();
+template <bool returns>
+void decodeAtomic(Dec& d) {
+  const size_t hints = takeHints(d);
+  const int op = d.out.x[3];
+  const Type t = d.types[0];
   if (isFloat(t) && op != kAdd && !((op == kMin || op == kMax) && typeBytes(t) <= 4 && t != Type::F32))
     d.fail("no such floating-point operation");
   d.out.x[2] = (uint8_t)op;
@@ -95,11 +92,11 @@ void decodeAtomic(Dec& d, bool returns) {
 }
 
 const Forms kForms = {
-    {"atom", [](Dec& d) { decodeAtomic(d, true); }},
+    {"atom", MEMORY_ORDER " (noftz) " ATOMIC_OPERATION " vector type", nullptr, decodeAtomic<true>},
     {"red",
      "async (relaxed) (cluster) add|min|max|and|or|xor|inc|dec shared::cluster (mbarrier::complete_tx::bytes) type",
      "[a] {e} [e]", decodeAsyncStore},
-    {"red", [](Dec& d) { decodeAtomic(d, false); }},
+    {"red", MEMORY_ORDER " (noftz) " ATOMIC_OPERATION " vector type", nullptr, decodeAtomic<false>},
 };
 
 }  // namespace

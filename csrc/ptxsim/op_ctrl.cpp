@@ -1,6 +1,4 @@
 // Branches, calls, exit, traps, fences and hints (PTX ISA 9.7.12, 9.7.13.5, 9.7.19).
-#include <cstdio>
-
 #include "ops.h"
 #include "race.h"
 

@@ -1,8 +1,5 @@
 // cvt (PTX ISA 9.7.9.21 and on). The general path takes every lane through an exact intermediate; the common pairs have
 // their own.
-#include <algorithm>
-#include <cmath>
-
 #include "ops.h"
 
 namespace ptxsim {
@@ -67,19 +64,17 @@ uint64_t fromIntTo(Type t, uint64_t v, bool negative, bool saturate, Round r) {
 
 void convert(Warp& w, const Inst& in, uint32_t m) {  // bytes, vec: bytes of the registers of d and a
   const Type to = (Type)in.x[To], from = (Type)in.x[From];
-  uint64_t v[kLanes];
-  loadLanes(w, in.a, in.vec, v);
   for (int i : lanesOf(m)) {
+    uint64_t v = laneBits(w, in.a, in.vec, i);
     if (isFloat(from)) {
-      if (in.x[Ftz] && from == Type::F32) v[i] = bits(flush(f32((uint32_t)v[i])));
-      v[i] = fromFloatTo(to, toDouble(from, v[i]), in);
+      if (in.x[Ftz] && from == Type::F32) v = bits(flush(f32((uint32_t)v)));
+      v = fromFloatTo(to, toDouble(from, v), in);
     } else {
-      v[i] = extend(v[i], from);
-      v[i] = fromIntTo(to, v[i], isSigned(from) && (int64_t)v[i] < 0, in.x[Sat], mode(in));
+      v = extend(v, from);
+      v = fromIntTo(to, v, isSigned(from) && (int64_t)v < 0, in.x[Sat], mode(in));
     }
-    if (!isFloat(to)) v[i] = extend(v[i], to);
+    setLaneBits(w, in.d, in.bytes, i, isFloat(to) ? v : extend(v, to));
   }
-  putLanes(w, in.d, in.bytes, v, m);
   w.setValid(in.d, m, w.validOf(in.a));
 }
 TYPED(T, Same, (T a)) { return a; }
@@ -171,20 +166,17 @@ void decodePack(Dec& d) {
 
 LANE(float, Bf16ToF32, (uint16_t h)) { return fromBf16(h); }
 LANE(float, F16ToF32, (uint16_t h)) { return fromF16(h); }
-LANE(float, S32ToF32, (int32_t a)) { return (float)a; }
-LANE(float, U32ToF32, (uint32_t a)) { return (float)a; }
 LANE(uint16_t, F32ToBf16, (float a)) { return toBf16(a); }
-LANE(double, F32ToF64, (float a)) { return a; }
 
 const Forms kForms = {
     {"cvt", "pack (sat) type type b32", "d:b32 a:s32 b:s32 c:b32", decodePack},
     {"cvt", "pack (sat) type type", "d:b32 a:s32 b:s32", decodePack},
     {"cvt", "f32 f16", "d a:1", lanes<F16ToF32>()},
     {"cvt", "(rn|rz|rm|rp) f32 bf16", "d a:1", lanes<Bf16ToF32>()},
-    {"cvt", "rn f32 s32", "d a:1", lanes<S32ToF32>()},
-    {"cvt", "rn f32 u32", "d a:1", lanes<U32ToF32>()},
+    {"cvt", "rn f32 s32", "d a:1", lanewise<Same<int32_t>, float, int32_t>},
+    {"cvt", "rn f32 u32", "d a:1", lanewise<Same<uint32_t>, float, uint32_t>},
     {"cvt", "rn bf16 f32", "d a:1", lanes<F32ToBf16>()},
-    {"cvt", "f64 f32", "d a:1", lanes<F32ToF64>()},
+    {"cvt", "f64 f32", "d a:1", lanewise<Same<float>, double, float>},
     {"cvt", MODIFIERS "tf32 f32", "d:b32 a:1", lanes<ToTf32>()},
     {"cvt", MODIFIERS "f16x2 f32", "d a:1 b:1", lanes<Pack<Type::F16, uint32_t>>()},
     {"cvt", MODIFIERS "bf16x2 f32", "d a:1 b:1", lanes<Pack<Type::BF16, uint32_t>>()},

@@ -1,7 +1,6 @@
 // float32 and float64 arithmetic (PTX ISA 9.7.3). Approximate functions are computed in double and rounded, or err on
 // purpose inside the bounds that the ISA gives for them (Options::approximate).
 #include <cfenv>
-#include <cmath>
 
 #include "ops.h"
 
@@ -83,30 +82,28 @@ void approximate(Dec& d) {  // x[3] approx or full
   d.out.fn = byFlags(as, d.out.x[1], d.out.x[2]);
 }
 
-// -0 is below +0; one NaN operand loses unless .NaN.
-template <class T, bool Min, bool Ftz, bool PropagateNan>
+// -0 is below +0; one NaN operand loses unless .NaN. .xorsign: of the magnitudes, with the sign of the product.
+template <class T, bool Min, bool Xorsign, bool Ftz, bool PropagateNan>
 struct MinMax {
-  T operator()(T a, T b) const {
-    a = flushIf<Ftz>(a), b = flushIf<Ftz>(b);
+  T choose(T a, T b) const {
     if (PropagateNan && (a != a || b != b)) return canonical((T)NAN);
     if (a != a) return canonical(b);
     if (b != b) return a;
     if (a == b) return (bits(a) >> (8 * sizeof(T) - 1)) == Min ? a : b;
     return (a < b) == Min ? a : b;
   }
-};
-template <class T, bool Min, bool Ftz, bool PropagateNan>
-struct MinMaxXorsign {  // of the magnitudes, and the sign from both
-  float operator()(float a, float b) const {
-    const float r = MinMax<float, Min, Ftz, PropagateNan>()(std::fabs(a), std::fabs(b));
-    return r != r ? r : f32(bits(r) | ((bits(a) ^ bits(b)) & 0x80000000u));
+  T operator()(T a, T b) const {
+    if constexpr (!Xorsign) return choose(flushIf<Ftz>(a), flushIf<Ftz>(b));
+    const T r = choose(flushIf<Ftz>(std::fabs(a)), flushIf<Ftz>(std::fabs(b)));
+    return r != r ? r : std::copysign(r, std::signbit(a) == std::signbit(b) ? (T)1 : (T)-1);
   }
 };
-template <bool Min, template <class, bool, bool, bool> class F>
+template <bool Min, bool Xorsign>
 void minMax(Dec& d) {  // x[0] ftz, x[1] NaN
-  d.out.fn = byFlags(
-      [](auto wide, auto ftz, auto nan) { return lanes<F<std::conditional_t<wide, double, float>, Min, ftz, nan>>(); },
-      d.types[0] == Type::F64, d.out.x[0], d.out.x[1]);
+  d.out.fn =
+      byFlags([](auto wide, auto ftz,
+                 auto nan) { return lanes<MinMax<std::conditional_t<wide, double, float>, Min, Xorsign, ftz, nan>>(); },
+              d.types[0] == Type::F64, d.out.x[0], d.out.x[1]);
 }
 
 // The upper half of a value, as a seed for Newton steps.
@@ -142,10 +139,10 @@ const Forms kForms = {
     {"fma|mad", kRounded, "d a b c", rounded<Fma>},
     {"div", kRounded, "d a b", rounded<Div>},
     {"div", "rn|rz|rm|rp? ftz? sat? approx|full? f32", "d a b", approximate<Div, 2>},
-    {"min", "xorsign abs ftz? NaN? f32", "d a b", minMax<true, MinMaxXorsign>},
-    {"max", "xorsign abs ftz? NaN? f32", "d a b", minMax<false, MinMaxXorsign>},
-    {"min", "ftz? NaN? float", "d a b", minMax<true, MinMax>},
-    {"max", "ftz? NaN? float", "d a b", minMax<false, MinMax>},
+    {"min", "xorsign abs ftz? NaN? f32", "d a b", minMax<true, true>},
+    {"max", "xorsign abs ftz? NaN? f32", "d a b", minMax<false, true>},
+    {"min", "ftz? NaN? float", "d a b", minMax<true, false>},
+    {"max", "ftz? NaN? float", "d a b", minMax<false, false>},
     {"abs", "ftz? float", "d a", byWidth<Abs>},
     {"neg", "ftz? float", "d a", byWidth<Neg>},
     {"rcp", "approx (ftz) f64", "d a", lanes<RcpSeed>()},

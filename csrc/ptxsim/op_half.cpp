@@ -1,7 +1,5 @@
 // float16 and bfloat16 arithmetic, scalar and packed (PTX ISA 9.7.4). Every operation is computed exactly or to odd in
 // a wider format and rounded once.
-#include <cmath>
-
 #include "ops.h"
 
 namespace ptxsim {

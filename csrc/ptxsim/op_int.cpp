@@ -1,6 +1,4 @@
 // Integer arithmetic and bit-field instructions (PTX ISA 9.7.1, 9.7.2).
-#include <algorithm>
-
 #include "ops.h"
 
 namespace ptxsim {

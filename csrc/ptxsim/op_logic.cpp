@@ -1,6 +1,4 @@
 // Logic, shifts, comparison, selection and data movement between registers (PTX ISA 9.7.6 to 9.7.9 without memory).
-#include <algorithm>
-
 #include "ops.h"
 
 namespace ptxsim {

@@ -68,6 +68,11 @@ Place locate(Warp& w, const Inst& in, int lane, Space space, uint64_t a, uint32_
   return locateGlobal(w, in, lane, a, bytes, kind, align);
 }
 
+size_t takeHints(Dec& d) {
+  if (d.out.x[0] && d.out.x[0] < 5 && !d.out.x[1]) d.fail("a scope is missing");
+  return d.out.x[2];
+}
+
 static void countBanks(Warp& w, uint32_t m, const uint64_t* a, uint32_t bytes) {
   // A warp's access is served in groups of lanes that together move 128 bytes.
   const unsigned group = bytes <= 4 ? 32 : bytes == 8 ? 16 : 8;
@@ -197,31 +202,10 @@ Handler byTypes(Type t, unsigned reg, F f) {
   }
 }
 
-}  // namespace
-
-// Weak, relaxed, acquire ..., the scope, state space and cache hints. Returns the number of trailing hint operands.
-size_t takeMemoryModifiers(Dec& d, bool isLoad) {
-  d.takeSpace();
-  const int sem = d.takeOneOf("weak|relaxed|acquire|release|acq_rel|volatile|mmio");
-  const int scope = d.takeOneOf("cta|cluster|gpu|sys");
-  d.out.x[0] = (uint8_t)std::max(0, sem);
-  if (sem > 0 && sem < 5 && scope < 0) d.fail("a scope is missing");
-  d.take("mmio");
-  if (isLoad) d.take("nc");
-  d.takeOneOf("ca|cg|cs|lu|cv|wb|wt");
-  d.takePrefix("L1::");
-  const bool hint = d.take("L2::cache_hint");
-  d.takePrefix("L2::");
-  d.take("unified");
-  return hint;
-}
-
-namespace {
-
-void loadStore(Dec& d, bool isLoad) {
-  const size_t hints = takeMemoryModifiers(d, isLoad);
-  d.takeVector();
-  const Type t = d.needType();
+template <bool isLoad>
+void loadStore(Dec& d) {
+  const size_t hints = takeHints(d);
+  const Type t = d.types[0];
   const unsigned bytes = typeBytes(t);
   if (t > Type::BF16x2 && t != Type::F32 && t != Type::F64) d.fail("this type is not supported");
   d.wantArgs(2 + hints, 2 + hints);
@@ -283,10 +267,10 @@ void ignore(Dec& d) {
 }
 
 const Forms kForms = {
-    {"ld|ldu", [](Dec& d) { loadStore(d, true); }},
+    {"ld|ldu", "(weak) " MEMORY_ORDER " (nc) (unified) vector type", nullptr, loadStore<true>},
     {"st", "async (weak|relaxed) (cluster) shared::cluster (mbarrier::complete_tx::bytes) vector type", "[a] {e} [e]",
      decodeAsyncStore},
-    {"st", [](Dec& d) { loadStore(d, false); }},
+    {"st", "(weak) " MEMORY_ORDER " vector type", nullptr, loadStore<false>},
     {"prefetch|prefetchu|applypriority|pmevent", ignore},
     {"createpolicy",
      [](Dec& d) {

@@ -281,7 +281,7 @@ void decodeBulk(Dec& d) {
   if (b.tensor) d.take("tile");
   const bool hint = d.take("L2::cache_hint");
   if (d.take("reduce")) {
-    b.reduce = takeAtomOp(d);
+    b.reduce = d.takeOneOf(ATOMIC_OPERATION);
     if (b.reduce < 0 || b.reduce >= 8) d.fail("an operation is missing");
     d.take("noftz");
     if (!b.tensor) b.type = d.needType();

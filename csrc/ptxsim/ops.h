@@ -158,12 +158,6 @@ inline void setLaneBits(Warp& w, Ref r, unsigned bytes, int lane, uint64_t v) {
 inline uint64_t laneAddress(Warp& w, const Inst& in, int lane) {  // in.a + in.imm; in.x[5] bytes of the register
   return laneBits(w, in.a, in.x[5], lane) + (uint64_t)in.imm;
 }
-inline void loadLanes(Warp& w, Ref r, unsigned bytes, uint64_t* out) {
-  for (unsigned i = 0; i < kLanes; ++i) out[i] = laneBits(w, r, bytes, (int)i);
-}
-inline void putLanes(Warp& w, Ref d, unsigned bytes, const uint64_t* v, uint32_t m) {
-  for (int i : lanesOf(m)) setLaneBits(w, d, bytes, i, v[i]);
-}
 inline uint32_t lane32(Warp& w, Ref r, unsigned lane) { return w.ptr<const uint32_t>(r)[lane]; }
 inline uint64_t lane64(Warp& w, Ref r, unsigned lane) { return w.ptr<const uint64_t>(r)[lane]; }
 // The same of an operand that must be defined.
