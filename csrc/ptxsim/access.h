@@ -4,7 +4,7 @@
 
 namespace ptxsim {
 
-enum class Kind : uint8_t { Read, Write, Atomic };
+enum class Kind : uint8_t { Read, Write, Rewrite, Atomic };  // Rewrite: a write of what is there
 
 struct Place {
   uint8_t* p = nullptr;

@@ -121,10 +121,13 @@ Span::Span(Warp& w, const Inst& in, uint32_t m, uint32_t size, Kind kind) : byte
   else if (space == Space::Global || space == Space::Generic)
     (reads ? l.n.globalRead : space == Space::Global && kind == Kind::Atomic ? l.n.atomics : l.n.globalWrite) += total;
   if (own && l.opt.verbose) countBanks(w, m, a, bytes);
-  if (l.race && kind != Kind::Write) raceAccess(w, in, m, in.space, a, bytes, kind);
+  if (l.race && kind != Kind::Write) raceAccess(w, in, m, a, bytes, kind);
 }
 void Span::written(Warp& w, const Inst& in, uint32_t m, uint32_t changed) const {
-  if (w.launch->race) raceWrites(w, in, m, changed, in.space, a, bytes);
+  if (w.launch->race) {
+    raceAccess(w, in, m & changed, a, bytes, Kind::Write);
+    raceAccess(w, in, m & ~changed, a, bytes, Kind::Rewrite);
+  }
   w.launch->progress();
 }
 

@@ -193,7 +193,6 @@ struct Side {
   uint32_t agent, time;
   uint8_t flags;
   Sight sight;  // which others it must be able to see; kThreads: the generic proxy
-  bool unchanged = false;
 };
 Side side(Warp& w, const Inst& in, bool strong) {
   RaceWarp& r = *w.race;
@@ -248,7 +247,7 @@ void touch(RaceState& s, Granule& g, const Side& me, uint16_t mask, Kind kind, c
              why);
     known = e;
   };
-  if (!me.unchanged) {
+  if (kind != Kind::Rewrite) {
     for (auto& e : g.writes) check(e);
     if (write) {
       for (auto& e : g.reads) check(e);
@@ -297,26 +296,21 @@ void range(const Side& me, Spot at, uint64_t bytes, Kind kind) {
 // were at the same place, and leaves there.
 void synchronise(Warp& w, uint8_t sem, uint64_t place, Kind kind) {
   auto& sync = w.launch->race->sync;
-  if (kind != Kind::Write)
+  if (kind == Kind::Read || kind == Kind::Atomic)
     if (auto it = sync.find(place); it != sync.end()) w.race->acquire(it->second, sem == 2 || sem == 4);
   if (kind == Kind::Read) return;
   RaceClock& to = sync[place];
-  if (kind == Kind::Write) to = {};  // a plain store ends the release sequence; a read-modify-write continues it
+  if (kind != Kind::Atomic) to = {};  // a plain store ends the release sequence; a read-modify-write continues it
   w.race->release(to, sem == 3 || sem == 4);
 }
 
 }  // namespace
 
-void raceAccess(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* a, uint32_t bytes, Kind kind,
-                bool unchanged) {
-  if (space == Space::Local || space == Space::Param) return;
+void raceAccess(Warp& w, const Inst& in, uint32_t m, const uint64_t* a, uint32_t bytes, Kind kind) {
+  if (!m || in.space == Space::Local || in.space == Space::Param) return;
   const uint8_t sem = in.x[0];
   const bool strong = kind == Kind::Atomic || sem;
-  Side me = side(w, in, strong);
-  me.unchanged = unchanged;
-  const LaneAccess laneKind = kind == Kind::Read ? LaneAccess::Read
-                              : unchanged        ? LaneAccess::Rewrite
-                                                 : LaneAccess::Write;
+  const Side me = side(w, in, strong);
   for (uint32_t left = m; left;) {
     const int i = firstLane(left);
     left &= left - 1;
@@ -324,7 +318,7 @@ void raceAccess(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t
     uint32_t run = 1u << i;
     // neighbours of the same granule or run are one access
     while (left && a[firstLane(left)] == a[i] + n && n < 64) n += bytes, run |= left & (0 - left), left &= left - 1;
-    const Place p = locate(w, in, i, space, a[i], 1, Kind::Read, 1);
+    const Place p = locate(w, in, i, in.space, a[i], 1, Kind::Read, 1);
     if (p.cta) raceRemote(w, in, i, *p.cta, nullptr);
     Spot at = spotOf(*w.launch->race, p);
     range(me, at, n, kind);
@@ -333,7 +327,7 @@ void raceAccess(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t
         synchronise(w, sem, p.cta ? a[i] | (w.race->clock.first + 1ull) << 40 : (uint64_t)p.p, kind);
     } else if (at.shadow) {
       for (int lane : lanesOf(run)) {
-        laneAccess(w, in, lane, at.shadow->page(at.offset).lanes, at, bytes, laneKind);
+        laneAccess(w, in, lane, at.shadow->page(at.offset).lanes, at, bytes, kind);
         at.offset += bytes;
       }
     }
@@ -341,17 +335,11 @@ void raceAccess(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t
   if (sem == 2 || sem == 4) laneSync(w, m);
 }
 
-void raceWrites(Warp& w, const Inst& in, uint32_t m, uint32_t changed, Space space, const uint64_t* a, uint32_t bytes) {
-  for (bool unchanged : {false, true})
-    if (const uint32_t lanes = m & (unchanged ? ~changed : changed))
-      raceAccess(w, in, lanes, space, a, bytes, Kind::Write, unchanged);
-}
 void laneAsync(Warp& w, const Inst& in, int lane, Cta& cta, uint32_t offset, uint32_t bytes, Kind kind) {
   if (!w.launch->race) return;
-  const LaneAccess laneKind = kind == Kind::Read ? LaneAccess::Read : LaneAccess::Write;
   for (uint32_t end = offset + bytes, n; offset < end; offset += n) {
     n = std::min({bytes, 16u, end - offset});
-    laneAccess(w, in, lane, cta.shadow->page(offset).lanes, {&cta, nullptr, cta.shadow.get(), offset}, n, laneKind);
+    laneAccess(w, in, lane, cta.shadow->page(offset).lanes, {&cta, nullptr, cta.shadow.get(), offset}, n, kind);
   }
 }
 

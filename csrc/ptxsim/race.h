@@ -4,11 +4,8 @@
 
 namespace ptxsim {
 
-// Stores: the lanes of `changed` altered memory, the others wrote what was there.
-void raceWrites(Warp& w, const Inst& in, uint32_t m, uint32_t changed, Space space, const uint64_t* a, uint32_t bytes);
-// `unchanged`: a write of what is there. Nobody can see it: it is only remembered.
-void raceAccess(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* address, uint32_t bytes, Kind kind,
-                bool unchanged = false);
+// The lanes of m access `bytes` each. A rewrite nobody can see: it is only remembered.
+void raceAccess(Warp& w, const Inst& in, uint32_t m, const uint64_t* address, uint32_t bytes, Kind kind);
 
 // Where the tensor copy that filled 16 bytes of shared memory took them from.
 struct Provenance {
@@ -39,10 +36,9 @@ struct LanePage {               // of kPageBytes
   std::vector<LaneUnit> units;  // empty: no access yet
 };
 constexpr uint32_t kPageBytes = 1024;
-void laneSync(Warp& w, uint32_t m);                        // the lanes of m hear of what the others did
-enum class LaneAccess : uint8_t { Read, Write, Rewrite };  // Rewrite: a write of what was there
+void laneSync(Warp& w, uint32_t m);  // the lanes of m hear of what the others did
 // One lane's access, which lies in one page.
-void laneAccess(Warp& w, const Inst& in, int lane, LanePage& page, const Spot& at, uint32_t bytes, LaneAccess kind);
+void laneAccess(Warp& w, const Inst& in, int lane, LanePage& page, const Spot& at, uint32_t bytes, Kind kind);
 // The same by an asynchronous operation, when it is issued or when the lane has waited for it.
 void laneAsync(Warp& w, const Inst& in, int lane, Cta& cta, uint32_t offset, uint32_t bytes, Kind kind);
 
