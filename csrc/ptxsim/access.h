@@ -14,6 +14,8 @@ struct Place {
   Buffer* buffer = nullptr;  // global memory
 };
 
+inline Place placeIn(Cta& c, uint32_t offset) { return {c.smem + offset, c.smemValid + offset, &c, offset}; }
+
 // Checks bounds, alignment (`align` bytes) and permission; throws what a debugger would want to read.
 Place locate(Warp& w, const Inst& in, int lane, Space space, uint64_t address, uint32_t bytes, Kind kind,
              uint32_t align);

@@ -196,7 +196,7 @@ void waitBarrier(Warp& w, const Inst& in, uint32_t m) {
              " nor the one before");
     if (kParity ? !((was ^ now) & 1) : was == now) continue;
     ok |= 1u << i;
-    raceAcquire(w, b, !in.x[1]);
+    raceWaited(w, b, !in.x[1]);
   }
   f.mayGiveUp = !ok && !(in.x[0] && f.giveUp);
   f.giveUp = false;
@@ -214,21 +214,20 @@ LANE(uint32_t, PendingCount, (uint64_t state)) { return (uint32_t)(state >> 32);
 // ---- cp.async
 
 struct CpAsync : AsyncOp {
-  Place from[kLanes];
-  uint32_t to[kLanes], have[kLanes];
+  Place from[kLanes], to[kLanes];
+  uint32_t have[kLanes];
   bool step() override {
-    Cta& c = *warp->cta;
     for (int i : lanesOf(mask)) {
-      if (have[i]) raceAsyncGlobal(*this, *from[i].buffer, (uint64_t)from[i].p, have[i], Kind::Read);
-      raceAsyncShared(*this, c, to[i], inst->bytes, Kind::Write);
-      if (have[i]) memcpy(c.smem + to[i], from[i].p, have[i]);
-      memset(c.smem + to[i] + have[i], 0, inst->bytes - have[i]);
-      memset(c.smemValid + to[i], 1, inst->bytes);
+      raceAsync(*this, from[i], have[i], Kind::Read);
+      raceAsync(*this, to[i], inst->bytes, Kind::Write);
+      if (have[i]) memcpy(to[i].p, from[i].p, have[i]);
+      memset(to[i].p + have[i], 0, inst->bytes - have[i]);
+      memset(to[i].valid, 1, inst->bytes);
     }
     return true;
   }
   void waited(uint32_t m) override {
-    for (int i : lanesOf(m)) laneAsync(*warp, *inst, i, *warp->cta, to[i], inst->bytes, Kind::Write);
+    for (int i : lanesOf(m)) laneAsync(*warp, *inst, i, to[i], inst->bytes, Kind::Write);
   }
 };
 // a: shared, second address: global, b: src-size, c: predicate that ignores the source
@@ -237,11 +236,10 @@ void cpAsync(Warp& w, const Inst& in, uint32_t m) {
   op->generic = true;
   w.needValid(in, in.a, m, "address");
   for (int i : lanesOf(m)) {
-    Place p = locateShared(w, in, i, (uint32_t)laneAddress(w, in, i), in.bytes, Kind::Write, in.bytes, true);
+    op->to[i] = locateShared(w, in, i, (uint32_t)laneAddress(w, in, i), in.bytes, Kind::Write, in.bytes, true);
     uint32_t have = in.b ? lane32(w, in.b, (unsigned)i) : in.bytes;
     if (in.c && (w.predicate(in.c) >> i) & 1) have = 0;
     if (have > in.bytes) w.fail(in, i, "cp.async: src-size ", have, " exceeds cp-size ", in.bytes);
-    op->to[i] = p.offset;
     op->have[i] = have;
     if (have) {
       const uint64_t g = laneAddress(w, in, in.ext->second, i);
@@ -250,7 +248,7 @@ void cpAsync(Warp& w, const Inst& in, uint32_t m) {
     }
     w.launch->n.globalRead += have;
     w.launch->n.sharedWrite += in.bytes;
-    laneAsync(w, in, i, *w.cta, p.offset, in.bytes, Kind::Write);
+    laneAsync(w, in, i, op->to[i], in.bytes, Kind::Write);
   }
   launchOp(w, in, m, op, &w.cp);
 }
@@ -301,7 +299,7 @@ struct StAsync : AsyncOp {
   int lane = 0;
   bool step() override {
     Place p = locateShared(*warp, *inst, lane, address, bytes, Kind::Write, 1, false);
-    raceAsyncShared(*this, *p.cta, p.offset, bytes, Kind::Write);
+    raceAsync(*this, p, bytes, Kind::Write);
     combine(inst->x[1] ? inst->x[0] : -1, (Type)inst->x[3], p.p, data, bytes);
     memset(p.valid, 1, bytes);
     completeOn(*this, lane, barrier, bytes);

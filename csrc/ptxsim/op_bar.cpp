@@ -1,5 +1,4 @@
 // Named barriers of a CTA and the cluster barrier (PTX ISA 9.7.13.1 to 9.7.13.4).
-#include "ops.h"
 #include "race.h"
 
 namespace ptxsim {
@@ -16,8 +15,9 @@ std::string describeBarrier(Warp& w, const Inst& in) {
 }
 
 void complete(Cta& cta, NamedBarrier& b) {
-  raceBarrier(cta, b);
   for (auto& x : b.waiting) {
+    raceAcquire(*x.warp, b.clock);
+    laneSync(*x.warp, x.mask);
     for (auto& f : x.warp->frags)
       if (f.wait == Wait::Barrier && f.mask == x.mask) f.wait = Wait::None;
     const Inst& in = *x.inst;

@@ -48,7 +48,7 @@ Place locateShared(Warp& w, const Inst& in, int lane, uint32_t a, uint32_t bytes
            ": the CTA's shared memory is [0x400, ", hex(c.smemBytes), ")");
   if (c.liveThreads == 0 && &c != w.cta)  // what a CTA leaves behind is checked when it exits
     w.fail(in, lane, "shared ", verb(kind), " to CTA rank ", rank, ", whose threads have all exited");
-  return {c.smem + off, c.smemValid + off, &c, off, nullptr};
+  return placeIn(c, off);
 }
 
 Place locate(Warp& w, const Inst& in, int lane, Space space, uint64_t a, uint32_t bytes, Kind kind, uint32_t align) {

@@ -62,15 +62,15 @@ struct Bulk : AsyncOp {
       uint32_t off = p.offset + i;
       off ^= ((off >> 7) & ((1u << map.swizzle) - 1)) << 4;
       const uint32_t n = std::min(16u, bytes - i);
-      uint8_t *memory = p.cta->smem + off, *valid = p.cta->smemValid + off;
-      raceAsyncShared(*this, *p.cta, off, n, kind);
+      const Place at = placeIn(*p.cta, off);
+      raceAsync(*this, at, n, kind);
       if (kind == Kind::Read) {
-        memcpy(data.data() + i, memory, n);
-        memcpy(good.data() + i, valid, n);
+        memcpy(data.data() + i, at.p, n);
+        memcpy(good.data() + i, at.valid, n);
         continue;
       }
-      combine(b.reduce, type(), memory, data.data() + i, n);
-      memcpy(valid, good.data() + i, n);
+      combine(b.reduce, type(), at.p, data.data() + i, n);
+      memcpy(at.valid, good.data() + i, n);
       if (b.tensor) raceTag(*p.cta, off, {placeOf(i / map.elementBytes()).first, id});
       for (uint32_t k = 0; k < n; k += 8)
         if (p.cta->mbarIndex[(off + k) >> 3])
@@ -81,7 +81,7 @@ struct Bulk : AsyncOp {
     const bool detect = warp->launch->opt.detect;
     runs([&](uint64_t at, uint64_t address, uint32_t n) {
       Place p = locateGlobal(*warp, *inst, lane, address, n, kind, 1);
-      raceAsyncGlobal(*this, *p.buffer, (uint64_t)p.p, n, kind);
+      raceAsync(*this, p, n, kind);
       if (kind == Kind::Read) {
         if (detect && !allValid(p.valid, n)) warp->fail(*inst, lane, "a bulk copy reads uninitialised global memory");
         memcpy(data.data() + at, p.p, n);
@@ -99,7 +99,7 @@ struct Bulk : AsyncOp {
   }
   bool exitOk() const override { return false; }
   void waited(uint32_t) override {  // for the first time: its source may be written again
-    if (!told) laneAsync(*warp, *inst, lane, *warp->cta, source & 0xffffff, bytes, Kind::Read);
+    if (!told) laneAsync(*warp, *inst, lane, placeIn(*warp->cta, source & 0xffffff), bytes, Kind::Read);
     told = true;
   }
   bool step() override {
@@ -129,7 +129,7 @@ TensorMap readMap(Warp& w, const Inst& in, int lane, uint64_t address) {
   if (inShared(address) || inLocal(address))
     w.fail(in, lane, "a tensor map must be in parameter, constant or global memory");
   Place p = locateGlobal(w, in, lane, address, 128, Kind::Read, 64);
-  raceTensorMap(w, in, *p.buffer, (uint64_t)p.p);
+  raceTensorMap(w, in, p);
   TensorMap map;
   memcpy(&map, p.p, sizeof map);
   if (map.magic != TensorMap::kMagic || map.rank < 1 || map.rank > 5 || !map.elementBytes())
@@ -176,8 +176,8 @@ void bulk(Warp& w, const Inst& in, uint32_t m) {
         w.fail(in, i, "the shared memory address of the copy, offset ", a & 0xffffff, ", must be a multiple of ",
                b.tensor ? 128 : 16, " bytes");
       if (op->bytes) {
-        locateShared(w, in, i, a, op->bytes, kind, 16, false);
-        if (a >> 24 == w.cta->rank) laneAsync(w, in, i, *w.cta, a & 0xffffff, op->bytes, kind);
+        const Place p = locateShared(w, in, i, a, op->bytes, kind, 16, false);
+        if (p.cta == w.cta) laneAsync(w, in, i, p, op->bytes, kind);
       }
       return a;
     };

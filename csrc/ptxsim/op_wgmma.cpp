@@ -20,18 +20,14 @@ struct SharedMatrix {
   uint32_t span() const { return 16u << shift(); }
   unsigned outer() const { return mnMajor ? k : count; }
   unsigned chunks() const { return (mnMajor ? count : k) * es / 16; }  // of 16 bytes, along the contiguous direction
-  uint32_t offset(unsigned r, unsigned chunk) const {  // in the CTA's window, of a chunk at index r of the other
-    const uint32_t w = span(), c = (mnMajor ? first * es : 0) + chunk * 16;
-    if (!mnMajor) r += first;
-    uint32_t a = start;
-    if (!mnMajor)
-      a += r % 8 * w + r / 8 * sbo + (mode ? c : c / 16 * lbo);
-    else if (mode)
-      a += r % 8 * w + c % w + c / w * lbo + r / 8 * sbo;
-    else
-      a += r % 8 * 16 + c / 16 * sbo + r / 8 * lbo;
+  uint32_t offset(unsigned r, unsigned c) const {  // in the CTA's window, of chunk c at index r of the other direction
+    mnMajor ? c += first* es / 16 : r += first;
+    const uint32_t low = (1u << shift()) - 1;
+    const bool exchanged = mnMajor && !mode;  // LBO and SBO
+    uint32_t a = start + ((r % 8 << shift()) + (c & low)) * 16;
+    a += (c >> shift()) * (exchanged ? sbo : lbo) + r / 8 * (exchanged ? lbo : sbo);
     a &= 0x3ffff;
-    return a ^ ((((a >> 7) - base) & ((1u << shift()) - 1)) << 4);
+    return a ^ ((((a >> 7) - base) & low) << 4);
   }
 
   // What one tensor copy brought must be read as a regular part of the tensor: a wrong stride or swizzle reads bytes
@@ -39,9 +35,9 @@ struct SharedMatrix {
   // The result says where it is not; `known`: all of it came from tensor copies.
   std::string irregular(Cta& cta, bool* known) const {
     std::vector<bool> taken(1 << 14);  // by 16 bytes of the window that a descriptor reaches
-    auto at = [&](unsigned r, unsigned c) -> const Provenance* {
+    auto at = [&](unsigned r, unsigned c) {
       const uint32_t off = offset(r, c);
-      return off + 16 <= cta.smemBytes ? raceTagOf(cta, off) : nullptr;
+      return off + 16 <= cta.smemBytes ? raceTagOf(cta, off) : Provenance();
     };
     for (unsigned r = 0; r < outer(); ++r)
       for (unsigned c = 0; c < chunks(); ++c) {
@@ -50,22 +46,22 @@ struct SharedMatrix {
         taken[chunk] = true;
       }
     // A chunk is 16 bytes on from its left neighbour, and a row as far from the one above as the first two rows are.
-    const Provenance *row0 = at(0, 0), *row1 = outer() > 1 ? at(1, 0) : nullptr;
-    *known = row0 && row1 && row0->op == row1->op;
+    Provenance origin = at(0, 0);
+    const Provenance row1 = at(1, 0);
+    *known = origin.op && row1.op == origin.op;
     if (!*known) return "";
-    const uint64_t pitch = row1->address - row0->address;
-    const Provenance* origin = nullptr;
-    int64_t originRow = 0, originChunk = 0;
+    const uint64_t pitch = row1.address - origin.address;
+    unsigned originRow = 0, originChunk = 0;
     for (unsigned r = 0; r < outer(); ++r)
       for (unsigned c = 0; c < chunks(); ++c) {
-        const Provenance* p = at(r, c);
-        *known &= p != nullptr;
-        if (!p) return "";
-        if (!origin || p->op != origin->op) origin = p, originRow = r, originChunk = c;
-        const uint64_t want = origin->address + (uint64_t)(r - originRow) * pitch + (uint64_t)(c - originChunk) * 16;
-        if (p->address != want)
+        const Provenance p = at(r, c);
+        *known = p.op != 0;
+        if (!*known) return "";
+        if (p.op != origin.op) origin = p, originRow = r, originChunk = c;
+        const uint64_t want = origin.address + (r - originRow) * pitch + (uint64_t)((int64_t)c - originChunk) * 16;
+        if (p.address != want)
           return cat(mnMajor ? "k " : "row ", first + r, ", 16-byte chunk ", c, " was loaded from ",
-                     (int64_t)(p->address - want), " bytes past where its neighbours put it");
+                     (int64_t)(p.address - want), " bytes past where its neighbours put it");
       }
     return "";
   }
@@ -100,12 +96,13 @@ struct Wgmma : AsyncOp {
         if (off < kSharedReserved || off + 16 > cta.smemBytes)
           warp->fail(*inst, -1, "a wgmma descriptor (start ", hex(x.start), ", LBO ", x.lbo, ", SBO ", x.sbo,
                      ") reaches shared offset ", hex(off), " of ", hex(cta.smemBytes));
-        raceAsyncShared(*this, cta, off, 16, Kind::Read);
-        const bool good = allValid(cta.smemValid + off, 16);
+        const Place chunk = placeIn(cta, off);
+        raceAsync(*this, chunk, 16, Kind::Read);
+        const bool good = allValid(chunk.valid, 16);
         for (unsigned e = 0; e < per; ++e) {
           const unsigned mn = x.mnMajor ? c * per + e : r, k = x.mnMajor ? r : c * per + e;
-          out[mn * mnPitch + k * kPitch] = matrixElement(x.type, cta.smem + off + e * es);
-          if (!good && !allValid(cta.smemValid + off + e * es, es)) bad.set(mn);
+          out[mn * mnPitch + k * kPitch] = matrixElement(x.type, chunk.p + e * es);
+          if (!good && !allValid(chunk.valid + e * es, es)) bad.set(mn);
         }
       }
   }

@@ -6,8 +6,6 @@
 // for it, and to whom these told. Lanes of one warp are taken to be ordered among themselves.
 #include "race.h"
 
-#include "ops.h"
-
 namespace ptxsim {
 
 // How far a warp's accesses are visible: to threads, and to the async proxy in shared and in global memory.
@@ -61,8 +59,6 @@ struct RaceWarp {
   void acquire(const RaceClock& from, bool strong) { (strong ? clock : pending).join(from); }
 };
 
-namespace {
-
 constexpr uint32_t kPredecessor = ~0u;  // the launch before, as an agent: its end is at time 1
 
 enum Flag : uint8_t { kStrong = 1, kOpFlag = 2, kWriteFlag = 4 };
@@ -109,23 +105,8 @@ struct Page {
 };
 // Pages nobody uses: most CTAs need as many as the one before, and zeros for all of them would take longer than they
 // run.
-std::vector<std::unique_ptr<Page>> gSpare;
+static std::vector<std::unique_ptr<Page>> gSpare;
 constexpr size_t kMostSpare = 4096;
-struct Recycle {
-  void operator()(Page* p) const {
-    std::unique_ptr<Page> own(p);
-    if (gSpare.size() < kMostSpare) gSpare.push_back(std::move(own));
-  }
-};
-Page* freshPage() {
-  if (gSpare.empty()) gSpare.push_back(std::make_unique<Page>());
-  Page* p = gSpare.back().release();
-  gSpare.pop_back();
-  ++p->life;
-  p->lanes.shift = 4;
-  p->lanes.units.clear();
-  return p;
-}
 
 struct OpRecord {
   RaceClock clock;  // the issuer's, at issue
@@ -134,16 +115,24 @@ struct OpRecord {
   std::vector<std::shared_ptr<RaceCompletion>> full, read;
 };
 
-}  // namespace
-
 struct RaceShadow {
-  std::vector<std::unique_ptr<Page, Recycle>> pages;
-  std::vector<Entry> remote, remoteOps;  // of other CTAs: each warp's last access, all operations
-  RaceClock exit, met;                   // what its warps knew when they exited
-  void resize(uint64_t bytes) { pages.resize((bytes + kPageBytes - 1) / kPageBytes); }
+  std::vector<std::unique_ptr<Page>> pages;
+  std::vector<Entry> remote[2];  // of other CTAs: each warp's last access, all operations
+  RaceClock exit, met;           // what its warps knew when they exited
+  explicit RaceShadow(uint64_t bytes) : pages((bytes + kPageBytes - 1) / kPageBytes) {}
+  ~RaceShadow() {
+    for (auto& p : pages)
+      if (p && gSpare.size() < kMostSpare) gSpare.push_back(std::move(p));
+  }
   Page& page(uint64_t offset) {
     auto& p = pages[offset / kPageBytes];
-    if (!p) p.reset(freshPage());
+    if (p) return *p;
+    if (gSpare.empty()) gSpare.push_back(std::make_unique<Page>());
+    p = std::move(gSpare.back());
+    gSpare.pop_back();
+    ++p->life;
+    p->lanes.shift = 4;
+    p->lanes.units.clear();
     return *p;
   }
   Granule& at(uint64_t granule) {
@@ -171,8 +160,7 @@ void raceStart(Launch& l, Cluster& c, uint64_t index) {
   if (!l.race) return;
   const uint32_t n = l.warpsPerCta * l.ctasPerCluster, first = (uint32_t)index * n;
   for (auto& cta : c.ctas) {
-    cta->shadow = std::make_shared<RaceShadow>();
-    cta->shadow->resize(cta->smemBytes);
+    cta->shadow = std::make_shared<RaceShadow>(cta->smemBytes);
     for (auto& w : cta->warps) {
       w.agent = first + cta->rank * l.warpsPerCta + w.index;
       w.race = std::make_shared<RaceWarp>();
@@ -194,13 +182,8 @@ struct Side {
   uint8_t flags;
   Sight sight;  // which others it must be able to see; kThreads: the generic proxy
 };
-Side side(Warp& w, const Inst& in, bool strong) {
-  RaceWarp& r = *w.race;
-  return {w, in, r.clock, r.self, r.now(), (uint8_t)(strong ? kStrong : 0), kThreads};
-}
-Side side(const AsyncOp& op, Sight sight) {
-  const OpRecord& r = *op.warp->launch->race->ops[op.id];
-  return {*op.warp, *op.inst, r.clock, op.id, 0, kOpFlag, r.generic ? kThreads : sight};
+Side side(Warp& w, const Inst& in, bool strong = false) {
+  return {w, in, w.race->clock, w.agent, w.race->now(), (uint8_t)(strong ? kStrong : 0), kThreads};
 }
 
 // "": ordered. Otherwise what is missing.
@@ -237,8 +220,7 @@ const char* verb(bool write) { return write ? "write" : "read"; }
 void touch(RaceState& s, Granule& g, const Side& me, uint16_t mask, Kind kind, const Spot& at) {
   const bool write = kind != Kind::Read;
   auto check = [&](const Entry& e) {
-    if (!(e.mask & mask)) return;
-    if (e.flags & me.flags & kStrong) return;  // both strong: ordered by the memory system
+    if (!(e.mask & mask) || e.flags & me.flags & kStrong) return;  // two strong ones the memory system orders
     Entry& known = s.memo.before[(e.agent * 2 + (e.flags & kWriteFlag ? 1 : 0)) & 31];
     if (known.mask && known.agent == e.agent && known.time >= e.time && known.flags == e.flags) return;
     const char* why = ordered(me, e);
@@ -264,21 +246,20 @@ void touch(RaceState& s, Granule& g, const Side& me, uint16_t mask, Kind kind, c
 Spot spotOf(RaceState& s, const Place& p) {
   if (p.cta) return {p.cta, nullptr, p.cta->shadow.get(), p.offset};
   if (!p.buffer || !p.buffer->writable) return {nullptr, p.buffer, nullptr, 0};
-  RaceShadow& shadow = s.global[p.buffer];
-  if (shadow.pages.empty()) shadow.resize(p.buffer->end - p.buffer->begin);
-  return {nullptr, p.buffer, &shadow, (uint64_t)p.p - p.buffer->begin};
-}
-Spot spotOf(RaceState& s, Buffer& b, uint64_t address) {
-  return spotOf(s, {(uint8_t*)address, nullptr, nullptr, 0, &b});
+  const Buffer& b = *p.buffer;
+  return {nullptr, &b, &s.global.try_emplace(&b, b.end - b.begin).first->second, (uint64_t)p.p - b.begin};
 }
 
-void range(const Side& me, Spot at, uint64_t bytes, Kind kind) {
+// An access to `bytes` from p on. The result says where that is.
+Spot range(const Side& me, const Place& p, uint64_t bytes, Kind kind) {
+  RaceState& s = *me.w.launch->race;
+  const Spot first = spotOf(s, p);
+  Spot at = first;
   if (at.buffer && at.buffer->predecessor && !me.clock.knows(kPredecessor, 1))
     me.w.fail(me.in, -1, "race between launches on ", at.name(),
               ": this one was launched early, and the one before may ",
               "still use that; nothing orders this access after a griddepcontrol.wait");
-  if (!at.shadow) return;
-  RaceState& s = *me.w.launch->race;
+  if (!at.shadow) return at;
   const uint64_t end = at.offset + bytes;
   const uint64_t key = (uint64_t)me.sight << 33 | (uint64_t)(me.flags & kOpFlag) << 31 | me.agent;
   if (s.memo.side != key) {
@@ -290,6 +271,7 @@ void range(const Side& me, Spot at, uint64_t bytes, Kind kind) {
     const uint64_t lo = at.offset % 16, hi = 16 - (next - std::min(next, end));
     touch(s, at.shadow->at(at.offset / 16), me, (uint16_t)((1u << hi) - (1u << lo)), kind, at);
   }
+  return first;
 }
 
 // What a strong access of `sem` (0 none, 1 relaxed, 2 acquire, 3 release, 4 acq_rel, 5 volatile) takes from others that
@@ -320,8 +302,7 @@ void raceAccess(Warp& w, const Inst& in, uint32_t m, const uint64_t* a, uint32_t
     while (left && a[firstLane(left)] == a[i] + n && n < 64) n += bytes, run |= left & (0 - left), left &= left - 1;
     const Place p = locate(w, in, i, in.space, a[i], 1, Kind::Read, 1);
     if (p.cta) raceRemote(w, in, i, *p.cta, nullptr);
-    Spot at = spotOf(*w.launch->race, p);
-    range(me, at, n, kind);
+    Spot at = range(me, p, n, kind);
     if (strong) {
       if (p.cta || p.buffer)
         synchronise(w, sem, p.cta ? a[i] | (w.race->clock.first + 1ull) << 40 : (uint64_t)p.p, kind);
@@ -335,27 +316,26 @@ void raceAccess(Warp& w, const Inst& in, uint32_t m, const uint64_t* a, uint32_t
   if (sem == 2 || sem == 4) laneSync(w, m);
 }
 
-void laneAsync(Warp& w, const Inst& in, int lane, Cta& cta, uint32_t offset, uint32_t bytes, Kind kind) {
+void laneAsync(Warp& w, const Inst& in, int lane, const Place& p, uint32_t bytes, Kind kind) {
   if (!w.launch->race) return;
-  for (uint32_t end = offset + bytes, n; offset < end; offset += n) {
-    n = std::min({bytes, 16u, end - offset});
-    laneAccess(w, in, lane, cta.shadow->page(offset).lanes, {&cta, nullptr, cta.shadow.get(), offset}, n, kind);
-  }
+  Spot at = spotOf(*w.launch->race, p);
+  for (const uint64_t end = at.offset + bytes; at.offset < end; at.offset += 16)
+    laneAccess(w, in, lane, at.shadow->page(at.offset).lanes, at, (uint32_t)std::min<uint64_t>(16, end - at.offset),
+               kind);
 }
 
 void racePlace(Warp& w, const Inst& in, const Place& p, uint32_t bytes, Kind kind) {
-  if (w.launch->race) range(side(w, in, false), spotOf(*w.launch->race, p), bytes, kind);
+  if (w.launch->race) range(side(w, in), p, bytes, kind);
 }
-void raceTensorMap(Warp& w, const Inst& in, Buffer& b, uint64_t address) {
+void raceTensorMap(Warp& w, const Inst& in, const Place& p) {
   if (!w.launch->race) return;
-  const Side me = side(w, in, false);
-  const Spot at = spotOf(*w.launch->race, b, address);
-  range(me, at, 128, Kind::Read);
-  if (!at.shadow) return;
-  for (uint64_t g = at.offset / 16; g < at.offset / 16 + 8; ++g)
+  const Side me = side(w, in);
+  const Spot at = range(me, p, 128, Kind::Read);
+  for (uint64_t g = at.offset / 16; at.shadow && g < at.offset / 16 + 8; ++g)
     for (const Entry& e : at.shadow->at(g).writes)
       if (e.mask && !(e.flags & kOpFlag) && me.clock.isOwn(e.agent) && !w.race->mapped.knows(e.agent, e.time))
-        report(me, e, false, "the tensor map in " + b.name, "no fence.proxy.tensormap (generic, acquire) lies between");
+        report(me, e, false, "the tensor map in " + p.buffer->name,
+               "no fence.proxy.tensormap (generic, acquire) lies between");
 }
 
 // ---- synchronisation
@@ -391,9 +371,8 @@ void raceRelease(Warp& w, std::shared_ptr<RaceClock>& clock, bool release) {
   if (!clock) clock = std::make_shared<RaceClock>();
   w.race->release(*clock, release);
 }
-void raceBarrier(Cta& cta, NamedBarrier& b) {
-  if (!cta.launch->race) return;
-  for (auto& x : b.waiting) x.warp->race->acquire(*b.clock, true), laneSync(*x.warp, x.mask);
+void raceAcquire(Warp& w, const std::shared_ptr<RaceClock>& clock, bool acquire) {
+  if (clock) w.race->acquire(*clock, acquire);
 }
 void raceClusterArrive(Warp& w, bool release) {
   if (!w.launch->race) return;
@@ -402,12 +381,11 @@ void raceClusterArrive(Warp& w, bool release) {
   if (!c.met) c.met = std::make_shared<RaceClock>(r.met);
   (*c.met)[r.self] = {r.now(), r.initFence, 0};
   raceRelease(w, c.clock, release);
-  if (!release) ++r.now();
+  r.now() += !release;
 }
 void raceClusterWait(Warp& w) {
-  if (!w.launch->race) return;
-  Cluster& c = *w.cta->cluster;
-  if (c.done) w.race->acquire(*c.done, true);
+  const Cluster& c = *w.cta->cluster;
+  raceAcquire(w, c.done);
   if (c.met) w.race->met.join(*c.met);
   laneSync(w, kAll);
 }
@@ -422,12 +400,9 @@ void raceMbarrierInit(Warp& w, int lane, Mbarrier& b) {
 void raceMbarrierUse(Warp& w, const Inst& in, int lane, const Mbarrier& b) {
   if (!w.launch->race) return;
   const RaceWarp& r = *w.race;
-  if (b.initBy == r.self) {
-    if ((int)b.initLane != lane && b.initLaneTime >= w.laneNews[lane])
-      w.fail(in, lane, "race on an mbarrier: nothing orders this operation after its mbarrier.init by lane ",
-             b.initLane, " of the same warp (bar.warp.sync is missing)");
-    return;
-  }
+  if (b.initBy == w.agent && (int)b.initLane != lane && b.initLaneTime >= w.laneNews[lane])
+    w.fail(in, lane, "race on an mbarrier: nothing orders this operation after its mbarrier.init by lane ", b.initLane,
+           " of the same warp (bar.warp.sync is missing)");
   if (r.clock.knows(b.initBy, b.initTime) || r.met.knows(b.initBy, b.initTime, kAsyncShared)) return;
   const uint32_t n = w.launch->warpsPerCta;
   w.fail(in, lane, "race on an mbarrier of CTA ", b.initBy / n, ": nothing orders this operation after its ",
@@ -446,7 +421,7 @@ void raceRemote(Warp& w, const Inst& in, int lane, Cta& target, const AsyncOp* o
   if (!started)
     w.fail(in, lane, "shared memory of CTA rank ", target.rank,
            " is accessed before that CTA is known to have started: a cluster barrier is missing");
-  auto& list = op ? target.shadow->remoteOps : target.shadow->remote;
+  auto& list = target.shadow->remote[op != nullptr];
   const Entry e{op ? op->id : r.self, op ? 0 : r.now(), pcOf(w, in), 1,
                 (uint8_t)(op ? kOpFlag | kWriteFlag : kWriteFlag)};
   auto same = std::find_if(list.begin(), list.end(), [&](const Entry& x) { return x.agent == e.agent; });
@@ -459,14 +434,13 @@ void raceExit(Warp& w) {
   if (w.launch->race) w.cta->shadow->exit.join(w.race->clock), w.cta->shadow->met.join(w.race->met);
 }
 static void checkRemote(Cta& cta) {
-  const RaceState& s = *cta.launch->race;
   const RaceShadow& shadow = *cta.shadow;
   const Kernel& k = *cta.launch->kernel;
   const Side me{cta.warps[0], k.code[0], shadow.exit, kAll, 0, 0, kThreads};
-  for (auto* list : {&shadow.remote, &shadow.remoteOps})
-    for (const Entry& e : *list) {
+  for (auto& list : shadow.remote)
+    for (const Entry& e : list) {
       const bool op = e.flags & kOpFlag;
-      const uint32_t warp = warpOf(s, e);
+      const uint32_t warp = warpOf(*cta.launch->race, e);
       if (!*ordered(me, e) || (!op && shadow.met.knows(warp, e.time))) continue;
       throw Error("CTA ", cta.linear, " may exit before ", (op ? "the asynchronous operation issued by " : ""),
                   nameOf(*cta.launch, warp),
@@ -480,9 +454,8 @@ void racePhase(Mbarrier& b) {
   b.done = std::exchange(b.clock, nullptr);
   b.completion = std::exchange(b.open, nullptr);
 }
-void raceAcquire(Warp& w, Mbarrier& b, bool acquire) {
-  if (!w.launch->race) return;
-  if (b.done) w.race->acquire(*b.done, acquire);
+void raceWaited(Warp& w, const Mbarrier& b, bool acquire) {
+  raceAcquire(w, b.done, acquire);
   if (b.completion) b.completion->observers.emplace_back(w.agent, w.race->now());
 }
 
@@ -498,15 +471,13 @@ void raceIssue(Warp& w, AsyncOp& op) {
   raceRelease(w, clock);
   raceIssueAt(op, clock);
 }
-void raceAsyncShared(AsyncOp& op, Cta& cta, uint32_t offset, uint32_t bytes, Kind kind) {
-  if (cta.launch->race) range(side(op, kAsyncShared), {&cta, nullptr, cta.shadow.get(), offset}, bytes, kind);
-}
-void raceAsyncGlobal(AsyncOp& op, Buffer& b, uint64_t address, uint64_t bytes, Kind kind) {
+void raceAsync(const AsyncOp& op, const Place& p, uint32_t bytes, Kind kind) {
   RaceState* s = op.warp->launch->race.get();
   if (!s) return;
-  Side me = side(op, kAsyncGlobal);
-  if (kind == Kind::Atomic) me.flags |= kStrong;
-  range(me, spotOf(*s, b, address), bytes, kind);
+  const OpRecord& r = *s->ops[op.id];
+  const Sight sight = r.generic ? kThreads : p.cta ? kAsyncShared : kAsyncGlobal;
+  const uint8_t flags = kind == Kind::Atomic ? kOpFlag | kStrong : kOpFlag;
+  range({*op.warp, *op.inst, r.clock, op.id, 0, flags, sight}, p, bytes, kind);
 }
 void raceAsyncSignal(const AsyncOp& op, Mbarrier& b) {
   RaceState* s = op.warp->launch->race.get();
@@ -523,10 +494,8 @@ void raceWaited(Warp& w, const AsyncOp& op, bool readsOnly) {
 void raceTag(Cta& cta, uint32_t offset, const Provenance& from) {
   if (cta.launch->race) cta.shadow->at(offset / 16).from = from;
 }
-const Provenance* raceTagOf(Cta& cta, uint32_t offset) {
-  if (!cta.launch->race) return nullptr;
-  const Provenance& p = cta.shadow->at(offset / 16).from;
-  return p.op ? &p : nullptr;
+Provenance raceTagOf(Cta& cta, uint32_t offset) {
+  return cta.launch->race ? cta.shadow->at(offset / 16).from : Provenance();
 }
 
 // ---- the end of a CTA
