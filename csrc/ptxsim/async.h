@@ -1,7 +1,5 @@
 // Shared by the memory and asynchronous instructions: mbarriers and the bookkeeping of operations in flight.
 #pragma once
-#include "access.h"
-#include "ops.h"
 #include "race.h"
 
 namespace ptxsim {

@@ -25,7 +25,8 @@ static void settle(Launch& l, Mbarrier& b) {
   ++b.phase;
   b.pending = b.expected = b.nextExpected;
   b.txSeen = 0;
-  racePhase(b);
+  b.done = std::exchange(b.clock, nullptr);
+  b.completion = std::exchange(b.open, nullptr);
   l.progress();
 }
 static void addTx(Warp& w, const Inst& in, int lane, Mbarrier& b, int64_t n) {

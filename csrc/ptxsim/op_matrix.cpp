@@ -1,8 +1,6 @@
 // Warp-level matrix instructions: ldmatrix, stmatrix, movmatrix, mma.sync (PTX ISA 9.7.14.5).
 #include "matrix.h"
 
-#include "access.h"
-
 namespace ptxsim {
 namespace {
 

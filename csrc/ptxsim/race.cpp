@@ -450,10 +450,6 @@ static void checkRemote(Cta& cta) {
     }
 }
 
-void racePhase(Mbarrier& b) {
-  b.done = std::exchange(b.clock, nullptr);
-  b.completion = std::exchange(b.open, nullptr);
-}
 void raceWaited(Warp& w, const Mbarrier& b, bool acquire) {
   raceAcquire(w, b.done, acquire);
   if (b.completion) b.completion->observers.emplace_back(w.agent, w.race->now());

@@ -49,7 +49,6 @@ void raceGridWait(Warp& w);                                                     
 void raceFence(Warp& w, const Inst& in, uint32_t m);
 void raceTensorMap(Warp& w, const Inst& in, const Place& p);  // a copy uses the 128 bytes there
 void raceClusterArrive(Warp& w, bool release);
-inline void raceClusterDone(Cluster& c) { c.done = std::exchange(c.clock, nullptr); }
 void raceClusterWait(Warp& w);
 void raceExit(Warp& w);  // its last thread exits
 
@@ -63,7 +62,6 @@ void racePlace(Warp& w, const Inst& in, const Place& p, uint32_t bytes, Kind kin
 void raceRelease(Warp& w, std::shared_ptr<RaceClock>& clock, bool release = true);
 void raceAcquire(Warp& w, const std::shared_ptr<RaceClock>& clock, bool acquire = true);  // null: nothing to learn
 void raceWaited(Warp& w, const Mbarrier& b, bool acquire);
-void racePhase(Mbarrier& b);                                             // the open phase is complete
 void raceIssue(Warp& w, AsyncOp& op);                                    // op starts after what w has done
 void raceIssueAt(AsyncOp& op, const std::shared_ptr<RaceClock>& clock);  // or after what several released
 void raceAsync(const AsyncOp& op, const Place& p, uint32_t bytes, Kind kind);

@@ -221,8 +221,7 @@ struct Warp {
 inline uint32_t pcOf(const Warp& w, const Inst& in) { return (uint32_t)(&in - w.kernel->code.data()); }
 
 struct NamedBarrier {
-  bool all = false;                    // waits for every thread of the CTA
-  unsigned arrived = 0, expected = 0;  // threads
+  unsigned arrived = 0, expected = 0;  // threads; 0 are expected: all of the CTA
   struct Waiter {
     Warp* warp;
     uint32_t mask;
@@ -230,7 +229,8 @@ struct NamedBarrier {
   };
   std::vector<Waiter> waiting;
   std::vector<uint32_t> lanes;  // per warp: who has arrived in this phase
-  uint32_t redAnd = kAll, redOr = 0, redCount = 0;
+  bool redAnd = true;
+  uint32_t redCount = 0;
   std::shared_ptr<RaceClock> clock;  // race detector: what the arrivals release
 };
 
