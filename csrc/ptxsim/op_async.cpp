@@ -11,13 +11,12 @@ static uint32_t sharedAddress(Warp& w, const Inst& in, int lane, bool own) {
     w.fail(in, lane, "a generic address that must be in shared memory is not");
   return own ? inCta((uint32_t)a, w.cta->rank) : (uint32_t)a;
 }
-Mbarrier& mbarrierAt(Warp& w, const Inst& in, int lane, uint32_t address, Cta** owner) {
+Mbarrier& mbarrierAt(Warp& w, const Inst& in, int lane, uint32_t address) {
   Place p = locateShared(w, in, lane, address, 8, Kind::Read, 8, false);
-  uint16_t i = p.cta->mbarIndex[p.offset >> 3];
-  if (!i)
+  auto found = p.cta->mbars.find(p.offset);
+  if (found == p.cta->mbars.end())
     w.fail(in, lane, "no mbarrier has been initialised at shared offset ", p.offset, " of CTA rank ", p.cta->rank);
-  if (owner) *owner = p.cta;
-  return p.cta->mbars[i];
+  return found->second;
 }
 
 static void settle(Launch& l, Mbarrier& b) {
@@ -29,13 +28,12 @@ static void settle(Launch& l, Mbarrier& b) {
   b.completion = std::exchange(b.open, nullptr);
   l.progress();
 }
-static void addTx(Warp& w, const Inst& in, int lane, Mbarrier& b, int64_t n) {
-  b.tx += n;
-  if (n < 0) b.txSeen -= (uint64_t)n;
+// So many bytes are expected, or have come when tx is negative, and so many threads arrive.
+static void arrive(Warp& w, const Inst& in, int lane, Mbarrier& b, int64_t tx, uint32_t n) {
+  b.tx += tx;
+  if (tx < 0) b.txSeen -= (uint64_t)tx;
   if (b.tx > 0xfffff || b.tx < -0xfffff)
     w.fail(in, lane, "the mbarrier's transaction count ", b.tx, " is outside +-(2^20 - 1)");
-}
-static void arrive(Warp& w, const Inst& in, int lane, Mbarrier& b, uint32_t n) {
   if (b.pending < (int64_t)n)
     w.fail(in, lane, "mbarrier arrival without a pending count: ", n, " arrive, ", b.pending, " of ", b.expected,
            " are pending, ", b.tx, " bytes are outstanding");
@@ -43,8 +41,7 @@ static void arrive(Warp& w, const Inst& in, int lane, Mbarrier& b, uint32_t n) {
 }
 void completeOn(const AsyncOp& op, int lane, uint32_t address, uint32_t bytes, uint32_t arrivals) {
   Mbarrier& b = mbarrierAt(*op.warp, *op.inst, lane, address);
-  addTx(*op.warp, *op.inst, lane, b, -(int64_t)bytes);
-  arrive(*op.warp, *op.inst, lane, b, arrivals);
+  arrive(*op.warp, *op.inst, lane, b, -(int64_t)bytes, arrivals);
   raceAsyncSignal(op, b);
   settle(*op.warp->launch, b);
 }
@@ -97,13 +94,10 @@ void initBarrier(Warp& w, const Inst& in, uint32_t m) {
     const uint32_t count = lane32(w, in, in.b, i, "mbarrier count");
     Place p = locateShared(w, in, i, sharedAddress(w, in, i, true), 8, Kind::Write, 8, true);
     if (count < 1 || count > 0xfffff) w.fail(in, i, "an mbarrier count of ", count, " is not in 1..2^20-1");
-    uint16_t& index = p.cta->mbarIndex[p.offset >> 3];
-    auto& mbars = p.cta->mbars;
-    if (index) w.fail(in, i, "mbarrier.init of a live mbarrier (it needs mbarrier.inval first)");
-    for (index = 1; index < mbars.size() && mbars[index].live;) ++index;
-    if (index >= mbars.size()) mbars.resize(index + 1u);
-    Mbarrier& b = mbars[index] = Mbarrier();
-    b.live = true;
+    uint8_t& live = w.cta->hasMbar[p.offset >> 3];
+    if (live) w.fail(in, i, "mbarrier.init of a live mbarrier (it needs mbarrier.inval first)");
+    live = true;
+    Mbarrier& b = w.cta->mbars[p.offset];
     b.pending = b.expected = b.nextExpected = count;
     memset(p.p, 0, 8);
     memset(p.valid, 1, 8);
@@ -115,8 +109,9 @@ void initBarrier(Warp& w, const Inst& in, uint32_t m) {
 void invalBarrier(Warp& w, const Inst& in, uint32_t m) {
   for (int i : lanesOf(m)) {
     const uint32_t a = sharedAddress(w, in, i, true), offset = a & 0xffffff;
-    mbarrierAt(w, in, i, a) = Mbarrier();
-    w.cta->mbarIndex[offset >> 3] = 0;
+    mbarrierAt(w, in, i, a);
+    w.cta->mbars.erase(offset);
+    w.cta->hasMbar[offset >> 3] = false;
     memset(w.cta->smemValid + offset, 0, 8);
   }
   w.launch->progress();
@@ -129,17 +124,16 @@ void atBarriers(Warp& w, const Inst& in, uint32_t m, F f) {
     const uint32_t a = sharedAddress(w, in, i, in.space == Space::Shared && !in.x[4]);
     if (in.space == Space::Generic && (a >> 24) != w.cta->rank)
       w.fail(in, i, "a generic mbarrier address must be in the own CTA");
-    Cta* owner;
-    Mbarrier& b = mbarrierAt(w, in, i, a, &owner);
+    Mbarrier& b = mbarrierAt(w, in, i, a);
     raceMbarrierUse(w, in, i, b);
-    raceRemote(w, in, i, *owner, nullptr);
+    raceRemote(w, in, i, *w.cta->cluster->ctas[a >> 24], nullptr);
     f(i, b, in.b ? lane32(w, in, in.b, i, "mbarrier operand") : 1);
   }
   w.launch->progress();
 }
 void transaction(Warp& w, const Inst& in, uint32_t m) {  // x[0]: 0 expect, 1 complete
   atBarriers(w, in, m, [&](int i, Mbarrier& b, uint32_t n) {
-    addTx(w, in, i, b, in.x[0] ? -(int64_t)n : (int64_t)n);
+    arrive(w, in, i, b, in.x[0] ? -(int64_t)n : (int64_t)n, 0);
     settle(*w.launch, b);
   });
 }
@@ -147,11 +141,10 @@ void arriveBarrier(Warp& w, const Inst& in, uint32_t m) {  // x[0] drop, x[1] ex
   uint64_t state[kLanes] = {0};
   atBarriers(w, in, m, [&](int i, Mbarrier& b, uint32_t n) {
     state[i] = (b.phase & 0xffffffff) | (uint64_t)b.pending << 32;
-    if (in.x[1]) addTx(w, in, i, b, n);
     const uint32_t count = in.x[1] ? 1 : n;
     if (in.x[0] && b.nextExpected < count) w.fail(in, i, "arrive_drop below zero");
     if (in.x[0]) b.nextExpected -= count;
-    arrive(w, in, i, b, count);
+    arrive(w, in, i, b, in.x[1] ? n : 0, count);
     raceRelease(w, b.clock, !in.x[3]);
     if (in.x[2] && b.pending == 0) w.fail(in, i, "mbarrier.arrive.noComplete completes the phase");
     settle(*w.launch, b);
@@ -171,9 +164,8 @@ template <bool kParity>
 std::string describeWait(Warp& w, const Inst& in) {
   const int i = firstLane(w.frag().mask);
   const uint32_t offset = (uint32_t)laneAddress(w, in, i) & 0xffffff;
-  const uint16_t k = w.cta->mbarIndex[offset >> 3];
-  if (!k) return "waits for an mbarrier";
-  const Mbarrier& b = w.cta->mbars[k];
+  if (!w.cta->hasMbar[offset >> 3]) return "waits for an mbarrier";
+  const Mbarrier& b = w.cta->mbars[offset];
   return cat("waits for mbarrier at shared offset ", offset, " ",
              kParity ? cat("parity ", lane32(w, in.b, (unsigned)i) & 1) : "", " (phase ", b.phase, ": ",
              b.expected - b.pending, " of ", b.expected, " arrivals, ", b.txSeen, " bytes came, ", b.tx,
@@ -258,7 +250,7 @@ void decodeCpAsync(Dec& d) {
   d.wantArgs(3, d.out.x[1] ? 5 : 4);
   const int64_t size = d.intArg(2);
   if (size != 16 && (d.out.x[0] || (size != 4 && size != 8))) d.fail("cp-size must be 16, or 4 or 8 with .ca");
-  d.extra()->second = d.second(d.arg(1));
+  d.operands("[a] [e]");
   if (d.argc() - d.out.x[1] > 3) {
     const Operand& o = d.arg(3);
     if (o.kind == Operand::Register && d.fn.regs[(size_t)o.reg].type == Type::Pred)
@@ -266,8 +258,6 @@ void decodeCpAsync(Dec& d) {
     else
       d.out.b = d.src(o, Type::U32);
   }
-  d.operands("[a]");
-  d.out.space = Space::Shared;
   d.out.bytes = (uint8_t)size;
   d.out.fn = cpAsync;
 }
@@ -315,13 +305,11 @@ void stAsync(Warp& w, const Inst& in, uint32_t m) {
     op->lane = i;
     op->address = (uint32_t)laneAddress(w, in, i);
     op->barrier = (uint32_t)laneAddress(w, in, in.ext->second, i);
-    op->bytes = in.bytes * in.vec;
-    uint8_t* to = op->data;
     for (const Ref& r : in.ext->refs) {
       w.needValid(in, r, 1u << i, "value of an asynchronous store");
       const uint64_t v = laneBits(w, r, in.bytes, i);
-      memcpy(to, &v, in.bytes);
-      to += in.bytes;
+      memcpy(op->data + op->bytes, &v, in.bytes);
+      op->bytes += in.bytes;
     }
     Cta& target = *locateShared(w, in, i, op->address, op->bytes, Kind::Write, op->bytes, false).cta;
     if ((op->address >> 24) != (op->barrier >> 24))

@@ -109,7 +109,7 @@ Span::Span(Warp& w, const Inst& in, uint32_t m, uint32_t size, Kind kind) : byte
       at.p = (uint8_t*)a[i];
     else
       at = locate(w, in, i, space, a[i], bytes, kind, bytes);
-    if (own && !reads && (c.mbarIndex[off >> 3] || c.mbarIndex[(off + bytes - 1) >> 3]))
+    if (own && !reads && (c.hasMbar[off >> 3] || c.hasMbar[(off + bytes - 1) >> 3]))
       w.fail(in, i, "ordinary ", verb(kind), " to a live mbarrier at shared offset ", hex(off));
     p[i] = at.p;
     v[i] = at.valid;

@@ -73,7 +73,7 @@ struct Bulk : AsyncOp {
       memcpy(at.valid, good.data() + i, n);
       if (b.tensor) raceTag(*p.cta, off, {placeOf(i / map.elementBytes()).first, id});
       for (uint32_t k = 0; k < n; k += 8)
-        if (p.cta->mbarIndex[(off + k) >> 3])
+        if (p.cta->hasMbar[(off + k) >> 3])
           warp->fail(*inst, lane, "a bulk copy overwrites a live mbarrier at shared offset ", off + k);
     }
   }

@@ -511,8 +511,8 @@ void checkExit(Cta& cta) {
   for (auto& o : cta.wgmma)
     if (!o.issued.empty() && !o.issued.back()->id)
       throw Error(kernel, ": not all warps of a warpgroup have issued the same number of wgmma");
-  for (auto& b : cta.mbars)
-    if (b.live && b.tx != 0)
+  for (auto& [offset, b] : cta.mbars)
+    if (b.tx != 0)
       throw Error(kernel, ": CTA ", cta.linear, " exits while an mbarrier still expects ", b.tx,
                   " bytes (transaction count; negative: more came than were expected)");
 }

@@ -235,7 +235,6 @@ struct NamedBarrier {
 };
 
 struct Mbarrier {
-  bool live = false;
   uint32_t expected = 0, nextExpected = 0;
   int64_t pending = 0, tx = 0;
   uint64_t phase = 0;
@@ -261,8 +260,8 @@ struct Cta {
   uint32_t smemBytes = 0;
   std::vector<Warp> warps;
   NamedBarrier bars[16];
-  std::vector<uint16_t> mbarIndex;  // per 8 bytes of shared memory; 0 none
-  std::vector<Mbarrier> mbars;
+  std::vector<uint8_t> hasMbar;        // per 8 bytes of shared memory
+  std::map<uint32_t, Mbarrier> mbars;  // by offset
   unsigned liveThreads = 0;
   int regPool = 0;     // registers free for setmaxnreg
   struct WgmmaOrder {  // the four warps of a warpgroup issue the same sequence
