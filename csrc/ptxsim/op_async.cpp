@@ -59,7 +59,9 @@ void track(Warp& w, const Inst& in, uint32_t mask, std::shared_ptr<AsyncOp> op, 
 }
 void launchOp(Warp& w, const Inst& in, uint32_t mask, std::shared_ptr<AsyncOp> op, OpTrack* t) {
   track(w, in, mask, op, t);
-  raceIssue(w, *op);
+  std::shared_ptr<RaceClock> clock;
+  raceRelease(w, clock);
+  raceIssue(*op, clock);
   w.launch->issue(std::move(op));
 }
 bool waitGroups(Warp& w, OpTrack& t, uint32_t m, uint32_t n, bool reads, bool all) {

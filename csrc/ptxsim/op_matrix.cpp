@@ -90,31 +90,6 @@ const Forms kForms = {
      decodeMma},
 };
 
-}  // namespace
-
-void matrixTypes(Dec& d, MatrixShape& s) {
-  s.d = d.types[0], s.a = d.types[1], s.b = d.types[2];
-  const bool fp8 = s.a == Type::E4M3 || s.a == Type::E5M2;
-  if (!s.integer() && !s.half() && !fp8 && s.a != Type::TF32) d.fail("operand type is not supported");
-  if (typeBytes(s.a) != typeBytes(s.b) || (typeBytes(s.a) > 1 && s.a != s.b)) d.fail("A and B must have one type");
-  if (s.integer() ? s.d != Type::S32 : s.d != Type::F32 && !(s.d == Type::F16 && (s.a == Type::F16 || fp8)))
-    d.fail("no such accumulator type");
-}
-
-void operandFromRegisters(Warp& w, const Ref* refs, unsigned count, Type t, bool isA, MatrixOperands& m) {
-  const unsigned es = typeBytes(t), E = 4 / es;
-  for (unsigned r = 0; r < count; ++r) {
-    const uint8_t* p = w.ptr<const uint8_t>(refs[r]);
-    for (unsigned l = 0; l < kLanes; ++l) {
-      const unsigned mn = l / 4 + (isA ? 8 * (r & 1) : 0), k = E * (l % 4) + 4 * E * (isA ? r >> 1 : r);
-      for (unsigned e = 0; e < E; ++e) (isA ? m.A[mn][k + e] : m.B[k + e][mn]) = matrixElement(t, p + 4 * l + e * es);
-      if (!(w.validOf(refs[r]) >> l & 1)) (isA ? m.badRow : m.badCol).set(mn);
-    }
-  }
-}
-
-namespace {
-
 // How the tensor cores of sm_90 add, measured on H100 and H200 (tests/ptxsim/hardware): of the products of one step and
 // of the accumulator everything is cut off that lies more than `align` bits below the largest exponent among them,
 // where a product's exponent is the sum of its factors'. A float32 sum is cut off after `mantissa` bits, a float16 one
@@ -233,6 +208,27 @@ void multiplyBy(Warp& w, const MatrixShape& s, const MatrixOperands& m, const Re
 }
 
 }  // namespace
+
+void matrixTypes(Dec& d, MatrixShape& s) {
+  s.d = d.types[0], s.a = d.types[1], s.b = d.types[2];
+  const bool fp8 = s.a == Type::E4M3 || s.a == Type::E5M2;
+  if (!s.integer() && !s.half() && !fp8 && s.a != Type::TF32) d.fail("operand type is not supported");
+  if (typeBytes(s.a) != typeBytes(s.b) || (typeBytes(s.a) > 1 && s.a != s.b)) d.fail("A and B must have one type");
+  if (s.integer() ? s.d != Type::S32 : s.d != Type::F32 && !(s.d == Type::F16 && (s.a == Type::F16 || fp8)))
+    d.fail("no such accumulator type");
+}
+
+void operandFromRegisters(Warp& w, const Ref* refs, unsigned count, Type t, bool isA, MatrixOperands& m) {
+  const unsigned es = typeBytes(t), E = 4 / es;
+  for (unsigned r = 0; r < count; ++r) {
+    const uint8_t* p = w.ptr<const uint8_t>(refs[r]);
+    for (unsigned l = 0; l < kLanes; ++l) {
+      const unsigned mn = l / 4 + (isA ? 8 * (r & 1) : 0), k = E * (l % 4) + 4 * E * (isA ? r >> 1 : r);
+      for (unsigned e = 0; e < E; ++e) (isA ? m.A[mn][k + e] : m.B[k + e][mn]) = matrixElement(t, p + 4 * l + e * es);
+      if (!(w.validOf(refs[r]) >> l & 1)) (isA ? m.badRow : m.badCol).set(mn);
+    }
+  }
+}
 
 void multiplyMatrices(Warp& w, const MatrixShape& s, const MatrixOperands& m, const Ref* c, const Ref* d) {
   const bool hardware = w.launch->opt.hardwareRounding, half = s.d == Type::F16;

@@ -8,12 +8,12 @@ namespace {
 // What one instruction needs, decoded once. Its operands are a destination and a source, one of which may be a tensor.
 struct BulkInst {
   enum Way { Load, Store, ToCluster, Prefetch } way = Load;
-  bool tensor = false, ctaDst = false, multicast = false;
+  bool tensor = false, ctaDst = false;
   unsigned rank = 0;
   int reduce = -1;  // atomic operation
   Type type = Type::None;
   AddressOperand to, from, barrier;
-  Ref size, mask, coord[5];
+  Ref size, multicast, coord[5];
   bool readsShared() const { return way == Store || way == ToCluster; }
   bool writesShared() const { return way == Load || way == ToCluster; }
 };
@@ -71,7 +71,7 @@ struct Bulk : AsyncOp {
       }
       combine(b.reduce, type(), at.p, data.data() + i, n);
       memcpy(at.valid, good.data() + i, n);
-      if (b.tensor) raceTag(*p.cta, off, {placeOf(i / map.elementBytes()).first, id});
+      if (b.tensor && warp->launch->race) raceTag(*p.cta, off) = {placeOf(i / map.elementBytes()).first, id};
       for (uint32_t k = 0; k < n; k += 8)
         if (p.cta->hasMbar[(off + k) >> 3])
           warp->fail(*inst, lane, "a bulk copy overwrites a live mbarrier at shared offset ", off + k);
@@ -188,7 +188,7 @@ void bulk(Warp& w, const Inst& in, uint32_t m) {
       if (b.ctaDst) op->barrier = inCta(op->barrier, w.cta->rank);
       if (b.way == BulkInst::ToCluster && op->target >> 24 == w.cta->rank && ctas.size() > 1)
         w.fail(in, i, "a copy to shared::cluster must go to another CTA");
-      op->ranks = b.multicast ? w.ptr<uint16_t>(b.mask)[i] : 1u << (op->target >> 24 & 31);
+      op->ranks = b.multicast ? w.ptr<uint16_t>(b.multicast)[i] : 1u << (op->target >> 24 & 31);
       if (b.multicast && (!op->ranks || op->ranks >> ctas.size()))
         w.fail(in, i, "multicast mask ", op->ranks, " in a cluster of ", ctas.size());
       if (!b.multicast && op->barrier >> 24 != op->target >> 24)
@@ -242,17 +242,16 @@ void replaceField(Warp& w, const Inst& in, uint32_t m) {
   w.launch->progress();
 }
 void decodeReplace(Dec& d) {
-  size_t field = 0;
-  while (field < 10 && !d.take(kFields[field].name)) ++field;
-  if (field == 10) d.fail("unknown field");
+  const auto* field = std::find_if(kFields, std::end(kFields), [&](auto& f) { return d.take(f.name); });
+  if (field == std::end(kFields)) d.fail("unknown field");
   const Type t = d.needType();
-  const int ordinals = kFields[field].ordinals;
-  d.wantArgs(ordinals ? 3 : 2, ordinals ? 3 : 2);
+  const int ordinals = field->ordinals;
+  d.wantArgs(ordinals ? 3 : 2);
   const int64_t ordinal = d.extra()->v[0] = ordinals ? d.intArg(1) : 0;
   if (ordinals && (ordinal < 0 || ordinal >= ordinals)) d.fail("the ordinal is out of range");
-  d.out.a = d.address(d.arg(0), &d.out.imm);
+  d.operands("[a]");
   d.out.b = d.src(ordinals ? 2 : 1, t);
-  d.out.x[0] = (uint8_t)field;
+  d.out.x[0] = (uint8_t)(field - kFields);
   d.out.x[1] = (uint8_t)typeBytes(t);
   d.out.fn = replaceField;
 }
@@ -273,8 +272,7 @@ template <BulkInst::Way kWay>
 void decodeBulk(Dec& d) {
   auto& b = own<BulkInst>(d);
   b.way = kWay;
-  b.ctaDst = kWay == BulkInst::Load && d.out.x[0] == 1;
-  b.multicast = kWay == BulkInst::Load && d.out.x[1];
+  b.ctaDst = d.out.x[0];
   b.tensor = d.take("tensor");
   if (b.tensor) b.rank = 1 + (unsigned)d.takeOneOf("1d|2d|3d|4d|5d");
   if (b.tensor && !b.rank) d.fail("a dimension is missing");
@@ -300,8 +298,8 @@ void decodeBulk(Dec& d) {
   b.from = operand(!b.readsShared());
   if (!b.tensor) b.size = d.src(at++, Type::U32);
   if (b.writesShared()) b.barrier = operand(false);
-  if (b.multicast) b.mask = d.src(at++, Type::U16);
-  d.wantArgs(at + hint, at + hint);
+  if (d.out.x[1]) b.multicast = d.src(at++, Type::U16);
+  d.wantArgs(at + hint);
   d.out.fn = bulk;
 }
 

@@ -37,7 +37,7 @@ struct SharedMatrix {
     std::vector<bool> taken(1 << 14);  // by 16 bytes of the window that a descriptor reaches
     auto at = [&](unsigned r, unsigned c) {
       const uint32_t off = offset(r, c);
-      return off + 16 <= cta.smemBytes ? raceTagOf(cta, off) : Provenance();
+      return off + 16 <= cta.smemBytes ? raceTag(cta, off) : Provenance();
     };
     for (unsigned r = 0; r < outer(); ++r)
       for (unsigned c = 0; c < chunks(); ++c) {
@@ -204,12 +204,10 @@ void mmaAsync(Warp& w, const Inst& in, uint32_t m) {
   ++w.launch->n.wgmma;
   if (op->parts.size() < 4) return;
   w.launch->n.wgmmaCycles += s.n / 2;
-  op->cluster = w.cta->cluster;
-  op->warp = &w;
-  raceIssueAt(*op, op->clock);
+  track(w, in, m, op, nullptr);
+  raceIssue(*op, op->clock);
   for (auto& x : op->parts) x->id = op->id;
-  while (!order.issued.empty() && order.issued.front()->id && order.issued.size() > 1)
-    order.issued.pop_front(), ++order.base;
+  for (; order.issued.size() > 1 && order.issued.front()->id; ++order.base) order.issued.pop_front();
   w.launch->issue(op);
 }
 void waitGroup(Warp& w, const Inst& in, uint32_t m) {
@@ -232,7 +230,7 @@ void decodeWgmma(Dec& d) {
   if (s.n < 8 || s.n > 256 || s.n % 8 || s.k * typeBytes(s.a) != 32) d.fail("no such shape");
   s.registersA = d.arg(1).kind == Operand::Vector;
   const size_t tail = s.integer() ? 0 : s.half() ? (s.registersA ? 3 : 4) : 2;
-  d.wantArgs(4 + tail, 4 + tail);
+  d.wantArgs(4 + tail);
   Extra* e = d.extra();
   for (auto& o : d.elements(d.arg(0), s.accumulators())) e->refs.push_back(d.dst(o, 4));
   if (s.registersA)

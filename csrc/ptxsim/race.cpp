@@ -117,8 +117,8 @@ struct OpRecord {
 
 struct RaceShadow {
   std::vector<std::unique_ptr<Page>> pages;
-  std::vector<Entry> remote[2];  // of other CTAs: each warp's last access, all operations
-  RaceClock exit, met;           // what its warps knew when they exited
+  std::map<uint32_t, Entry> remote[2];  // of other CTAs, by agent: each warp's last access, all operations
+  RaceClock exit, met;                  // what its warps knew when they exited
   explicit RaceShadow(uint64_t bytes) : pages((bytes + kPageBytes - 1) / kPageBytes) {}
   ~RaceShadow() {
     for (auto& p : pages)
@@ -205,16 +205,17 @@ const char* ordered(const Side& me, const Entry& e) {
   return no;
 }
 
-uint32_t warpOf(const RaceState& s, const Entry& e) { return e.flags & kOpFlag ? s.ops[e.agent]->issuer : e.agent; }
-std::string nameOf(const Launch& l, uint32_t warp) {
-  return cat("warp ", warp % l.warpsPerCta, " of CTA ", warp / l.warpsPerCta);
+std::string nameOf(const Launch& l, const Entry& e) {
+  const bool op = e.flags & kOpFlag;
+  const uint32_t warp = op ? l.race->ops[e.agent]->issuer : e.agent;
+  return cat(op ? "the asynchronous operation issued by " : "", "warp ", warp % l.warpsPerCta, " of CTA ",
+             warp / l.warpsPerCta);
 }
 const char* verb(bool write) { return write ? "write" : "read"; }
 [[noreturn]] void report(const Side& me, const Entry& e, bool write, const std::string& place, const char* why) {
   const Launch& l = *me.w.launch;
   me.w.fail(me.in, -1, "race on ", place, ": this ", (me.sight ? "asynchronous " : ""), verb(write), " and the ",
-            verb(e.flags & kWriteFlag), " by ", (e.flags & kOpFlag ? "the asynchronous operation issued by " : ""),
-            nameOf(l, warpOf(*l.race, e)), " at ", l.kernel->place(e.pc), ": ", why);
+            verb(e.flags & kWriteFlag), " by ", nameOf(l, e), " at ", l.kernel->place(e.pc), ": ", why);
 }
 
 void touch(RaceState& s, Granule& g, const Side& me, uint16_t mask, Kind kind, const Spot& at) {
@@ -262,10 +263,7 @@ Spot range(const Side& me, const Place& p, uint64_t bytes, Kind kind) {
   if (!at.shadow) return at;
   const uint64_t end = at.offset + bytes;
   const uint64_t key = (uint64_t)me.sight << 33 | (uint64_t)(me.flags & kOpFlag) << 31 | me.agent;
-  if (s.memo.side != key) {
-    s.memo.side = key;
-    for (auto& e : s.memo.before) e.mask = 0;
-  }
+  if (s.memo.side != key) s.memo = {key, {}};
   for (uint64_t next; at.offset < end; at.offset = next) {
     next = at.offset / 16 * 16 + 16;
     const uint64_t lo = at.offset % 16, hi = 16 - (next - std::min(next, end));
@@ -415,39 +413,16 @@ void raceMbarrierUse(Warp& w, const Inst& in, int lane, const Mbarrier& b) {
 void raceRemote(Warp& w, const Inst& in, int lane, Cta& target, const AsyncOp* op) {
   if (!w.launch->race || &target == w.cta) return;
   RaceWarp& r = *w.race;
-  const uint32_t first = target.warps[0].agent;
-  bool started = false;
-  for (uint32_t i = first; i < first + w.launch->warpsPerCta; ++i) started |= r.clock.knows(i, 1) || r.met.knows(i, 1);
-  if (!started)
+  auto started = [&](const Warp& x) { return r.clock.knows(x.agent, 1) || r.met.knows(x.agent, 1); };
+  if (std::none_of(target.warps.begin(), target.warps.end(), started))
     w.fail(in, lane, "shared memory of CTA rank ", target.rank,
            " is accessed before that CTA is known to have started: a cluster barrier is missing");
-  auto& list = target.shadow->remote[op != nullptr];
   const Entry e{op ? op->id : r.self, op ? 0 : r.now(), pcOf(w, in), 1,
                 (uint8_t)(op ? kOpFlag | kWriteFlag : kWriteFlag)};
-  auto same = std::find_if(list.begin(), list.end(), [&](const Entry& x) { return x.agent == e.agent; });
-  if (op || same == list.end())
-    list.push_back(e);
-  else
-    *same = e;
+  target.shadow->remote[op != nullptr][e.agent] = e;
 }
 void raceExit(Warp& w) {
   if (w.launch->race) w.cta->shadow->exit.join(w.race->clock), w.cta->shadow->met.join(w.race->met);
-}
-static void checkRemote(Cta& cta) {
-  const RaceShadow& shadow = *cta.shadow;
-  const Kernel& k = *cta.launch->kernel;
-  const Side me{cta.warps[0], k.code[0], shadow.exit, kAll, 0, 0, kThreads};
-  for (auto& list : shadow.remote)
-    for (const Entry& e : list) {
-      const bool op = e.flags & kOpFlag;
-      const uint32_t warp = warpOf(*cta.launch->race, e);
-      if (!*ordered(me, e) || (!op && shadow.met.knows(warp, e.time))) continue;
-      throw Error("CTA ", cta.linear, " may exit before ", (op ? "the asynchronous operation issued by " : ""),
-                  nameOf(*cta.launch, warp),
-                  (op ? " has written its shared memory: nothing waits"
-                      : " accesses its shared memory: a cluster barrier is missing"),
-                  "\n  at kernel ", k.name, ": ", k.place(e.pc));
-    }
 }
 
 void raceWaited(Warp& w, const Mbarrier& b, bool acquire) {
@@ -457,15 +432,10 @@ void raceWaited(Warp& w, const Mbarrier& b, bool acquire) {
 
 // ---- asynchronous operations
 
-void raceIssueAt(AsyncOp& op, const std::shared_ptr<RaceClock>& clock) {
+void raceIssue(AsyncOp& op, const std::shared_ptr<RaceClock>& clock) {
   RaceState* s = op.warp->launch->race.get();
   op.id = s ? (uint32_t)s->ops.size() : 1;
   if (s) s->ops.push_back(std::make_shared<OpRecord>(OpRecord{*clock, op.warp->agent, op.generic, {}, {}}));
-}
-void raceIssue(Warp& w, AsyncOp& op) {
-  std::shared_ptr<RaceClock> clock;
-  raceRelease(w, clock);
-  raceIssueAt(op, clock);
 }
 void raceAsync(const AsyncOp& op, const Place& p, uint32_t bytes, Kind kind) {
   RaceState* s = op.warp->launch->race.get();
@@ -487,19 +457,25 @@ void raceWaited(Warp& w, const AsyncOp& op, bool readsOnly) {
   OpRecord& r = *w.launch->race->ops[op.id];
   (readsOnly ? r.read : r.full).push_back(std::make_shared<RaceCompletion>(RaceCompletion{{{w.agent, w.race->now()}}}));
 }
-void raceTag(Cta& cta, uint32_t offset, const Provenance& from) {
-  if (cta.launch->race) cta.shadow->at(offset / 16).from = from;
-}
-Provenance raceTagOf(Cta& cta, uint32_t offset) {
-  return cta.launch->race ? cta.shadow->at(offset / 16).from : Provenance();
-}
+Provenance& raceTag(Cta& cta, uint32_t offset) { return cta.shadow->at(offset / 16).from; }
 
 // ---- the end of a CTA
 
 void checkExit(Cta& cta) {
   if (!cta.launch->opt.detect) return;
-  checkRemote(cta);
-  const std::string kernel = "kernel " + cta.launch->kernel->name;
+  const RaceShadow& shadow = *cta.shadow;
+  const Kernel& k = *cta.launch->kernel;
+  const std::string kernel = "kernel " + k.name;
+  const Side me{cta.warps[0], k.code[0], shadow.exit, kAll, 0, 0, kThreads};
+  for (auto& list : shadow.remote)
+    for (auto& [agent, e] : list) {
+      const bool op = e.flags & kOpFlag;
+      if (!*ordered(me, e) || (!op && shadow.met.knows(agent, e.time))) continue;
+      throw Error("CTA ", cta.linear, " may exit before ", nameOf(*cta.launch, e),
+                  (op ? " has written its shared memory: nothing waits"
+                      : " accesses its shared memory: a cluster barrier is missing"),
+                  "\n  at ", kernel, ": ", k.place(e.pc));
+    }
   for (auto& w : cta.warps) {
     for (auto& op : w.bulk.ops)
       if (!op->exitOk() && cta.launch->race->ops[op->id]->read.empty())

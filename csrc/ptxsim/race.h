@@ -12,8 +12,7 @@ struct Provenance {
   uint64_t address = 0;  // in global memory, or where it would lie outside the tensor
   uint32_t op = 0;       // the copy; 0: not from a tensor copy, or unknown
 };
-void raceTag(Cta& cta, uint32_t offset, const Provenance& from);
-Provenance raceTagOf(Cta& cta, uint32_t offset);
+Provenance& raceTag(Cta& cta, uint32_t offset);  // where races are looked for
 
 // A byte of a CTA's shared memory or of a buffer.
 struct Spot {
@@ -62,8 +61,7 @@ void racePlace(Warp& w, const Inst& in, const Place& p, uint32_t bytes, Kind kin
 void raceRelease(Warp& w, std::shared_ptr<RaceClock>& clock, bool release = true);
 void raceAcquire(Warp& w, const std::shared_ptr<RaceClock>& clock, bool acquire = true);  // null: nothing to learn
 void raceWaited(Warp& w, const Mbarrier& b, bool acquire);
-void raceIssue(Warp& w, AsyncOp& op);                                    // op starts after what w has done
-void raceIssueAt(AsyncOp& op, const std::shared_ptr<RaceClock>& clock);  // or after what several released
+void raceIssue(AsyncOp& op, const std::shared_ptr<RaceClock>& clock);  // op starts after what was released there
 void raceAsync(const AsyncOp& op, const Place& p, uint32_t bytes, Kind kind);
 void raceAsyncSignal(const AsyncOp& op, Mbarrier& b);  // op completes on b
 void raceWaited(Warp& w, const AsyncOp& op, bool readsOnly);
