@@ -65,7 +65,6 @@ void Warp::exitLanes(uint32_t mask) {
   cta->cluster->liveThreads -= n;
   for (auto& f : frags)
     if (f.wait == Wait::Converge) f.wait = Wait::None;
-  if (!live) raceExit(*this);
   launch->progress();
   reschedule = true;
   barrierExit(*cta);

@@ -59,9 +59,8 @@ void track(Warp& w, const Inst& in, uint32_t mask, std::shared_ptr<AsyncOp> op, 
 }
 void launchOp(Warp& w, const Inst& in, uint32_t mask, std::shared_ptr<AsyncOp> op, OpTrack* t) {
   track(w, in, mask, op, t);
-  std::shared_ptr<RaceClock> clock;
-  raceRelease(w, clock);
-  raceIssue(*op, clock);
+  raceRelease(w, op->clock);
+  raceIssue(*op);
   w.launch->issue(std::move(op));
 }
 bool waitGroups(Warp& w, OpTrack& t, uint32_t m, uint32_t n, bool reads, bool all) {

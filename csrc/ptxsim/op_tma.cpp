@@ -97,7 +97,6 @@ struct Bulk : AsyncOp {
       warp->launch->n.tmaWrite += n;
     });
   }
-  bool exitOk() const override { return false; }
   void waited(uint32_t) override {  // for the first time: its source may be written again
     if (!told) laneAsync(*warp, *inst, lane, placeIn(*warp->cta, source & 0xffffff), bytes, Kind::Read);
     told = true;

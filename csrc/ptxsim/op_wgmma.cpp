@@ -81,7 +81,6 @@ struct Wgmma : AsyncOp {
   uint64_t descA = 0, descB = 0;
   bool accumulate = true;
   std::vector<std::shared_ptr<Part>> parts;
-  std::shared_ptr<RaceClock> clock;  // of the warps that have issued it, when they did
 
   SharedMatrix a(unsigned first, unsigned count) const { return {descA, s->transA, s->a, first, count, s->k}; }
   SharedMatrix b() const { return {descB, s->transB, s->b, 0, s->n, s->k}; }
@@ -205,7 +204,7 @@ void mmaAsync(Warp& w, const Inst& in, uint32_t m) {
   if (op->parts.size() < 4) return;
   w.launch->n.wgmmaCycles += s.n / 2;
   track(w, in, m, op, nullptr);
-  raceIssue(*op, op->clock);
+  raceIssue(*op);
   for (auto& x : op->parts) x->id = op->id;
   for (; order.issued.size() > 1 && order.issued.front()->id; ++order.base) order.issued.pop_front();
   w.launch->issue(op);

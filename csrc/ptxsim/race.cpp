@@ -118,7 +118,6 @@ struct OpRecord {
 struct RaceShadow {
   std::vector<std::unique_ptr<Page>> pages;
   std::map<uint32_t, Entry> remote[2];  // of other CTAs, by agent: each warp's last access, all operations
-  RaceClock exit, met;                  // what its warps knew when they exited
   explicit RaceShadow(uint64_t bytes) : pages((bytes + kPageBytes - 1) / kPageBytes) {}
   ~RaceShadow() {
     for (auto& p : pages)
@@ -254,8 +253,7 @@ Spot spotOf(RaceState& s, const Place& p) {
 // An access to `bytes` from p on. The result says where that is.
 Spot range(const Side& me, const Place& p, uint64_t bytes, Kind kind) {
   RaceState& s = *me.w.launch->race;
-  const Spot first = spotOf(s, p);
-  Spot at = first;
+  const Spot at = spotOf(s, p);
   if (at.buffer && at.buffer->predecessor && !me.clock.knows(kPredecessor, 1))
     me.w.fail(me.in, -1, "race between launches on ", at.name(),
               ": this one was launched early, and the one before may ",
@@ -264,12 +262,12 @@ Spot range(const Side& me, const Place& p, uint64_t bytes, Kind kind) {
   const uint64_t end = at.offset + bytes;
   const uint64_t key = (uint64_t)me.sight << 33 | (uint64_t)(me.flags & kOpFlag) << 31 | me.agent;
   if (s.memo.side != key) s.memo = {key, {}};
-  for (uint64_t next; at.offset < end; at.offset = next) {
-    next = at.offset / 16 * 16 + 16;
-    const uint64_t lo = at.offset % 16, hi = 16 - (next - std::min(next, end));
-    touch(s, at.shadow->at(at.offset / 16), me, (uint16_t)((1u << hi) - (1u << lo)), kind, at);
+  for (Spot part = at; part.offset < end;) {
+    const uint64_t lo = part.offset % 16, hi = std::min<uint64_t>(16, lo + end - part.offset);
+    touch(s, at.shadow->at(part.offset / 16), me, (uint16_t)((1u << hi) - (1u << lo)), kind, part);
+    part.offset += hi - lo;
   }
-  return first;
+  return at;
 }
 
 // What a strong access of `sem` (0 none, 1 relaxed, 2 acquire, 3 release, 4 acq_rel, 5 volatile) takes from others that
@@ -421,10 +419,6 @@ void raceRemote(Warp& w, const Inst& in, int lane, Cta& target, const AsyncOp* o
                 (uint8_t)(op ? kOpFlag | kWriteFlag : kWriteFlag)};
   target.shadow->remote[op != nullptr][e.agent] = e;
 }
-void raceExit(Warp& w) {
-  if (w.launch->race) w.cta->shadow->exit.join(w.race->clock), w.cta->shadow->met.join(w.race->met);
-}
-
 void raceWaited(Warp& w, const Mbarrier& b, bool acquire) {
   raceAcquire(w, b.done, acquire);
   if (b.completion) b.completion->observers.emplace_back(w.agent, w.race->now());
@@ -432,10 +426,11 @@ void raceWaited(Warp& w, const Mbarrier& b, bool acquire) {
 
 // ---- asynchronous operations
 
-void raceIssue(AsyncOp& op, const std::shared_ptr<RaceClock>& clock) {
+void raceIssue(AsyncOp& op) {
   RaceState* s = op.warp->launch->race.get();
   op.id = s ? (uint32_t)s->ops.size() : 1;
-  if (s) s->ops.push_back(std::make_shared<OpRecord>(OpRecord{*clock, op.warp->agent, op.generic, {}, {}}));
+  if (s)
+    s->ops.push_back(std::make_shared<OpRecord>(OpRecord{std::move(*op.clock), op.warp->agent, op.generic, {}, {}}));
 }
 void raceAsync(const AsyncOp& op, const Place& p, uint32_t bytes, Kind kind) {
   RaceState* s = op.warp->launch->race.get();
@@ -463,14 +458,15 @@ Provenance& raceTag(Cta& cta, uint32_t offset) { return cta.shadow->at(offset / 
 
 void checkExit(Cta& cta) {
   if (!cta.launch->opt.detect) return;
-  const RaceShadow& shadow = *cta.shadow;
   const Kernel& k = *cta.launch->kernel;
   const std::string kernel = "kernel " + k.name;
-  const Side me{cta.warps[0], k.code[0], shadow.exit, kAll, 0, 0, kThreads};
-  for (auto& list : shadow.remote)
+  RaceClock clock, met;  // what its warps knew when they exited
+  for (auto& w : cta.warps) clock.join(w.race->clock), met.join(w.race->met);
+  const Side me{cta.warps[0], k.code[0], clock, kAll, 0, 0, kThreads};
+  for (auto& list : cta.shadow->remote)
     for (auto& [agent, e] : list) {
       const bool op = e.flags & kOpFlag;
-      if (!*ordered(me, e) || (!op && shadow.met.knows(agent, e.time))) continue;
+      if (!*ordered(me, e) || (!op && met.knows(agent, e.time))) continue;
       throw Error("CTA ", cta.linear, " may exit before ", nameOf(*cta.launch, e),
                   (op ? " has written its shared memory: nothing waits"
                       : " accesses its shared memory: a cluster barrier is missing"),
@@ -478,7 +474,7 @@ void checkExit(Cta& cta) {
     }
   for (auto& w : cta.warps) {
     for (auto& op : w.bulk.ops)
-      if (!op->exitOk() && cta.launch->race->ops[op->id]->read.empty())
+      if (cta.launch->race->ops[op->id]->read.empty())
         w.fail(*op->inst, -1,
                "the CTA exits before a bulk store has read its shared memory: cp.async.bulk.wait_group is missing");
     if (!w.wgmma.ops.empty())

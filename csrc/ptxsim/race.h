@@ -49,7 +49,6 @@ void raceFence(Warp& w, const Inst& in, uint32_t m);
 void raceTensorMap(Warp& w, const Inst& in, const Place& p);  // a copy uses the 128 bytes there
 void raceClusterArrive(Warp& w, bool release);
 void raceClusterWait(Warp& w);
-void raceExit(Warp& w);  // its last thread exits
 
 // ---- mbarriers and asynchronous operations
 void raceMbarrierInit(Warp& w, int lane, Mbarrier& b);
@@ -61,7 +60,7 @@ void racePlace(Warp& w, const Inst& in, const Place& p, uint32_t bytes, Kind kin
 void raceRelease(Warp& w, std::shared_ptr<RaceClock>& clock, bool release = true);
 void raceAcquire(Warp& w, const std::shared_ptr<RaceClock>& clock, bool acquire = true);  // null: nothing to learn
 void raceWaited(Warp& w, const Mbarrier& b, bool acquire);
-void raceIssue(AsyncOp& op, const std::shared_ptr<RaceClock>& clock);  // op starts after what was released there
+void raceIssue(AsyncOp& op);  // which starts after what its clock was told of
 void raceAsync(const AsyncOp& op, const Place& p, uint32_t bytes, Kind kind);
 void raceAsyncSignal(const AsyncOp& op, Mbarrier& b);  // op completes on b
 void raceWaited(Warp& w, const AsyncOp& op, bool readsOnly);

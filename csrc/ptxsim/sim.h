@@ -295,9 +295,9 @@ struct AsyncOp {
   uint32_t group[kLanes] = {};                  // the commit group in which each of them put it
   std::vector<std::shared_ptr<AsyncOp>> after;  // performed before this one
   uint32_t id = 0;                              // race detector
+  std::shared_ptr<RaceClock> clock;             // the same: what those that issue it release
   bool generic = false;                         // works through the generic proxy
   std::vector<uint32_t> covers;                 // operations whose end its signal tells of
-  virtual bool exitOk() const { return true; }  // nobody waited: the CTA may exit all the same
   virtual void waited(uint32_t) {}              // these lanes have waited for it: what it did is as if they had now
 };
 
