@@ -19,16 +19,7 @@ Mbarrier& mbarrierAt(Warp& w, const Inst& in, int lane, uint32_t address) {
   return found->second;
 }
 
-static void settle(Launch& l, Mbarrier& b) {
-  if (b.pending != 0 || b.tx != 0) return;
-  ++b.phase;
-  b.pending = b.expected = b.nextExpected;
-  b.txSeen = 0;
-  b.done = std::exchange(b.clock, nullptr);
-  b.completion = std::exchange(b.open, nullptr);
-  l.progress();
-}
-// So many bytes are expected, or have come when tx is negative, and so many threads arrive.
+// So many bytes are expected, or have come when tx is negative, and n threads arrive: perhaps the phase is complete.
 static void arrive(Warp& w, const Inst& in, int lane, Mbarrier& b, int64_t tx, uint32_t n) {
   b.tx += tx;
   if (tx < 0) b.txSeen -= (uint64_t)tx;
@@ -38,12 +29,18 @@ static void arrive(Warp& w, const Inst& in, int lane, Mbarrier& b, int64_t tx, u
     w.fail(in, lane, "mbarrier arrival without a pending count: ", n, " arrive, ", b.pending, " of ", b.expected,
            " are pending, ", b.tx, " bytes are outstanding");
   b.pending -= n;
+  if (b.pending != 0 || b.tx != 0) return;
+  ++b.phase;
+  b.pending = b.expected = b.nextExpected;
+  b.txSeen = 0;
+  b.done = std::exchange(b.clock, nullptr);
+  b.completion = std::exchange(b.open, nullptr);
+  w.launch->progress();
 }
 void completeOn(const AsyncOp& op, int lane, uint32_t address, uint32_t bytes, uint32_t arrivals) {
   Mbarrier& b = mbarrierAt(*op.warp, *op.inst, lane, address);
-  arrive(*op.warp, *op.inst, lane, b, -(int64_t)bytes, arrivals);
   raceAsyncSignal(op, b);
-  settle(*op.warp->launch, b);
+  arrive(*op.warp, *op.inst, lane, b, -(int64_t)bytes, arrivals);
 }
 
 // ---- operations in flight
@@ -133,10 +130,8 @@ void atBarriers(Warp& w, const Inst& in, uint32_t m, F f) {
   w.launch->progress();
 }
 void transaction(Warp& w, const Inst& in, uint32_t m) {  // x[0]: 0 expect, 1 complete
-  atBarriers(w, in, m, [&](int i, Mbarrier& b, uint32_t n) {
-    arrive(w, in, i, b, in.x[0] ? -(int64_t)n : (int64_t)n, 0);
-    settle(*w.launch, b);
-  });
+  const int64_t sign = in.x[0] ? -1 : 1;
+  atBarriers(w, in, m, [&](int i, Mbarrier& b, uint32_t n) { arrive(w, in, i, b, sign * n, 0); });
 }
 void arriveBarrier(Warp& w, const Inst& in, uint32_t m) {  // x[0] drop, x[1] expect_tx, x[2] noComplete, x[3] relaxed
   uint64_t state[kLanes] = {0};
@@ -145,10 +140,9 @@ void arriveBarrier(Warp& w, const Inst& in, uint32_t m) {  // x[0] drop, x[1] ex
     const uint32_t count = in.x[1] ? 1 : n;
     if (in.x[0] && b.nextExpected < count) w.fail(in, i, "arrive_drop below zero");
     if (in.x[0]) b.nextExpected -= count;
-    arrive(w, in, i, b, in.x[1] ? n : 0, count);
+    if (in.x[2] && b.pending == count) w.fail(in, i, "mbarrier.arrive.noComplete completes the phase");
     raceRelease(w, b.clock, !in.x[3]);
-    if (in.x[2] && b.pending == 0) w.fail(in, i, "mbarrier.arrive.noComplete completes the phase");
-    settle(*w.launch, b);
+    arrive(w, in, i, b, in.x[1] ? n : 0, count);
   });
   if (in.d) setLanes<uint64_t>(w, in.d, m, kAll, [&](int i) { return state[i]; });
 }

@@ -47,7 +47,7 @@ void decodeMove(Dec& d) {
   const bool load = d.p.op[0] == "ldmatrix";
   d.out.vec = (uint8_t)(1u << d.out.x[0]);
   d.out.x[0] = 0;
-  d.wantArgs(2, 2);
+  d.wantArgs(2);
   d.operands(load ? "{d:b32} [a]" : "[a] {e:b32}");
   d.out.storesD = !load;
   d.out.fn = load ? moveMatrices<false> : moveMatrices<true>;
@@ -73,7 +73,7 @@ void decodeMma(Dec& d) {
   if (d.types[3] != s.d) d.fail("C and D must have one type");
   const unsigned nb = s.k * typeBytes(s.a) / 16;
   if (nb != 1 && nb != 2) d.fail("no such shape");
-  d.wantArgs(4, 4);
+  d.wantArgs(4);
   Extra* e = d.extra();
   for (auto& o : d.elements(d.arg(0), s.accumulators())) e->refs.push_back(d.dst(o, 4));
   for (auto& o : d.elements(d.arg(1), 2 * nb)) e->refs2.push_back(d.src(o, Type::B32));

@@ -153,10 +153,9 @@ struct RaceState {
   } memo;
 };
 
-std::shared_ptr<RaceState> raceCreate() { return std::make_shared<RaceState>(); }
-
 void raceStart(Launch& l, Cluster& c, uint64_t index) {
-  if (!l.race) return;
+  if (!l.opt.detect) return;
+  if (!l.race) l.race = std::make_shared<RaceState>();
   const uint32_t n = l.warpsPerCta * l.ctasPerCluster, first = (uint32_t)index * n;
   for (auto& cta : c.ctas) {
     cta->shadow = std::make_shared<RaceShadow>(cta->smemBytes);

@@ -41,7 +41,6 @@ void laneAccess(Warp& w, const Inst& in, int lane, LanePage& page, const Spot& a
 // The same by an asynchronous operation, when it is issued or when the lane has waited for it.
 void laneAsync(Warp& w, const Inst& in, int lane, const Place& p, uint32_t bytes, Kind kind);
 
-std::shared_ptr<RaceState> raceCreate();
 void raceStart(Launch& l, Cluster& c, uint64_t index);
 enum { FenceMemory, FenceAsync, FenceTensormap, FenceMbarrierInit, FenceAlias };  // in x[0] of the instruction
 void raceGridWait(Warp& w);                                                       // griddepcontrol.wait
