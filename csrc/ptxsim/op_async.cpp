@@ -225,10 +225,9 @@ void cpAsync(Warp& w, const Inst& in, uint32_t m) {
   w.needValid(in, in.a, m, "address");
   for (int i : lanesOf(m)) {
     op->to[i] = locateShared(w, in, i, (uint32_t)laneAddress(w, in, i), in.bytes, Kind::Write, in.bytes, true);
-    uint32_t have = in.b ? lane32(w, in.b, (unsigned)i) : in.bytes;
+    uint32_t& have = op->have[i] = in.b ? lane32(w, in.b, (unsigned)i) : in.bytes;
     if (in.c && (w.predicate(in.c) >> i) & 1) have = 0;
     if (have > in.bytes) w.fail(in, i, "cp.async: src-size ", have, " exceeds cp-size ", in.bytes);
-    op->have[i] = have;
     if (have) {
       const uint64_t g = laneAddress(w, in, in.ext->second, i);
       if (g % in.bytes) w.fail(in, i, "misaligned cp.async source");

@@ -144,8 +144,8 @@ struct TensorCore {
   void row(unsigned i, double* sum) const {
     if (shortSums) return step<float>(i, kAll, sum);
     if (!fp8) return step<double>(i, kAll >> (kMaxK - s.k), sum);
-    // mma.sync has no fp8 of its own: two products in float16, of elements 0 and 1 of every four and of 2 and 3, and an
-    // addition of C; so ptxas translates it.
+    // ptxas makes two float16 products of an fp8 mma.sync, of elements 0 and 1 of every four and of 2 and 3, and adds
+    // C.
     double product[kMaxN] = {};
     step<double>(i, 0x33333333, product);
     step<double>(i, 0xcccccccc, product);

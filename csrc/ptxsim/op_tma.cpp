@@ -33,8 +33,7 @@ struct Bulk : AsyncOp {
   Bulk(const BulkInst& inst, int l) : b(inst), lane(l) {}
   Type type() const { return b.tensor ? kMapTypes[map.type].reduction : b.type; }
 
-  // Where element e of the box lies in global memory, and whether that is in the tensor, whatever the innermost
-  // coordinate.
+  // Where element e of the box lies in global memory, and whether the tensor has that but for the innermost coordinate.
   std::pair<uint64_t, bool> placeOf(uint32_t e) const {
     std::pair<uint64_t, bool> place(map.address, true);
     for (unsigned d = 0; d < map.rank; e /= map.count(d++)) {

@@ -6,8 +6,7 @@
 namespace ptxsim {
 namespace {
 
-// Rows [first, first + count) of A, or columns of B, as a shared-memory descriptor gives them. `mn` counts these, k the
-// other direction.
+// `count` rows of A, or columns of B, from `first` on, by their descriptor. `mn` counts these, k the other direction.
 struct SharedMatrix {
   uint64_t descriptor;
   bool mnMajor;  // the contiguous direction

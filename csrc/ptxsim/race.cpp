@@ -1,9 +1,9 @@
 // Happens-before, with vector clocks.
 //
-// The agents are warps and asynchronous operations. A warp has two clocks: `seen` says up to which point it knows of
-// every other warp's accesses, `async` up to which point those accesses are also visible to the async proxy, which is
-// what a proxy fence raises. An operation takes its issuer's clocks along, and is known to be over to whoever waited
-// for it, and to whom these told. Lanes of one warp are taken to be ordered among themselves.
+// The agents are warps and asynchronous operations. A warp's clock says up to which point it knows of every other
+// warp's accesses, and up to which these are visible to the async proxy too, which is what a proxy fence raises. An
+// operation takes its issuer's clock along, and is known to be over to whoever waited for it, and to whom these told.
+// Lanes of one warp are taken to be ordered among themselves.
 #include "race.h"
 
 namespace ptxsim {
@@ -46,8 +46,7 @@ struct RaceCompletion {                                  // who found out, and w
 };
 struct RaceWarp {
   RaceClock clock, fenced, pending;  // at the last fence; acquired by relaxed operations, until a fence
-  // What even a relaxed cluster barrier tells: when each warp came to it, and, as kAsyncShared, its last
-  // fence.mbarrier_init.
+  // What even a relaxed cluster barrier tells: when each warp came, and, as kAsyncShared, its last fence.mbarrier_init.
   RaceClock met;
   RaceClock mapped;  // at the last fence.proxy.tensormap acquire
   uint32_t self = 0, initFence = 0;
@@ -103,8 +102,7 @@ struct Page {
   Granule granules[kPage] = {};
   LanePage lanes;
 };
-// Pages nobody uses: most CTAs need as many as the one before, and zeros for all of them would take longer than they
-// run.
+// Pages nobody uses: most CTAs need as many as the one before, and zeros for all would take longer than they run.
 static std::vector<std::unique_ptr<Page>> gSpare;
 constexpr size_t kMostSpare = 4096;
 
@@ -342,22 +340,17 @@ void raceGridWait(Warp& w) {
 void raceFence(Warp& w, const Inst& in, uint32_t m) {
   if (!w.launch->race) return;
   RaceWarp& r = *w.race;
-  if (in.x[0] != FenceAsync) laneSync(w, m);  // a fence of the pattern by which lanes may talk; a proxy fence is none
-  switch (in.x[0]) {
-    case FenceMemory:
-      r.clock.join(r.pending);
-      r.pending = {};
-      r.fenced = r.clock;
-      break;
-    case FenceAsync:  // what is known is visible to the async proxy too
-      if (in.x[2] != 1) r.clock.fence(kAsyncShared);
-      if (in.x[2] < 2) r.clock.fence(kAsyncGlobal);
-      break;
-    case FenceTensormap:
-      if (in.x[1] != 4) r.mapped = r.clock;
-      break;
-    case FenceMbarrierInit: r.initFence = r.now(); break;
+  const int kind = in.x[0], order = in.x[1], space = in.x[2];
+  if (kind != FenceAsync) laneSync(w, m);  // a fence of the pattern by which lanes may talk; a proxy fence is none
+  if (kind == FenceMemory) {
+    r.clock.join(r.pending);
+    r.pending = {};
+    r.fenced = r.clock;
   }
+  if (kind == FenceAsync && space != 1) r.clock.fence(kAsyncShared);  // what is known is visible to the proxy too
+  if (kind == FenceAsync && space < 2) r.clock.fence(kAsyncGlobal);
+  if (kind == FenceTensormap && order != 4) r.mapped = r.clock;
+  if (kind == FenceMbarrierInit) r.initFence = r.now();
   ++r.now();
 }
 
