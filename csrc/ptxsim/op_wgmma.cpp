@@ -149,12 +149,9 @@ struct Wgmma : AsyncOp {
 
 // Marks the registers of a wgmma in flight.
 void hold(Warp& w, const Inst& in) {
-  auto mark = [&](const std::vector<Ref>& refs, uint8_t as) {
-    for (const Ref& r : refs)
-      if (r.id && !w.inflight[r.id]) w.inflight[r.id] = as, ++w.numInflight;
-  };
-  mark(in.ext->refs, 1);
-  mark(in.ext->refs2, 2);
+  for (auto* refs : {&in.ext->refs, &in.ext->refs2})
+    for (const Ref& r : *refs)
+      if (r.id && !w.inflight[r.id]) w.inflight[r.id] = refs == &in.ext->refs ? 1 : 2, ++w.numInflight;
 }
 
 void mmaAsync(Warp& w, const Inst& in, uint32_t m) {

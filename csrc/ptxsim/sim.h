@@ -242,8 +242,7 @@ struct Mbarrier {
   uint32_t initBy = 0, initTime = 0;  // race detector: warp of the grid
   uint32_t initLane = 0, initLaneTime = 0;
   std::shared_ptr<RaceClock> clock, done;  // race detector: of the open phase, of the last completed one
-  std::shared_ptr<struct RaceCompletion> open,
-      completion;  // asynchronous operations of the open phase, of the last one
+  std::shared_ptr<struct RaceCompletion> open, completion;  // of the same phases' asynchronous operations
 };
 
 struct alignas(64) Line {
