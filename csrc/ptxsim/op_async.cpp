@@ -189,10 +189,9 @@ void waitBarrier(Warp& w, const Inst& in, uint32_t m) {
   f.mayGiveUp = !ok && !(in.x[0] && f.giveUp);
   f.giveUp = false;
   if (f.mayGiveUp) {  // a try waits; a test gives way, and comes back when something has happened
-    const uint32_t next = w.next;
     w.block(Wait::Poll, in.x[0] ? describeWait<kParity> : nullptr);
     if (in.x[0]) return;
-    w.next = next;
+    w.next = w.pc + 1;
   }
   if (ok) laneSync(w, ok);
   w.setPred(in.d, m, ok, kAll);

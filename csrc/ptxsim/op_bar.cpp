@@ -60,13 +60,12 @@ void barrier(Warp& w, const Inst& in, uint32_t m) {
   raceRelease(w, b.clock);
   w.launch->progress();
   if (in.x[0] != Arrive) {
-    Fragment& f = w.frag();
-    if (f.mask != m) w.fail(in, lane, "a predicated barrier that only part of a fragment takes is not supported");
+    if (w.frag().mask != m)
+      w.fail(in, lane, "a predicated barrier that only part of a fragment takes is not supported");
     b.waiting.push_back({&w, m, &in});
-    f.wait = Wait::Barrier;
-    f.describe = describeBarrier;
-    f.shownPc = w.pc;
-    w.reschedule = true;
+    w.block(Wait::Barrier, describeBarrier);
+    w.frag().shownPc = w.pc;
+    w.next = w.pc + 1;  // where it goes on
   }
   const unsigned want = wanted(cta, b);
   if (b.arrived > want) w.fail(in, lane, "barrier ", id, ": ", b.arrived, " threads arrive at a phase of ", want);

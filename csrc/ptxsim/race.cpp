@@ -115,7 +115,7 @@ struct OpRecord {
 
 struct RaceShadow {
   std::vector<std::unique_ptr<Page>> pages;
-  std::map<uint32_t, Entry> remote[2];  // of other CTAs, by agent: each warp's last access, all operations
+  std::map<std::pair<bool, uint32_t>, Entry> remote;  // of other CTAs: each warp's last access, then all operations
   explicit RaceShadow(uint64_t bytes) : pages((bytes + kPageBytes - 1) / kPageBytes) {}
   ~RaceShadow() {
     for (auto& p : pages)
@@ -409,7 +409,7 @@ void raceRemote(Warp& w, const Inst& in, int lane, Cta& target, const AsyncOp* o
            " is accessed before that CTA is known to have started: a cluster barrier is missing");
   const Entry e{op ? op->id : r.self, op ? 0 : r.now(), pcOf(w, in), 1,
                 (uint8_t)(op ? kOpFlag | kWriteFlag : kWriteFlag)};
-  target.shadow->remote[op != nullptr][e.agent] = e;
+  target.shadow->remote[{op != nullptr, e.agent}] = e;
 }
 void raceWaited(Warp& w, const Mbarrier& b, bool acquire) {
   raceAcquire(w, b.done, acquire);
@@ -455,15 +455,14 @@ void checkExit(Cta& cta) {
   RaceClock clock, met;  // what its warps knew when they exited
   for (auto& w : cta.warps) clock.join(w.race->clock), met.join(w.race->met);
   const Side me{cta.warps[0], k.code[0], clock, kAll, 0, 0, kThreads};
-  for (auto& list : cta.shadow->remote)
-    for (auto& [agent, e] : list) {
-      const bool op = e.flags & kOpFlag;
-      if (!*ordered(me, e) || (!op && met.knows(agent, e.time))) continue;
-      throw Error("CTA ", cta.linear, " may exit before ", nameOf(*cta.launch, e),
-                  (op ? " has written its shared memory: nothing waits"
-                      : " accesses its shared memory: a cluster barrier is missing"),
-                  "\n  at ", kernel, ": ", k.place(e.pc));
-    }
+  for (auto& [who, e] : cta.shadow->remote) {
+    const auto [op, agent] = who;
+    if (!*ordered(me, e) || (!op && met.knows(agent, e.time))) continue;
+    throw Error("CTA ", cta.linear, " may exit before ", nameOf(*cta.launch, e),
+                (op ? " has written its shared memory: nothing waits"
+                    : " accesses its shared memory: a cluster barrier is missing"),
+                "\n  at ", kernel, ": ", k.place(e.pc));
+  }
   for (auto& w : cta.warps) {
     for (auto& op : w.bulk.ops)
       if (cta.launch->race->ops[op->id]->read.empty())
