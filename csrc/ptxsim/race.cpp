@@ -369,11 +369,11 @@ void raceClusterArrive(Warp& w, bool release) {
   if (!c.met) c.met = std::make_shared<RaceClock>(r.met);
   (*c.met)[r.self] = {r.now(), r.initFence, 0};
   raceRelease(w, c.clock, release);
-  r.now() += !release;
+  if (!release) ++r.now();
 }
 void raceClusterWait(Warp& w) {
   const Cluster& c = *w.cta->cluster;
-  raceAcquire(w, c.done);
+  if (c.done) w.race->clock.join(*c.done);
   if (c.met) w.race->met.join(*c.met);
   laneSync(w, kAll);
 }
