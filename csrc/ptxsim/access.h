@@ -4,7 +4,7 @@
 
 namespace ptxsim {
 
-enum class Kind : uint8_t { Read, Write, Atomic };
+enum class Kind : uint8_t { Read, Write, Rewrite, Atomic };  // Rewrite: a write of what is there
 
 struct Place {
   uint8_t* p = nullptr;
@@ -13,6 +13,8 @@ struct Place {
   uint32_t offset = 0;
   Buffer* buffer = nullptr;  // global memory
 };
+
+inline Place placeIn(Cta& c, uint32_t offset) { return {c.smem + offset, c.smemValid + offset, &c, offset}; }
 
 // Checks bounds, alignment (`align` bytes) and permission; throws what a debugger would want to read.
 Place locate(Warp& w, const Inst& in, int lane, Space space, uint64_t address, uint32_t bytes, Kind kind,

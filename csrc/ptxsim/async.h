@@ -1,14 +1,12 @@
 // Shared by the memory and asynchronous instructions: mbarriers and the bookkeeping of operations in flight.
 #pragma once
-#include "access.h"
-#include "ops.h"
 #include "race.h"
 
 namespace ptxsim {
 
 inline uint32_t inCta(uint32_t address, uint32_t rank) { return (address & 0xffffff) | rank << 24; }
 // The live mbarrier at a shared::cluster address; fails if there is none.
-Mbarrier& mbarrierAt(Warp& w, const Inst& in, int lane, uint32_t address, Cta** owner = nullptr);
+Mbarrier& mbarrierAt(Warp& w, const Inst& in, int lane, uint32_t address);
 // An operation completes there: so many bytes have come, and so many arrivals.
 void completeOn(const AsyncOp& op, int lane, uint32_t address, uint32_t bytes, uint32_t arrivals = 0);
 

@@ -295,7 +295,6 @@ void launch(const LaunchConfig& cfg, KernelHandle& handle, void** params, void**
   setParameters(k, params, extra);
   Running running;
   _mm_setcsr(0x1f80);  // IEEE: to nearest even, denormals kept
-  if (l.opt.detect) l.race = raceCreate();
   profileStart(k);
   std::string failure;
   try {

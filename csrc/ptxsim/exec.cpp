@@ -65,7 +65,6 @@ void Warp::exitLanes(uint32_t mask) {
   cta->cluster->liveThreads -= n;
   for (auto& f : frags)
     if (f.wait == Wait::Converge) f.wait = Wait::None;
-  if (!live) raceExit(*this);
   launch->progress();
   reschedule = true;
   barrierExit(*cta);
@@ -222,8 +221,7 @@ std::unique_ptr<Cta> Launch::makeCta(Cluster& c, unsigned rank) {
       memcpy(t.smem + v.first, v.second->init.data(), v.second->init.size());
       memset(t.smemValid + v.first, 1, v.second->init.size());
     }
-  t.mbarIndex.assign((t.smemBytes + 7) / 8 + 1, 0);
-  t.mbars.resize(1);
+  t.hasMbar.resize((t.smemBytes + 7) / 8 + 1);
   t.wgmma.resize((warpsPerCta + 3) / 4);
   t.liveThreads = threads;
   t.warps.resize(warpsPerCta);

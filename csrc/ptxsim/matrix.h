@@ -2,8 +2,7 @@
 #pragma once
 #include <bitset>
 
-#include "half.h"
-#include "ops.h"
+#include "access.h"
 
 namespace ptxsim {
 

@@ -11,41 +11,36 @@ static uint32_t sharedAddress(Warp& w, const Inst& in, int lane, bool own) {
     w.fail(in, lane, "a generic address that must be in shared memory is not");
   return own ? inCta((uint32_t)a, w.cta->rank) : (uint32_t)a;
 }
-Mbarrier& mbarrierAt(Warp& w, const Inst& in, int lane, uint32_t address, Cta** owner) {
+Mbarrier& mbarrierAt(Warp& w, const Inst& in, int lane, uint32_t address) {
   Place p = locateShared(w, in, lane, address, 8, Kind::Read, 8, false);
-  uint16_t i = p.cta->mbarIndex[p.offset >> 3];
-  if (!i)
+  auto found = p.cta->mbars.find(p.offset);
+  if (found == p.cta->mbars.end())
     w.fail(in, lane, "no mbarrier has been initialised at shared offset ", p.offset, " of CTA rank ", p.cta->rank);
-  if (owner) *owner = p.cta;
-  return p.cta->mbars[i];
+  return found->second;
 }
 
-static void settle(Launch& l, Mbarrier& b) {
-  if (b.pending != 0 || b.tx != 0) return;
-  ++b.phase;
-  b.pending = b.expected = b.nextExpected;
-  b.txSeen = 0;
-  racePhase(b);
-  l.progress();
-}
-static void addTx(Warp& w, const Inst& in, int lane, Mbarrier& b, int64_t n) {
-  b.tx += n;
-  if (n < 0) b.txSeen -= (uint64_t)n;
+// So many bytes are expected, or have come when tx is negative, and n threads arrive: perhaps the phase is complete.
+static void arrive(Warp& w, const Inst& in, int lane, Mbarrier& b, int64_t tx, uint32_t n) {
+  b.tx += tx;
+  if (tx < 0) b.txSeen -= (uint64_t)tx;
   if (b.tx > 0xfffff || b.tx < -0xfffff)
     w.fail(in, lane, "the mbarrier's transaction count ", b.tx, " is outside +-(2^20 - 1)");
-}
-static void arrive(Warp& w, const Inst& in, int lane, Mbarrier& b, uint32_t n) {
   if (b.pending < (int64_t)n)
     w.fail(in, lane, "mbarrier arrival without a pending count: ", n, " arrive, ", b.pending, " of ", b.expected,
            " are pending, ", b.tx, " bytes are outstanding");
   b.pending -= n;
+  if (b.pending != 0 || b.tx != 0) return;
+  ++b.phase;
+  b.pending = b.expected = b.nextExpected;
+  b.txSeen = 0;
+  b.done = std::exchange(b.clock, nullptr);
+  b.completion = std::exchange(b.open, nullptr);
+  w.launch->progress();
 }
 void completeOn(const AsyncOp& op, int lane, uint32_t address, uint32_t bytes, uint32_t arrivals) {
   Mbarrier& b = mbarrierAt(*op.warp, *op.inst, lane, address);
-  addTx(*op.warp, *op.inst, lane, b, -(int64_t)bytes);
-  arrive(*op.warp, *op.inst, lane, b, arrivals);
   raceAsyncSignal(op, b);
-  settle(*op.warp->launch, b);
+  arrive(*op.warp, *op.inst, lane, b, -(int64_t)bytes, arrivals);
 }
 
 // ---- operations in flight
@@ -61,7 +56,8 @@ void track(Warp& w, const Inst& in, uint32_t mask, std::shared_ptr<AsyncOp> op, 
 }
 void launchOp(Warp& w, const Inst& in, uint32_t mask, std::shared_ptr<AsyncOp> op, OpTrack* t) {
   track(w, in, mask, op, t);
-  raceIssue(w, *op);
+  raceRelease(w, op->clock);
+  raceIssue(*op);
   w.launch->issue(std::move(op));
 }
 bool waitGroups(Warp& w, OpTrack& t, uint32_t m, uint32_t n, bool reads, bool all) {
@@ -96,13 +92,10 @@ void initBarrier(Warp& w, const Inst& in, uint32_t m) {
     const uint32_t count = lane32(w, in, in.b, i, "mbarrier count");
     Place p = locateShared(w, in, i, sharedAddress(w, in, i, true), 8, Kind::Write, 8, true);
     if (count < 1 || count > 0xfffff) w.fail(in, i, "an mbarrier count of ", count, " is not in 1..2^20-1");
-    uint16_t& index = p.cta->mbarIndex[p.offset >> 3];
-    auto& mbars = p.cta->mbars;
-    if (index) w.fail(in, i, "mbarrier.init of a live mbarrier (it needs mbarrier.inval first)");
-    for (index = 1; index < mbars.size() && mbars[index].live;) ++index;
-    if (index >= mbars.size()) mbars.resize(index + 1u);
-    Mbarrier& b = mbars[index] = Mbarrier();
-    b.live = true;
+    uint8_t& live = w.cta->hasMbar[p.offset >> 3];
+    if (live) w.fail(in, i, "mbarrier.init of a live mbarrier (it needs mbarrier.inval first)");
+    live = true;
+    Mbarrier& b = w.cta->mbars[p.offset];
     b.pending = b.expected = b.nextExpected = count;
     memset(p.p, 0, 8);
     memset(p.valid, 1, 8);
@@ -114,8 +107,9 @@ void initBarrier(Warp& w, const Inst& in, uint32_t m) {
 void invalBarrier(Warp& w, const Inst& in, uint32_t m) {
   for (int i : lanesOf(m)) {
     const uint32_t a = sharedAddress(w, in, i, true), offset = a & 0xffffff;
-    mbarrierAt(w, in, i, a) = Mbarrier();
-    w.cta->mbarIndex[offset >> 3] = 0;
+    mbarrierAt(w, in, i, a);
+    w.cta->mbars.erase(offset);
+    w.cta->hasMbar[offset >> 3] = false;
     memset(w.cta->smemValid + offset, 0, 8);
   }
   w.launch->progress();
@@ -128,32 +122,27 @@ void atBarriers(Warp& w, const Inst& in, uint32_t m, F f) {
     const uint32_t a = sharedAddress(w, in, i, in.space == Space::Shared && !in.x[4]);
     if (in.space == Space::Generic && (a >> 24) != w.cta->rank)
       w.fail(in, i, "a generic mbarrier address must be in the own CTA");
-    Cta* owner;
-    Mbarrier& b = mbarrierAt(w, in, i, a, &owner);
+    Mbarrier& b = mbarrierAt(w, in, i, a);
     raceMbarrierUse(w, in, i, b);
-    raceRemote(w, in, i, *owner, nullptr);
+    raceRemote(w, in, i, *w.cta->cluster->ctas[a >> 24], nullptr);
     f(i, b, in.b ? lane32(w, in, in.b, i, "mbarrier operand") : 1);
   }
   w.launch->progress();
 }
 void transaction(Warp& w, const Inst& in, uint32_t m) {  // x[0]: 0 expect, 1 complete
-  atBarriers(w, in, m, [&](int i, Mbarrier& b, uint32_t n) {
-    addTx(w, in, i, b, in.x[0] ? -(int64_t)n : (int64_t)n);
-    settle(*w.launch, b);
-  });
+  const int64_t sign = in.x[0] ? -1 : 1;
+  atBarriers(w, in, m, [&](int i, Mbarrier& b, uint32_t n) { arrive(w, in, i, b, sign * n, 0); });
 }
 void arriveBarrier(Warp& w, const Inst& in, uint32_t m) {  // x[0] drop, x[1] expect_tx, x[2] noComplete, x[3] relaxed
   uint64_t state[kLanes] = {0};
   atBarriers(w, in, m, [&](int i, Mbarrier& b, uint32_t n) {
     state[i] = (b.phase & 0xffffffff) | (uint64_t)b.pending << 32;
-    if (in.x[1]) addTx(w, in, i, b, n);
     const uint32_t count = in.x[1] ? 1 : n;
     if (in.x[0] && b.nextExpected < count) w.fail(in, i, "arrive_drop below zero");
     if (in.x[0]) b.nextExpected -= count;
-    arrive(w, in, i, b, count);
+    if (in.x[2] && b.pending == count) w.fail(in, i, "mbarrier.arrive.noComplete completes the phase");
     raceRelease(w, b.clock, !in.x[3]);
-    if (in.x[2] && b.pending == 0) w.fail(in, i, "mbarrier.arrive.noComplete completes the phase");
-    settle(*w.launch, b);
+    arrive(w, in, i, b, in.x[1] ? n : 0, count);
   });
   if (in.d) setLanes<uint64_t>(w, in.d, m, kAll, [&](int i) { return state[i]; });
 }
@@ -170,9 +159,8 @@ template <bool kParity>
 std::string describeWait(Warp& w, const Inst& in) {
   const int i = firstLane(w.frag().mask);
   const uint32_t offset = (uint32_t)laneAddress(w, in, i) & 0xffffff;
-  const uint16_t k = w.cta->mbarIndex[offset >> 3];
-  if (!k) return "waits for an mbarrier";
-  const Mbarrier& b = w.cta->mbars[k];
+  if (!w.cta->hasMbar[offset >> 3]) return "waits for an mbarrier";
+  const Mbarrier& b = w.cta->mbars[offset];
   return cat("waits for mbarrier at shared offset ", offset, " ",
              kParity ? cat("parity ", lane32(w, in.b, (unsigned)i) & 1) : "", " (phase ", b.phase, ": ",
              b.expected - b.pending, " of ", b.expected, " arrivals, ", b.txSeen, " bytes came, ", b.tx,
@@ -196,15 +184,14 @@ void waitBarrier(Warp& w, const Inst& in, uint32_t m) {
              " nor the one before");
     if (kParity ? !((was ^ now) & 1) : was == now) continue;
     ok |= 1u << i;
-    raceAcquire(w, b, !in.x[1]);
+    raceWaited(w, b, !in.x[1]);
   }
   f.mayGiveUp = !ok && !(in.x[0] && f.giveUp);
   f.giveUp = false;
   if (f.mayGiveUp) {  // a try waits; a test gives way, and comes back when something has happened
-    const uint32_t next = w.next;
     w.block(Wait::Poll, in.x[0] ? describeWait<kParity> : nullptr);
     if (in.x[0]) return;
-    w.next = next;
+    w.next = w.pc + 1;
   }
   if (ok) laneSync(w, ok);
   w.setPred(in.d, m, ok, kAll);
@@ -214,21 +201,20 @@ LANE(uint32_t, PendingCount, (uint64_t state)) { return (uint32_t)(state >> 32);
 // ---- cp.async
 
 struct CpAsync : AsyncOp {
-  Place from[kLanes];
-  uint32_t to[kLanes], have[kLanes];
+  Place from[kLanes], to[kLanes];
+  uint32_t have[kLanes];
   bool step() override {
-    Cta& c = *warp->cta;
     for (int i : lanesOf(mask)) {
-      if (have[i]) raceAsyncGlobal(*this, *from[i].buffer, (uint64_t)from[i].p, have[i], Kind::Read);
-      raceAsyncShared(*this, c, to[i], inst->bytes, Kind::Write);
-      if (have[i]) memcpy(c.smem + to[i], from[i].p, have[i]);
-      memset(c.smem + to[i] + have[i], 0, inst->bytes - have[i]);
-      memset(c.smemValid + to[i], 1, inst->bytes);
+      raceAsync(*this, from[i], have[i], Kind::Read);
+      raceAsync(*this, to[i], inst->bytes, Kind::Write);
+      if (have[i]) memcpy(to[i].p, from[i].p, have[i]);
+      memset(to[i].p + have[i], 0, inst->bytes - have[i]);
+      memset(to[i].valid, 1, inst->bytes);
     }
     return true;
   }
   void waited(uint32_t m) override {
-    for (int i : lanesOf(m)) laneAsync(*warp, *inst, i, *warp->cta, to[i], inst->bytes, Kind::Write);
+    for (int i : lanesOf(m)) laneAsync(*warp, *inst, i, to[i], inst->bytes, Kind::Write);
   }
 };
 // a: shared, second address: global, b: src-size, c: predicate that ignores the source
@@ -237,12 +223,10 @@ void cpAsync(Warp& w, const Inst& in, uint32_t m) {
   op->generic = true;
   w.needValid(in, in.a, m, "address");
   for (int i : lanesOf(m)) {
-    Place p = locateShared(w, in, i, (uint32_t)laneAddress(w, in, i), in.bytes, Kind::Write, in.bytes, true);
-    uint32_t have = in.b ? lane32(w, in.b, (unsigned)i) : in.bytes;
+    op->to[i] = locateShared(w, in, i, (uint32_t)laneAddress(w, in, i), in.bytes, Kind::Write, in.bytes, true);
+    uint32_t& have = op->have[i] = in.b ? lane32(w, in.b, (unsigned)i) : in.bytes;
     if (in.c && (w.predicate(in.c) >> i) & 1) have = 0;
     if (have > in.bytes) w.fail(in, i, "cp.async: src-size ", have, " exceeds cp-size ", in.bytes);
-    op->to[i] = p.offset;
-    op->have[i] = have;
     if (have) {
       const uint64_t g = laneAddress(w, in, in.ext->second, i);
       if (g % in.bytes) w.fail(in, i, "misaligned cp.async source");
@@ -250,7 +234,7 @@ void cpAsync(Warp& w, const Inst& in, uint32_t m) {
     }
     w.launch->n.globalRead += have;
     w.launch->n.sharedWrite += in.bytes;
-    laneAsync(w, in, i, *w.cta, p.offset, in.bytes, Kind::Write);
+    laneAsync(w, in, i, op->to[i], in.bytes, Kind::Write);
   }
   launchOp(w, in, m, op, &w.cp);
 }
@@ -259,7 +243,7 @@ void decodeCpAsync(Dec& d) {
   d.wantArgs(3, d.out.x[1] ? 5 : 4);
   const int64_t size = d.intArg(2);
   if (size != 16 && (d.out.x[0] || (size != 4 && size != 8))) d.fail("cp-size must be 16, or 4 or 8 with .ca");
-  d.extra()->second = d.second(d.arg(1));
+  d.operands("[a] [e]");
   if (d.argc() - d.out.x[1] > 3) {
     const Operand& o = d.arg(3);
     if (o.kind == Operand::Register && d.fn.regs[(size_t)o.reg].type == Type::Pred)
@@ -267,8 +251,6 @@ void decodeCpAsync(Dec& d) {
     else
       d.out.b = d.src(o, Type::U32);
   }
-  d.operands("[a]");
-  d.out.space = Space::Shared;
   d.out.bytes = (uint8_t)size;
   d.out.fn = cpAsync;
 }
@@ -301,7 +283,7 @@ struct StAsync : AsyncOp {
   int lane = 0;
   bool step() override {
     Place p = locateShared(*warp, *inst, lane, address, bytes, Kind::Write, 1, false);
-    raceAsyncShared(*this, *p.cta, p.offset, bytes, Kind::Write);
+    raceAsync(*this, p, bytes, Kind::Write);
     combine(inst->x[1] ? inst->x[0] : -1, (Type)inst->x[3], p.p, data, bytes);
     memset(p.valid, 1, bytes);
     completeOn(*this, lane, barrier, bytes);
@@ -316,13 +298,11 @@ void stAsync(Warp& w, const Inst& in, uint32_t m) {
     op->lane = i;
     op->address = (uint32_t)laneAddress(w, in, i);
     op->barrier = (uint32_t)laneAddress(w, in, in.ext->second, i);
-    op->bytes = in.bytes * in.vec;
-    uint8_t* to = op->data;
     for (const Ref& r : in.ext->refs) {
       w.needValid(in, r, 1u << i, "value of an asynchronous store");
       const uint64_t v = laneBits(w, r, in.bytes, i);
-      memcpy(to, &v, in.bytes);
-      to += in.bytes;
+      memcpy(op->data + op->bytes, &v, in.bytes);
+      op->bytes += in.bytes;
     }
     Cta& target = *locateShared(w, in, i, op->address, op->bytes, Kind::Write, op->bytes, false).cta;
     if ((op->address >> 24) != (op->barrier >> 24))

@@ -1,5 +1,4 @@
 // Named barriers of a CTA and the cluster barrier (PTX ISA 9.7.13.1 to 9.7.13.4).
-#include "ops.h"
 #include "race.h"
 
 namespace ptxsim {
@@ -8,22 +7,23 @@ namespace {
 enum { Sync, Arrive, Red };  // x[0]
 enum { Popc = 1, And, Or };  // x[1]
 
+unsigned wanted(const Cta& cta, const NamedBarrier& b) { return b.expected ? b.expected : cta.liveThreads; }
 std::string describeBarrier(Warp& w, const Inst& in) {
   const unsigned id = lane32(w, in.a, (unsigned)firstLane(w.frag().mask)) & 15;
   const NamedBarrier& b = w.cta->bars[id];
-  return cat("waits at barrier ", id, ": ", b.arrived, " of ", b.all ? w.cta->liveThreads : b.expected,
-             " threads have arrived");
+  return cat("waits at barrier ", id, ": ", b.arrived, " of ", wanted(*w.cta, b), " threads have arrived");
 }
 
 void complete(Cta& cta, NamedBarrier& b) {
-  raceBarrier(cta, b);
   for (auto& x : b.waiting) {
+    raceAcquire(*x.warp, b.clock);
+    laneSync(*x.warp, x.mask);
     for (auto& f : x.warp->frags)
       if (f.wait == Wait::Barrier && f.mask == x.mask) f.wait = Wait::None;
     const Inst& in = *x.inst;
     if (in.x[1] == Popc) setLanes<uint32_t>(*x.warp, in.d, x.mask, kAll, [&](int) { return b.redCount; });
     if (in.x[1] == And || in.x[1] == Or)
-      x.warp->setPred(in.d, x.mask, (in.x[1] == And ? b.redAnd : b.redOr) ? kAll : 0, kAll);
+      x.warp->setPred(in.d, x.mask, (in.x[1] == And ? b.redAnd : b.redCount > 0) ? kAll : 0, kAll);
   }
   b = NamedBarrier();
   cta.launch->progress();
@@ -38,39 +38,36 @@ void barrier(Warp& w, const Inst& in, uint32_t m) {
   const uint32_t id = lane32(w, in.a, (unsigned)lane);
   if (id > 15) w.fail(in, lane, "barrier ", id, " does not exist (0..15)");
   NamedBarrier& b = cta.bars[id];
-  const bool counted = (bool)in.b;
-  const unsigned count = counted ? lane32(w, in.b, (unsigned)lane) : 0;
-  if (counted && (count == 0 || count % kLanes))
+  const unsigned count = in.b ? lane32(w, in.b, (unsigned)lane) : 0;  // 0: all
+  if (in.b && (count == 0 || count % kLanes))
     w.fail(in, lane, "barrier ", id, ": a thread count of ", count, " is no multiple of 32");
   if (count > w.launch->warpsPerCta * kLanes)
     w.fail(in, lane, "barrier ", id, ": a thread count of ", count, " in a CTA of ", w.launch->threads, " threads");
-  if (b.arrived && (b.all == counted || b.expected != count))
-    w.fail(in, lane, "barrier ", id, " is used with ", counted ? cat(count) : "all", " threads while a phase with ",
-           b.all ? "all" : cat(b.expected), " threads is open");
-  b.all = !counted;
+  auto name = [](unsigned n) { return n ? cat(n) : "all"; };
+  if (b.arrived && b.expected != count)
+    w.fail(in, lane, "barrier ", id, " is used with ", name(count), " threads while a phase with ", name(b.expected),
+           " threads is open");
   b.expected = count;
   if (b.lanes.empty()) b.lanes.assign(cta.warps.size(), 0);
   if (b.lanes[w.index] & m) w.fail(in, lane, "warp ", w.index, " arrives twice at barrier ", id, " in one phase");
   b.lanes[w.index] |= m;
-  b.arrived += in.convergeAll && counted ? kLanes : (unsigned)__builtin_popcount(m);
+  b.arrived += in.convergeAll && count ? kLanes : (unsigned)__builtin_popcount(m);
   if (in.x[0] == Red) {
     const uint32_t p = w.predicate(in.c) & m;
     b.redCount += (uint32_t)__builtin_popcount(p);
-    b.redAnd &= p == m ? kAll : 0;
-    b.redOr |= p;
+    b.redAnd &= p == m;
   }
   raceRelease(w, b.clock);
   w.launch->progress();
   if (in.x[0] != Arrive) {
-    Fragment& f = w.frag();
-    if (f.mask != m) w.fail(in, lane, "a predicated barrier that only part of a fragment takes is not supported");
+    if (w.frag().mask != m)
+      w.fail(in, lane, "a predicated barrier that only part of a fragment takes is not supported");
     b.waiting.push_back({&w, m, &in});
-    f.wait = Wait::Barrier;
-    f.describe = describeBarrier;
-    f.shownPc = w.pc;
-    w.reschedule = true;
+    w.block(Wait::Barrier, describeBarrier);
+    w.frag().shownPc = w.pc;
+    w.next = w.pc + 1;  // where it goes on
   }
-  const unsigned want = b.all ? cta.liveThreads : b.expected;
+  const unsigned want = wanted(cta, b);
   if (b.arrived > want) w.fail(in, lane, "barrier ", id, ": ", b.arrived, " threads arrive at a phase of ", want);
   if (b.arrived == want) complete(cta, b);
 }
@@ -78,12 +75,11 @@ void barrier(Warp& w, const Inst& in, uint32_t m) {
 // ---- cluster barrier
 
 void clusterCheck(Cluster& c, Launch& l) {
-  if (c.arrived && c.arrived >= c.liveThreads) {
-    c.arrived = 0;
-    ++c.barrierPhase;
-    raceClusterDone(c);
-    l.progress();
-  }
+  if (!c.arrived || c.arrived < c.liveThreads) return;
+  c.arrived = 0;
+  ++c.barrierPhase;
+  c.done = std::exchange(c.clock, nullptr);
+  l.progress();
 }
 std::string describeCluster(Warp& w, const Inst&) {
   const Cluster& c = *w.cta->cluster;
@@ -103,10 +99,7 @@ void clusterWait(Warp& w, const Inst& in, uint32_t m) {
   Cluster& c = *w.cta->cluster;
   if (m & ~w.clusterArrived) w.fail(in, firstLane(m & ~w.clusterArrived), "barrier.cluster.wait without an arrive");
   for (int i : lanesOf(m))
-    if (w.clusterPhase[i] == c.barrierPhase) {
-      w.block(Wait::Poll, describeCluster);
-      return;
-    }
+    if (w.clusterPhase[i] == c.barrierPhase) return w.block(Wait::Poll, describeCluster);
   w.clusterArrived &= ~m;
   raceClusterWait(w);
 }
@@ -136,7 +129,7 @@ const Forms kForms = {
 // Threads that left no longer count where all threads are waited for.
 void barrierExit(Cta& cta) {
   for (auto& b : cta.bars)
-    if (b.arrived && b.all && b.arrived >= cta.liveThreads) complete(cta, b);
+    if (b.arrived && !b.expected && b.arrived >= cta.liveThreads) complete(cta, b);
 }
 void clusterExit(Warp& w, uint32_t mask) {
   Cluster& c = *w.cta->cluster;

@@ -1,8 +1,6 @@
 // Warp-level matrix instructions: ldmatrix, stmatrix, movmatrix, mma.sync (PTX ISA 9.7.14.5).
 #include "matrix.h"
 
-#include "access.h"
-
 namespace ptxsim {
 namespace {
 
@@ -49,7 +47,7 @@ void decodeMove(Dec& d) {
   const bool load = d.p.op[0] == "ldmatrix";
   d.out.vec = (uint8_t)(1u << d.out.x[0]);
   d.out.x[0] = 0;
-  d.wantArgs(2, 2);
+  d.wantArgs(2);
   d.operands(load ? "{d:b32} [a]" : "[a] {e:b32}");
   d.out.storesD = !load;
   d.out.fn = load ? moveMatrices<false> : moveMatrices<true>;
@@ -75,7 +73,7 @@ void decodeMma(Dec& d) {
   if (d.types[3] != s.d) d.fail("C and D must have one type");
   const unsigned nb = s.k * typeBytes(s.a) / 16;
   if (nb != 1 && nb != 2) d.fail("no such shape");
-  d.wantArgs(4, 4);
+  d.wantArgs(4);
   Extra* e = d.extra();
   for (auto& o : d.elements(d.arg(0), s.accumulators())) e->refs.push_back(d.dst(o, 4));
   for (auto& o : d.elements(d.arg(1), 2 * nb)) e->refs2.push_back(d.src(o, Type::B32));
@@ -91,31 +89,6 @@ const Forms kForms = {
     {"mma", "sync aligned row col m16n8k4|m16n8k8|m16n8k16|m16n8k32 satfinite? type type type type", nullptr,
      decodeMma},
 };
-
-}  // namespace
-
-void matrixTypes(Dec& d, MatrixShape& s) {
-  s.d = d.types[0], s.a = d.types[1], s.b = d.types[2];
-  const bool fp8 = s.a == Type::E4M3 || s.a == Type::E5M2;
-  if (!s.integer() && !s.half() && !fp8 && s.a != Type::TF32) d.fail("operand type is not supported");
-  if (typeBytes(s.a) != typeBytes(s.b) || (typeBytes(s.a) > 1 && s.a != s.b)) d.fail("A and B must have one type");
-  if (s.integer() ? s.d != Type::S32 : s.d != Type::F32 && !(s.d == Type::F16 && (s.a == Type::F16 || fp8)))
-    d.fail("no such accumulator type");
-}
-
-void operandFromRegisters(Warp& w, const Ref* refs, unsigned count, Type t, bool isA, MatrixOperands& m) {
-  const unsigned es = typeBytes(t), E = 4 / es;
-  for (unsigned r = 0; r < count; ++r) {
-    const uint8_t* p = w.ptr<const uint8_t>(refs[r]);
-    for (unsigned l = 0; l < kLanes; ++l) {
-      const unsigned mn = l / 4 + (isA ? 8 * (r & 1) : 0), k = E * (l % 4) + 4 * E * (isA ? r >> 1 : r);
-      for (unsigned e = 0; e < E; ++e) (isA ? m.A[mn][k + e] : m.B[k + e][mn]) = matrixElement(t, p + 4 * l + e * es);
-      if (!(w.validOf(refs[r]) >> l & 1)) (isA ? m.badRow : m.badCol).set(mn);
-    }
-  }
-}
-
-namespace {
 
 // How the tensor cores of sm_90 add, measured on H100 and H200 (tests/ptxsim/hardware): of the products of one step and
 // of the accumulator everything is cut off that lies more than `align` bits below the largest exponent among them,
@@ -171,8 +144,8 @@ struct TensorCore {
   void row(unsigned i, double* sum) const {
     if (shortSums) return step<float>(i, kAll, sum);
     if (!fp8) return step<double>(i, kAll >> (kMaxK - s.k), sum);
-    // mma.sync has no fp8 of its own: two products in float16, of elements 0 and 1 of every four and of 2 and 3, and an
-    // addition of C; so ptxas translates it.
+    // ptxas makes two float16 products of an fp8 mma.sync, of elements 0 and 1 of every four and of 2 and 3, and adds
+    // C.
     double product[kMaxN] = {};
     step<double>(i, 0x33333333, product);
     step<double>(i, 0xcccccccc, product);
@@ -235,6 +208,27 @@ void multiplyBy(Warp& w, const MatrixShape& s, const MatrixOperands& m, const Re
 }
 
 }  // namespace
+
+void matrixTypes(Dec& d, MatrixShape& s) {
+  s.d = d.types[0], s.a = d.types[1], s.b = d.types[2];
+  const bool fp8 = s.a == Type::E4M3 || s.a == Type::E5M2;
+  if (!s.integer() && !s.half() && !fp8 && s.a != Type::TF32) d.fail("operand type is not supported");
+  if (typeBytes(s.a) != typeBytes(s.b) || (typeBytes(s.a) > 1 && s.a != s.b)) d.fail("A and B must have one type");
+  if (s.integer() ? s.d != Type::S32 : s.d != Type::F32 && !(s.d == Type::F16 && (s.a == Type::F16 || fp8)))
+    d.fail("no such accumulator type");
+}
+
+void operandFromRegisters(Warp& w, const Ref* refs, unsigned count, Type t, bool isA, MatrixOperands& m) {
+  const unsigned es = typeBytes(t), E = 4 / es;
+  for (unsigned r = 0; r < count; ++r) {
+    const uint8_t* p = w.ptr<const uint8_t>(refs[r]);
+    for (unsigned l = 0; l < kLanes; ++l) {
+      const unsigned mn = l / 4 + (isA ? 8 * (r & 1) : 0), k = E * (l % 4) + 4 * E * (isA ? r >> 1 : r);
+      for (unsigned e = 0; e < E; ++e) (isA ? m.A[mn][k + e] : m.B[k + e][mn]) = matrixElement(t, p + 4 * l + e * es);
+      if (!(w.validOf(refs[r]) >> l & 1)) (isA ? m.badRow : m.badCol).set(mn);
+    }
+  }
+}
 
 void multiplyMatrices(Warp& w, const MatrixShape& s, const MatrixOperands& m, const Ref* c, const Ref* d) {
   const bool hardware = w.launch->opt.hardwareRounding, half = s.d == Type::F16;

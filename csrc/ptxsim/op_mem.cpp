@@ -48,7 +48,7 @@ Place locateShared(Warp& w, const Inst& in, int lane, uint32_t a, uint32_t bytes
            ": the CTA's shared memory is [0x400, ", hex(c.smemBytes), ")");
   if (c.liveThreads == 0 && &c != w.cta)  // what a CTA leaves behind is checked when it exits
     w.fail(in, lane, "shared ", verb(kind), " to CTA rank ", rank, ", whose threads have all exited");
-  return {c.smem + off, c.smemValid + off, &c, off, nullptr};
+  return placeIn(c, off);
 }
 
 Place locate(Warp& w, const Inst& in, int lane, Space space, uint64_t a, uint32_t bytes, Kind kind, uint32_t align) {
@@ -114,7 +114,7 @@ Span::Span(Warp& w, const Inst& in, uint32_t m, uint32_t size, Kind kind) : byte
       at.p = (uint8_t*)a[i];
     else
       at = locate(w, in, i, space, a[i], bytes, kind, bytes);
-    if (own && !reads && (c.mbarIndex[off >> 3] || c.mbarIndex[(off + bytes - 1) >> 3]))
+    if (own && !reads && (c.hasMbar[off >> 3] || c.hasMbar[(off + bytes - 1) >> 3]))
       w.fail(in, i, "ordinary ", verb(kind), " to a live mbarrier at shared offset ", hex(off));
     p[i] = at.p;
     v[i] = at.valid;
@@ -126,10 +126,13 @@ Span::Span(Warp& w, const Inst& in, uint32_t m, uint32_t size, Kind kind) : byte
   else if (space == Space::Global || space == Space::Generic)
     (reads ? l.n.globalRead : space == Space::Global && kind == Kind::Atomic ? l.n.atomics : l.n.globalWrite) += total;
   if (own && l.opt.verbose) countBanks(w, m, a, bytes);
-  if (l.race && kind != Kind::Write) raceAccess(w, in, m, in.space, a, bytes, kind);
+  if (l.race && kind != Kind::Write) raceAccess(w, in, m, a, bytes, kind);
 }
 void Span::written(Warp& w, const Inst& in, uint32_t m, uint32_t changed) const {
-  if (w.launch->race) raceWrites(w, in, m, changed, in.space, a, bytes);
+  if (w.launch->race) {
+    raceAccess(w, in, m & changed, a, bytes, Kind::Write);
+    raceAccess(w, in, m & ~changed, a, bytes, Kind::Rewrite);
+  }
   w.launch->progress();
 }
 

@@ -8,12 +8,12 @@ namespace {
 // What one instruction needs, decoded once. Its operands are a destination and a source, one of which may be a tensor.
 struct BulkInst {
   enum Way { Load, Store, ToCluster, Prefetch } way = Load;
-  bool tensor = false, ctaDst = false, multicast = false;
+  bool tensor = false, ctaDst = false;
   unsigned rank = 0;
   int reduce = -1;  // atomic operation
   Type type = Type::None;
   AddressOperand to, from, barrier;
-  Ref size, mask, coord[5];
+  Ref size, multicast, coord[5];
   bool readsShared() const { return way == Store || way == ToCluster; }
   bool writesShared() const { return way == Load || way == ToCluster; }
 };
@@ -33,8 +33,7 @@ struct Bulk : AsyncOp {
   Bulk(const BulkInst& inst, int l) : b(inst), lane(l) {}
   Type type() const { return b.tensor ? kMapTypes[map.type].reduction : b.type; }
 
-  // Where element e of the box lies in global memory, and whether that is in the tensor, whatever the innermost
-  // coordinate.
+  // Where element e of the box lies in global memory, and whether the tensor has that but for the innermost coordinate.
   std::pair<uint64_t, bool> placeOf(uint32_t e) const {
     std::pair<uint64_t, bool> place(map.address, true);
     for (unsigned d = 0; d < map.rank; e /= map.count(d++)) {
@@ -62,18 +61,18 @@ struct Bulk : AsyncOp {
       uint32_t off = p.offset + i;
       off ^= ((off >> 7) & ((1u << map.swizzle) - 1)) << 4;
       const uint32_t n = std::min(16u, bytes - i);
-      uint8_t *memory = p.cta->smem + off, *valid = p.cta->smemValid + off;
-      raceAsyncShared(*this, *p.cta, off, n, kind);
+      const Place at = placeIn(*p.cta, off);
+      raceAsync(*this, at, n, kind);
       if (kind == Kind::Read) {
-        memcpy(data.data() + i, memory, n);
-        memcpy(good.data() + i, valid, n);
+        memcpy(data.data() + i, at.p, n);
+        memcpy(good.data() + i, at.valid, n);
         continue;
       }
-      combine(b.reduce, type(), memory, data.data() + i, n);
-      memcpy(valid, good.data() + i, n);
-      if (b.tensor) raceTag(*p.cta, off, {placeOf(i / map.elementBytes()).first, id});
+      combine(b.reduce, type(), at.p, data.data() + i, n);
+      memcpy(at.valid, good.data() + i, n);
+      if (b.tensor && warp->launch->race) raceTag(*p.cta, off) = {placeOf(i / map.elementBytes()).first, id};
       for (uint32_t k = 0; k < n; k += 8)
-        if (p.cta->mbarIndex[(off + k) >> 3])
+        if (p.cta->hasMbar[(off + k) >> 3])
           warp->fail(*inst, lane, "a bulk copy overwrites a live mbarrier at shared offset ", off + k);
     }
   }
@@ -81,7 +80,7 @@ struct Bulk : AsyncOp {
     const bool detect = warp->launch->opt.detect;
     runs([&](uint64_t at, uint64_t address, uint32_t n) {
       Place p = locateGlobal(*warp, *inst, lane, address, n, kind, 1);
-      raceAsyncGlobal(*this, *p.buffer, (uint64_t)p.p, n, kind);
+      raceAsync(*this, p, n, kind);
       if (kind == Kind::Read) {
         if (detect && !allValid(p.valid, n)) warp->fail(*inst, lane, "a bulk copy reads uninitialised global memory");
         memcpy(data.data() + at, p.p, n);
@@ -97,9 +96,8 @@ struct Bulk : AsyncOp {
       warp->launch->n.tmaWrite += n;
     });
   }
-  bool exitOk() const override { return false; }
   void waited(uint32_t) override {  // for the first time: its source may be written again
-    if (!told) laneAsync(*warp, *inst, lane, *warp->cta, source & 0xffffff, bytes, Kind::Read);
+    if (!told) laneAsync(*warp, *inst, lane, placeIn(*warp->cta, source & 0xffffff), bytes, Kind::Read);
     told = true;
   }
   bool step() override {
@@ -129,7 +127,7 @@ TensorMap readMap(Warp& w, const Inst& in, int lane, uint64_t address) {
   if (inShared(address) || inLocal(address))
     w.fail(in, lane, "a tensor map must be in parameter, constant or global memory");
   Place p = locateGlobal(w, in, lane, address, 128, Kind::Read, 64);
-  raceTensorMap(w, in, *p.buffer, (uint64_t)p.p);
+  raceTensorMap(w, in, p);
   TensorMap map;
   memcpy(&map, p.p, sizeof map);
   if (map.magic != TensorMap::kMagic || map.rank < 1 || map.rank > 5 || !map.elementBytes())
@@ -176,8 +174,8 @@ void bulk(Warp& w, const Inst& in, uint32_t m) {
         w.fail(in, i, "the shared memory address of the copy, offset ", a & 0xffffff, ", must be a multiple of ",
                b.tensor ? 128 : 16, " bytes");
       if (op->bytes) {
-        locateShared(w, in, i, a, op->bytes, kind, 16, false);
-        if (a >> 24 == w.cta->rank) laneAsync(w, in, i, *w.cta, a & 0xffffff, op->bytes, kind);
+        const Place p = locateShared(w, in, i, a, op->bytes, kind, 16, false);
+        if (p.cta == w.cta) laneAsync(w, in, i, p, op->bytes, kind);
       }
       return a;
     };
@@ -188,7 +186,7 @@ void bulk(Warp& w, const Inst& in, uint32_t m) {
       if (b.ctaDst) op->barrier = inCta(op->barrier, w.cta->rank);
       if (b.way == BulkInst::ToCluster && op->target >> 24 == w.cta->rank && ctas.size() > 1)
         w.fail(in, i, "a copy to shared::cluster must go to another CTA");
-      op->ranks = b.multicast ? w.ptr<uint16_t>(b.mask)[i] : 1u << (op->target >> 24 & 31);
+      op->ranks = b.multicast ? w.ptr<uint16_t>(b.multicast)[i] : 1u << (op->target >> 24 & 31);
       if (b.multicast && (!op->ranks || op->ranks >> ctas.size()))
         w.fail(in, i, "multicast mask ", op->ranks, " in a cluster of ", ctas.size());
       if (!b.multicast && op->barrier >> 24 != op->target >> 24)
@@ -242,17 +240,16 @@ void replaceField(Warp& w, const Inst& in, uint32_t m) {
   w.launch->progress();
 }
 void decodeReplace(Dec& d) {
-  size_t field = 0;
-  while (field < 10 && !d.take(kFields[field].name)) ++field;
-  if (field == 10) d.fail("unknown field");
+  const auto* field = std::find_if(kFields, std::end(kFields), [&](auto& f) { return d.take(f.name); });
+  if (field == std::end(kFields)) d.fail("unknown field");
   const Type t = d.needType();
-  const int ordinals = kFields[field].ordinals;
-  d.wantArgs(ordinals ? 3 : 2, ordinals ? 3 : 2);
+  const int ordinals = field->ordinals;
+  d.wantArgs(ordinals ? 3 : 2);
   const int64_t ordinal = d.extra()->v[0] = ordinals ? d.intArg(1) : 0;
   if (ordinals && (ordinal < 0 || ordinal >= ordinals)) d.fail("the ordinal is out of range");
-  d.out.a = d.address(d.arg(0), &d.out.imm);
+  d.operands("[a]");
   d.out.b = d.src(ordinals ? 2 : 1, t);
-  d.out.x[0] = (uint8_t)field;
+  d.out.x[0] = (uint8_t)(field - kFields);
   d.out.x[1] = (uint8_t)typeBytes(t);
   d.out.fn = replaceField;
 }
@@ -273,8 +270,7 @@ template <BulkInst::Way kWay>
 void decodeBulk(Dec& d) {
   auto& b = own<BulkInst>(d);
   b.way = kWay;
-  b.ctaDst = kWay == BulkInst::Load && d.out.x[0] == 1;
-  b.multicast = kWay == BulkInst::Load && d.out.x[1];
+  b.ctaDst = d.out.x[0];
   b.tensor = d.take("tensor");
   if (b.tensor) b.rank = 1 + (unsigned)d.takeOneOf("1d|2d|3d|4d|5d");
   if (b.tensor && !b.rank) d.fail("a dimension is missing");
@@ -300,8 +296,8 @@ void decodeBulk(Dec& d) {
   b.from = operand(!b.readsShared());
   if (!b.tensor) b.size = d.src(at++, Type::U32);
   if (b.writesShared()) b.barrier = operand(false);
-  if (b.multicast) b.mask = d.src(at++, Type::U16);
-  d.wantArgs(at + hint, at + hint);
+  if (d.out.x[1]) b.multicast = d.src(at++, Type::U16);
+  d.wantArgs(at + hint);
   d.out.fn = bulk;
 }
 

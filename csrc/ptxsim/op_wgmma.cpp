@@ -6,8 +6,7 @@
 namespace ptxsim {
 namespace {
 
-// Rows [first, first + count) of A, or columns of B, as a shared-memory descriptor gives them. `mn` counts these, k the
-// other direction.
+// `count` rows of A, or columns of B, from `first` on, by their descriptor. `mn` counts these, k the other direction.
 struct SharedMatrix {
   uint64_t descriptor;
   bool mnMajor;  // the contiguous direction
@@ -20,18 +19,14 @@ struct SharedMatrix {
   uint32_t span() const { return 16u << shift(); }
   unsigned outer() const { return mnMajor ? k : count; }
   unsigned chunks() const { return (mnMajor ? count : k) * es / 16; }  // of 16 bytes, along the contiguous direction
-  uint32_t offset(unsigned r, unsigned chunk) const {  // in the CTA's window, of a chunk at index r of the other
-    const uint32_t w = span(), c = (mnMajor ? first * es : 0) + chunk * 16;
-    if (!mnMajor) r += first;
-    uint32_t a = start;
-    if (!mnMajor)
-      a += r % 8 * w + r / 8 * sbo + (mode ? c : c / 16 * lbo);
-    else if (mode)
-      a += r % 8 * w + c % w + c / w * lbo + r / 8 * sbo;
-    else
-      a += r % 8 * 16 + c / 16 * sbo + r / 8 * lbo;
+  uint32_t offset(unsigned r, unsigned c) const {  // in the CTA's window, of chunk c at index r of the other direction
+    mnMajor ? c += first* es / 16 : r += first;
+    const uint32_t low = (1u << shift()) - 1;
+    const bool exchanged = mnMajor && !mode;  // LBO and SBO
+    uint32_t a = start + ((r % 8 << shift()) + (c & low)) * 16;
+    a += (c >> shift()) * (exchanged ? sbo : lbo) + r / 8 * (exchanged ? lbo : sbo);
     a &= 0x3ffff;
-    return a ^ ((((a >> 7) - base) & ((1u << shift()) - 1)) << 4);
+    return a ^ ((((a >> 7) - base) & low) << 4);
   }
 
   // What one tensor copy brought must be read as a regular part of the tensor: a wrong stride or swizzle reads bytes
@@ -39,9 +34,9 @@ struct SharedMatrix {
   // The result says where it is not; `known`: all of it came from tensor copies.
   std::string irregular(Cta& cta, bool* known) const {
     std::vector<bool> taken(1 << 14);  // by 16 bytes of the window that a descriptor reaches
-    auto at = [&](unsigned r, unsigned c) -> const Provenance* {
+    auto at = [&](unsigned r, unsigned c) {
       const uint32_t off = offset(r, c);
-      return off + 16 <= cta.smemBytes ? raceTagOf(cta, off) : nullptr;
+      return off + 16 <= cta.smemBytes ? raceTag(cta, off) : Provenance();
     };
     for (unsigned r = 0; r < outer(); ++r)
       for (unsigned c = 0; c < chunks(); ++c) {
@@ -50,22 +45,22 @@ struct SharedMatrix {
         taken[chunk] = true;
       }
     // A chunk is 16 bytes on from its left neighbour, and a row as far from the one above as the first two rows are.
-    const Provenance *row0 = at(0, 0), *row1 = outer() > 1 ? at(1, 0) : nullptr;
-    *known = row0 && row1 && row0->op == row1->op;
+    Provenance origin = at(0, 0);
+    const Provenance row1 = at(1, 0);
+    *known = origin.op && row1.op == origin.op;
     if (!*known) return "";
-    const uint64_t pitch = row1->address - row0->address;
-    const Provenance* origin = nullptr;
-    int64_t originRow = 0, originChunk = 0;
+    const uint64_t pitch = row1.address - origin.address;
+    unsigned originRow = 0, originChunk = 0;
     for (unsigned r = 0; r < outer(); ++r)
       for (unsigned c = 0; c < chunks(); ++c) {
-        const Provenance* p = at(r, c);
-        *known &= p != nullptr;
-        if (!p) return "";
-        if (!origin || p->op != origin->op) origin = p, originRow = r, originChunk = c;
-        const uint64_t want = origin->address + (uint64_t)(r - originRow) * pitch + (uint64_t)(c - originChunk) * 16;
-        if (p->address != want)
+        const Provenance p = at(r, c);
+        *known = p.op != 0;
+        if (!*known) return "";
+        if (p.op != origin.op) origin = p, originRow = r, originChunk = c;
+        const uint64_t want = origin.address + (r - originRow) * pitch + (uint64_t)((int64_t)c - originChunk) * 16;
+        if (p.address != want)
           return cat(mnMajor ? "k " : "row ", first + r, ", 16-byte chunk ", c, " was loaded from ",
-                     (int64_t)(p->address - want), " bytes past where its neighbours put it");
+                     (int64_t)(p.address - want), " bytes past where its neighbours put it");
       }
     return "";
   }
@@ -85,7 +80,6 @@ struct Wgmma : AsyncOp {
   uint64_t descA = 0, descB = 0;
   bool accumulate = true;
   std::vector<std::shared_ptr<Part>> parts;
-  std::shared_ptr<RaceClock> clock;  // of the warps that have issued it, when they did
 
   SharedMatrix a(unsigned first, unsigned count) const { return {descA, s->transA, s->a, first, count, s->k}; }
   SharedMatrix b() const { return {descB, s->transB, s->b, 0, s->n, s->k}; }
@@ -100,12 +94,13 @@ struct Wgmma : AsyncOp {
         if (off < kSharedReserved || off + 16 > cta.smemBytes)
           warp->fail(*inst, -1, "a wgmma descriptor (start ", hex(x.start), ", LBO ", x.lbo, ", SBO ", x.sbo,
                      ") reaches shared offset ", hex(off), " of ", hex(cta.smemBytes));
-        raceAsyncShared(*this, cta, off, 16, Kind::Read);
-        const bool good = allValid(cta.smemValid + off, 16);
+        const Place chunk = placeIn(cta, off);
+        raceAsync(*this, chunk, 16, Kind::Read);
+        const bool good = allValid(chunk.valid, 16);
         for (unsigned e = 0; e < per; ++e) {
           const unsigned mn = x.mnMajor ? c * per + e : r, k = x.mnMajor ? r : c * per + e;
-          out[mn * mnPitch + k * kPitch] = matrixElement(x.type, cta.smem + off + e * es);
-          if (!good && !allValid(cta.smemValid + off + e * es, es)) bad.set(mn);
+          out[mn * mnPitch + k * kPitch] = matrixElement(x.type, chunk.p + e * es);
+          if (!good && !allValid(chunk.valid + e * es, es)) bad.set(mn);
         }
       }
   }
@@ -154,12 +149,9 @@ struct Wgmma : AsyncOp {
 
 // Marks the registers of a wgmma in flight.
 void hold(Warp& w, const Inst& in) {
-  auto mark = [&](const std::vector<Ref>& refs, uint8_t as) {
-    for (const Ref& r : refs)
-      if (r.id && !w.inflight[r.id]) w.inflight[r.id] = as, ++w.numInflight;
-  };
-  mark(in.ext->refs, 1);
-  mark(in.ext->refs2, 2);
+  for (auto* refs : {&in.ext->refs, &in.ext->refs2})
+    for (const Ref& r : *refs)
+      if (r.id && !w.inflight[r.id]) w.inflight[r.id] = refs == &in.ext->refs ? 1 : 2, ++w.numInflight;
 }
 
 void mmaAsync(Warp& w, const Inst& in, uint32_t m) {
@@ -207,12 +199,10 @@ void mmaAsync(Warp& w, const Inst& in, uint32_t m) {
   ++w.launch->n.wgmma;
   if (op->parts.size() < 4) return;
   w.launch->n.wgmmaCycles += s.n / 2;
-  op->cluster = w.cta->cluster;
-  op->warp = &w;
-  raceIssueAt(*op, op->clock);
+  track(w, in, m, op, nullptr);
+  raceIssue(*op);
   for (auto& x : op->parts) x->id = op->id;
-  while (!order.issued.empty() && order.issued.front()->id && order.issued.size() > 1)
-    order.issued.pop_front(), ++order.base;
+  for (; order.issued.size() > 1 && order.issued.front()->id; ++order.base) order.issued.pop_front();
   w.launch->issue(op);
 }
 void waitGroup(Warp& w, const Inst& in, uint32_t m) {
@@ -235,7 +225,7 @@ void decodeWgmma(Dec& d) {
   if (s.n < 8 || s.n > 256 || s.n % 8 || s.k * typeBytes(s.a) != 32) d.fail("no such shape");
   s.registersA = d.arg(1).kind == Operand::Vector;
   const size_t tail = s.integer() ? 0 : s.half() ? (s.registersA ? 3 : 4) : 2;
-  d.wantArgs(4 + tail, 4 + tail);
+  d.wantArgs(4 + tail);
   Extra* e = d.extra();
   for (auto& o : d.elements(d.arg(0), s.accumulators())) e->refs.push_back(d.dst(o, 4));
   if (s.registersA)

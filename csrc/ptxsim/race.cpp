@@ -1,12 +1,10 @@
 // Happens-before, with vector clocks.
 //
-// The agents are warps and asynchronous operations. A warp has two clocks: `seen` says up to which point it knows of
-// every other warp's accesses, `async` up to which point those accesses are also visible to the async proxy, which is
-// what a proxy fence raises. An operation takes its issuer's clocks along, and is known to be over to whoever waited
-// for it, and to whom these told. Lanes of one warp are taken to be ordered among themselves.
+// The agents are warps and asynchronous operations. A warp's clock says up to which point it knows of every other
+// warp's accesses, and up to which these are visible to the async proxy too, which is what a proxy fence raises. An
+// operation takes its issuer's clock along, and is known to be over to whoever waited for it, and to whom these told.
+// Lanes of one warp are taken to be ordered among themselves.
 #include "race.h"
-
-#include "ops.h"
 
 namespace ptxsim {
 
@@ -48,8 +46,7 @@ struct RaceCompletion {                                  // who found out, and w
 };
 struct RaceWarp {
   RaceClock clock, fenced, pending;  // at the last fence; acquired by relaxed operations, until a fence
-  // What even a relaxed cluster barrier tells: when each warp came to it, and, as kAsyncShared, its last
-  // fence.mbarrier_init.
+  // What even a relaxed cluster barrier tells: when each warp came, and, as kAsyncShared, its last fence.mbarrier_init.
   RaceClock met;
   RaceClock mapped;  // at the last fence.proxy.tensormap acquire
   uint32_t self = 0, initFence = 0;
@@ -60,8 +57,6 @@ struct RaceWarp {
   }
   void acquire(const RaceClock& from, bool strong) { (strong ? clock : pending).join(from); }
 };
-
-namespace {
 
 constexpr uint32_t kPredecessor = ~0u;  // the launch before, as an agent: its end is at time 1
 
@@ -107,25 +102,9 @@ struct Page {
   Granule granules[kPage] = {};
   LanePage lanes;
 };
-// Pages nobody uses: most CTAs need as many as the one before, and zeros for all of them would take longer than they
-// run.
-std::vector<std::unique_ptr<Page>> gSpare;
+// Pages nobody uses: most CTAs need as many as the one before, and zeros for all would take longer than they run.
+static std::vector<std::unique_ptr<Page>> gSpare;
 constexpr size_t kMostSpare = 4096;
-struct Recycle {
-  void operator()(Page* p) const {
-    std::unique_ptr<Page> own(p);
-    if (gSpare.size() < kMostSpare) gSpare.push_back(std::move(own));
-  }
-};
-Page* freshPage() {
-  if (gSpare.empty()) gSpare.push_back(std::make_unique<Page>());
-  Page* p = gSpare.back().release();
-  gSpare.pop_back();
-  ++p->life;
-  p->lanes.shift = 4;
-  p->lanes.units.clear();
-  return p;
-}
 
 struct OpRecord {
   RaceClock clock;  // the issuer's, at issue
@@ -134,16 +113,23 @@ struct OpRecord {
   std::vector<std::shared_ptr<RaceCompletion>> full, read;
 };
 
-}  // namespace
-
 struct RaceShadow {
-  std::vector<std::unique_ptr<Page, Recycle>> pages;
-  std::vector<Entry> remote, remoteOps;  // of other CTAs: each warp's last access, all operations
-  RaceClock exit, met;                   // what its warps knew when they exited
-  void resize(uint64_t bytes) { pages.resize((bytes + kPageBytes - 1) / kPageBytes); }
+  std::vector<std::unique_ptr<Page>> pages;
+  std::map<std::pair<bool, uint32_t>, Entry> remote;  // of other CTAs: each warp's last access, then all operations
+  explicit RaceShadow(uint64_t bytes) : pages((bytes + kPageBytes - 1) / kPageBytes) {}
+  ~RaceShadow() {
+    for (auto& p : pages)
+      if (p && gSpare.size() < kMostSpare) gSpare.push_back(std::move(p));
+  }
   Page& page(uint64_t offset) {
     auto& p = pages[offset / kPageBytes];
-    if (!p) p.reset(freshPage());
+    if (p) return *p;
+    if (gSpare.empty()) gSpare.push_back(std::make_unique<Page>());
+    p = std::move(gSpare.back());
+    gSpare.pop_back();
+    ++p->life;
+    p->lanes.shift = 4;
+    p->lanes.units.clear();
     return *p;
   }
   Granule& at(uint64_t granule) {
@@ -165,14 +151,12 @@ struct RaceState {
   } memo;
 };
 
-std::shared_ptr<RaceState> raceCreate() { return std::make_shared<RaceState>(); }
-
 void raceStart(Launch& l, Cluster& c, uint64_t index) {
-  if (!l.race) return;
+  if (!l.opt.detect) return;
+  if (!l.race) l.race = std::make_shared<RaceState>();
   const uint32_t n = l.warpsPerCta * l.ctasPerCluster, first = (uint32_t)index * n;
   for (auto& cta : c.ctas) {
-    cta->shadow = std::make_shared<RaceShadow>();
-    cta->shadow->resize(cta->smemBytes);
+    cta->shadow = std::make_shared<RaceShadow>(cta->smemBytes);
     for (auto& w : cta->warps) {
       w.agent = first + cta->rank * l.warpsPerCta + w.index;
       w.race = std::make_shared<RaceWarp>();
@@ -193,15 +177,9 @@ struct Side {
   uint32_t agent, time;
   uint8_t flags;
   Sight sight;  // which others it must be able to see; kThreads: the generic proxy
-  bool unchanged = false;
 };
-Side side(Warp& w, const Inst& in, bool strong) {
-  RaceWarp& r = *w.race;
-  return {w, in, r.clock, r.self, r.now(), (uint8_t)(strong ? kStrong : 0), kThreads};
-}
-Side side(const AsyncOp& op, Sight sight) {
-  const OpRecord& r = *op.warp->launch->race->ops[op.id];
-  return {*op.warp, *op.inst, r.clock, op.id, 0, kOpFlag, r.generic ? kThreads : sight};
+Side side(Warp& w, const Inst& in, bool strong = false) {
+  return {w, in, w.race->clock, w.agent, w.race->now(), (uint8_t)(strong ? kStrong : 0), kThreads};
 }
 
 // "": ordered. Otherwise what is missing.
@@ -223,23 +201,23 @@ const char* ordered(const Side& me, const Entry& e) {
   return no;
 }
 
-uint32_t warpOf(const RaceState& s, const Entry& e) { return e.flags & kOpFlag ? s.ops[e.agent]->issuer : e.agent; }
-std::string nameOf(const Launch& l, uint32_t warp) {
-  return cat("warp ", warp % l.warpsPerCta, " of CTA ", warp / l.warpsPerCta);
+std::string nameOf(const Launch& l, const Entry& e) {
+  const bool op = e.flags & kOpFlag;
+  const uint32_t warp = op ? l.race->ops[e.agent]->issuer : e.agent;
+  return cat(op ? "the asynchronous operation issued by " : "", "warp ", warp % l.warpsPerCta, " of CTA ",
+             warp / l.warpsPerCta);
 }
 const char* verb(bool write) { return write ? "write" : "read"; }
 [[noreturn]] void report(const Side& me, const Entry& e, bool write, const std::string& place, const char* why) {
   const Launch& l = *me.w.launch;
   me.w.fail(me.in, -1, "race on ", place, ": this ", (me.sight ? "asynchronous " : ""), verb(write), " and the ",
-            verb(e.flags & kWriteFlag), " by ", (e.flags & kOpFlag ? "the asynchronous operation issued by " : ""),
-            nameOf(l, warpOf(*l.race, e)), " at ", l.kernel->place(e.pc), ": ", why);
+            verb(e.flags & kWriteFlag), " by ", nameOf(l, e), " at ", l.kernel->place(e.pc), ": ", why);
 }
 
 void touch(RaceState& s, Granule& g, const Side& me, uint16_t mask, Kind kind, const Spot& at) {
   const bool write = kind != Kind::Read;
   auto check = [&](const Entry& e) {
-    if (!(e.mask & mask)) return;
-    if (e.flags & me.flags & kStrong) return;  // both strong: ordered by the memory system
+    if (!(e.mask & mask) || e.flags & me.flags & kStrong) return;  // two strong ones the memory system orders
     Entry& known = s.memo.before[(e.agent * 2 + (e.flags & kWriteFlag ? 1 : 0)) & 31];
     if (known.mask && known.agent == e.agent && known.time >= e.time && known.flags == e.flags) return;
     const char* why = ordered(me, e);
@@ -248,7 +226,7 @@ void touch(RaceState& s, Granule& g, const Side& me, uint16_t mask, Kind kind, c
              why);
     known = e;
   };
-  if (!me.unchanged) {
+  if (kind != Kind::Rewrite) {
     for (auto& e : g.writes) check(e);
     if (write) {
       for (auto& e : g.reads) check(e);
@@ -265,58 +243,49 @@ void touch(RaceState& s, Granule& g, const Side& me, uint16_t mask, Kind kind, c
 Spot spotOf(RaceState& s, const Place& p) {
   if (p.cta) return {p.cta, nullptr, p.cta->shadow.get(), p.offset};
   if (!p.buffer || !p.buffer->writable) return {nullptr, p.buffer, nullptr, 0};
-  RaceShadow& shadow = s.global[p.buffer];
-  if (shadow.pages.empty()) shadow.resize(p.buffer->end - p.buffer->begin);
-  return {nullptr, p.buffer, &shadow, (uint64_t)p.p - p.buffer->begin};
-}
-Spot spotOf(RaceState& s, Buffer& b, uint64_t address) {
-  return spotOf(s, {(uint8_t*)address, nullptr, nullptr, 0, &b});
+  const Buffer& b = *p.buffer;
+  return {nullptr, &b, &s.global.try_emplace(&b, b.end - b.begin).first->second, (uint64_t)p.p - b.begin};
 }
 
-void range(const Side& me, Spot at, uint64_t bytes, Kind kind) {
+// An access to `bytes` from p on. The result says where that is.
+Spot range(const Side& me, const Place& p, uint64_t bytes, Kind kind) {
+  RaceState& s = *me.w.launch->race;
+  const Spot at = spotOf(s, p);
   if (at.buffer && at.buffer->predecessor && !me.clock.knows(kPredecessor, 1))
     me.w.fail(me.in, -1, "race between launches on ", at.name(),
               ": this one was launched early, and the one before may ",
               "still use that; nothing orders this access after a griddepcontrol.wait");
-  if (!at.shadow) return;
-  RaceState& s = *me.w.launch->race;
+  if (!at.shadow) return at;
   const uint64_t end = at.offset + bytes;
   const uint64_t key = (uint64_t)me.sight << 33 | (uint64_t)(me.flags & kOpFlag) << 31 | me.agent;
-  if (s.memo.side != key) {
-    s.memo.side = key;
-    for (auto& e : s.memo.before) e.mask = 0;
+  if (s.memo.side != key) s.memo = {key, {}};
+  for (Spot part = at; part.offset < end;) {
+    const uint64_t lo = part.offset % 16, hi = std::min<uint64_t>(16, lo + end - part.offset);
+    touch(s, at.shadow->at(part.offset / 16), me, (uint16_t)((1u << hi) - (1u << lo)), kind, part);
+    part.offset += hi - lo;
   }
-  for (uint64_t next; at.offset < end; at.offset = next) {
-    next = at.offset / 16 * 16 + 16;
-    const uint64_t lo = at.offset % 16, hi = 16 - (next - std::min(next, end));
-    touch(s, at.shadow->at(at.offset / 16), me, (uint16_t)((1u << hi) - (1u << lo)), kind, at);
-  }
+  return at;
 }
 
 // What a strong access of `sem` (0 none, 1 relaxed, 2 acquire, 3 release, 4 acq_rel, 5 volatile) takes from others that
 // were at the same place, and leaves there.
 void synchronise(Warp& w, uint8_t sem, uint64_t place, Kind kind) {
   auto& sync = w.launch->race->sync;
-  if (kind != Kind::Write)
+  if (kind == Kind::Read || kind == Kind::Atomic)
     if (auto it = sync.find(place); it != sync.end()) w.race->acquire(it->second, sem == 2 || sem == 4);
   if (kind == Kind::Read) return;
   RaceClock& to = sync[place];
-  if (kind == Kind::Write) to = {};  // a plain store ends the release sequence; a read-modify-write continues it
+  if (kind != Kind::Atomic) to = {};  // a plain store ends the release sequence; a read-modify-write continues it
   w.race->release(to, sem == 3 || sem == 4);
 }
 
 }  // namespace
 
-void raceAccess(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* a, uint32_t bytes, Kind kind,
-                bool unchanged) {
-  if (space == Space::Local || space == Space::Param) return;
+void raceAccess(Warp& w, const Inst& in, uint32_t m, const uint64_t* a, uint32_t bytes, Kind kind) {
+  if (!m || in.space == Space::Local || in.space == Space::Param) return;
   const uint8_t sem = in.x[0];
   const bool strong = kind == Kind::Atomic || sem;
-  Side me = side(w, in, strong);
-  me.unchanged = unchanged;
-  const LaneAccess laneKind = kind == Kind::Read ? LaneAccess::Read
-                              : unchanged        ? LaneAccess::Rewrite
-                                                 : LaneAccess::Write;
+  const Side me = side(w, in, strong);
   for (uint32_t left = m; left;) {
     const int i = firstLane(left);
     left &= left - 1;
@@ -324,16 +293,15 @@ void raceAccess(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t
     uint32_t run = 1u << i;
     // neighbours of the same granule or run are one access
     while (left && a[firstLane(left)] == a[i] + n && n < 64) n += bytes, run |= left & (0 - left), left &= left - 1;
-    const Place p = locate(w, in, i, space, a[i], 1, Kind::Read, 1);
+    const Place p = locate(w, in, i, in.space, a[i], 1, Kind::Read, 1);
     if (p.cta) raceRemote(w, in, i, *p.cta, nullptr);
-    Spot at = spotOf(*w.launch->race, p);
-    range(me, at, n, kind);
+    Spot at = range(me, p, n, kind);
     if (strong) {
       if (p.cta || p.buffer)
         synchronise(w, sem, p.cta ? a[i] | (w.race->clock.first + 1ull) << 40 : (uint64_t)p.p, kind);
     } else if (at.shadow) {
       for (int lane : lanesOf(run)) {
-        laneAccess(w, in, lane, at.shadow->page(at.offset).lanes, at, bytes, laneKind);
+        laneAccess(w, in, lane, at.shadow->page(at.offset).lanes, at, bytes, kind);
         at.offset += bytes;
       }
     }
@@ -341,33 +309,26 @@ void raceAccess(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t
   if (sem == 2 || sem == 4) laneSync(w, m);
 }
 
-void raceWrites(Warp& w, const Inst& in, uint32_t m, uint32_t changed, Space space, const uint64_t* a, uint32_t bytes) {
-  for (bool unchanged : {false, true})
-    if (const uint32_t lanes = m & (unchanged ? ~changed : changed))
-      raceAccess(w, in, lanes, space, a, bytes, Kind::Write, unchanged);
-}
-void laneAsync(Warp& w, const Inst& in, int lane, Cta& cta, uint32_t offset, uint32_t bytes, Kind kind) {
+void laneAsync(Warp& w, const Inst& in, int lane, const Place& p, uint32_t bytes, Kind kind) {
   if (!w.launch->race) return;
-  const LaneAccess laneKind = kind == Kind::Read ? LaneAccess::Read : LaneAccess::Write;
-  for (uint32_t end = offset + bytes, n; offset < end; offset += n) {
-    n = std::min({bytes, 16u, end - offset});
-    laneAccess(w, in, lane, cta.shadow->page(offset).lanes, {&cta, nullptr, cta.shadow.get(), offset}, n, laneKind);
-  }
+  Spot at = spotOf(*w.launch->race, p);
+  for (const uint64_t end = at.offset + bytes; at.offset < end; at.offset += 16)
+    laneAccess(w, in, lane, at.shadow->page(at.offset).lanes, at, (uint32_t)std::min<uint64_t>(16, end - at.offset),
+               kind);
 }
 
 void racePlace(Warp& w, const Inst& in, const Place& p, uint32_t bytes, Kind kind) {
-  if (w.launch->race) range(side(w, in, false), spotOf(*w.launch->race, p), bytes, kind);
+  if (w.launch->race) range(side(w, in), p, bytes, kind);
 }
-void raceTensorMap(Warp& w, const Inst& in, Buffer& b, uint64_t address) {
+void raceTensorMap(Warp& w, const Inst& in, const Place& p) {
   if (!w.launch->race) return;
-  const Side me = side(w, in, false);
-  const Spot at = spotOf(*w.launch->race, b, address);
-  range(me, at, 128, Kind::Read);
-  if (!at.shadow) return;
-  for (uint64_t g = at.offset / 16; g < at.offset / 16 + 8; ++g)
+  const Side me = side(w, in);
+  const Spot at = range(me, p, 128, Kind::Read);
+  for (uint64_t g = at.offset / 16; at.shadow && g < at.offset / 16 + 8; ++g)
     for (const Entry& e : at.shadow->at(g).writes)
       if (e.mask && !(e.flags & kOpFlag) && me.clock.isOwn(e.agent) && !w.race->mapped.knows(e.agent, e.time))
-        report(me, e, false, "the tensor map in " + b.name, "no fence.proxy.tensormap (generic, acquire) lies between");
+        report(me, e, false, "the tensor map in " + p.buffer->name,
+               "no fence.proxy.tensormap (generic, acquire) lies between");
 }
 
 // ---- synchronisation
@@ -379,22 +340,17 @@ void raceGridWait(Warp& w) {
 void raceFence(Warp& w, const Inst& in, uint32_t m) {
   if (!w.launch->race) return;
   RaceWarp& r = *w.race;
-  if (in.x[0] != FenceAsync) laneSync(w, m);  // a fence of the pattern by which lanes may talk; a proxy fence is none
-  switch (in.x[0]) {
-    case FenceMemory:
-      r.clock.join(r.pending);
-      r.pending = {};
-      r.fenced = r.clock;
-      break;
-    case FenceAsync:  // what is known is visible to the async proxy too
-      if (in.x[2] != 1) r.clock.fence(kAsyncShared);
-      if (in.x[2] < 2) r.clock.fence(kAsyncGlobal);
-      break;
-    case FenceTensormap:
-      if (in.x[1] != 4) r.mapped = r.clock;
-      break;
-    case FenceMbarrierInit: r.initFence = r.now(); break;
+  const int kind = in.x[0], order = in.x[1], space = in.x[2];
+  if (kind != FenceAsync) laneSync(w, m);  // a fence of the pattern by which lanes may talk; a proxy fence is none
+  if (kind == FenceMemory) {
+    r.clock.join(r.pending);
+    r.pending = {};
+    r.fenced = r.clock;
   }
+  if (kind == FenceAsync && space != 1) r.clock.fence(kAsyncShared);  // what is known is visible to the proxy too
+  if (kind == FenceAsync && space < 2) r.clock.fence(kAsyncGlobal);
+  if (kind == FenceTensormap && order != 4) r.mapped = r.clock;
+  if (kind == FenceMbarrierInit) r.initFence = r.now();
   ++r.now();
 }
 
@@ -403,9 +359,8 @@ void raceRelease(Warp& w, std::shared_ptr<RaceClock>& clock, bool release) {
   if (!clock) clock = std::make_shared<RaceClock>();
   w.race->release(*clock, release);
 }
-void raceBarrier(Cta& cta, NamedBarrier& b) {
-  if (!cta.launch->race) return;
-  for (auto& x : b.waiting) x.warp->race->acquire(*b.clock, true), laneSync(*x.warp, x.mask);
+void raceAcquire(Warp& w, const std::shared_ptr<RaceClock>& clock, bool acquire) {
+  if (clock) w.race->acquire(*clock, acquire);
 }
 void raceClusterArrive(Warp& w, bool release) {
   if (!w.launch->race) return;
@@ -417,9 +372,8 @@ void raceClusterArrive(Warp& w, bool release) {
   if (!release) ++r.now();
 }
 void raceClusterWait(Warp& w) {
-  if (!w.launch->race) return;
-  Cluster& c = *w.cta->cluster;
-  if (c.done) w.race->acquire(*c.done, true);
+  const Cluster& c = *w.cta->cluster;
+  if (c.done) w.race->clock.join(*c.done);
   if (c.met) w.race->met.join(*c.met);
   laneSync(w, kAll);
 }
@@ -434,12 +388,9 @@ void raceMbarrierInit(Warp& w, int lane, Mbarrier& b) {
 void raceMbarrierUse(Warp& w, const Inst& in, int lane, const Mbarrier& b) {
   if (!w.launch->race) return;
   const RaceWarp& r = *w.race;
-  if (b.initBy == r.self) {
-    if ((int)b.initLane != lane && b.initLaneTime >= w.laneNews[lane])
-      w.fail(in, lane, "race on an mbarrier: nothing orders this operation after its mbarrier.init by lane ",
-             b.initLane, " of the same warp (bar.warp.sync is missing)");
-    return;
-  }
+  if (b.initBy == w.agent && (int)b.initLane != lane && b.initLaneTime >= w.laneNews[lane])
+    w.fail(in, lane, "race on an mbarrier: nothing orders this operation after its mbarrier.init by lane ", b.initLane,
+           " of the same warp (bar.warp.sync is missing)");
   if (r.clock.knows(b.initBy, b.initTime) || r.met.knows(b.initBy, b.initTime, kAsyncShared)) return;
   const uint32_t n = w.launch->warpsPerCta;
   w.fail(in, lane, "race on an mbarrier of CTA ", b.initBy / n, ": nothing orders this operation after its ",
@@ -452,73 +403,34 @@ void raceMbarrierUse(Warp& w, const Inst& in, int lane, const Mbarrier& b) {
 void raceRemote(Warp& w, const Inst& in, int lane, Cta& target, const AsyncOp* op) {
   if (!w.launch->race || &target == w.cta) return;
   RaceWarp& r = *w.race;
-  const uint32_t first = target.warps[0].agent;
-  bool started = false;
-  for (uint32_t i = first; i < first + w.launch->warpsPerCta; ++i) started |= r.clock.knows(i, 1) || r.met.knows(i, 1);
-  if (!started)
+  auto started = [&](const Warp& x) { return r.clock.knows(x.agent, 1) || r.met.knows(x.agent, 1); };
+  if (std::none_of(target.warps.begin(), target.warps.end(), started))
     w.fail(in, lane, "shared memory of CTA rank ", target.rank,
            " is accessed before that CTA is known to have started: a cluster barrier is missing");
-  auto& list = op ? target.shadow->remoteOps : target.shadow->remote;
   const Entry e{op ? op->id : r.self, op ? 0 : r.now(), pcOf(w, in), 1,
                 (uint8_t)(op ? kOpFlag | kWriteFlag : kWriteFlag)};
-  auto same = std::find_if(list.begin(), list.end(), [&](const Entry& x) { return x.agent == e.agent; });
-  if (op || same == list.end())
-    list.push_back(e);
-  else
-    *same = e;
+  target.shadow->remote[{op != nullptr, e.agent}] = e;
 }
-void raceExit(Warp& w) {
-  if (w.launch->race) w.cta->shadow->exit.join(w.race->clock), w.cta->shadow->met.join(w.race->met);
-}
-static void checkRemote(Cta& cta) {
-  const RaceState& s = *cta.launch->race;
-  const RaceShadow& shadow = *cta.shadow;
-  const Kernel& k = *cta.launch->kernel;
-  const Side me{cta.warps[0], k.code[0], shadow.exit, kAll, 0, 0, kThreads};
-  for (auto* list : {&shadow.remote, &shadow.remoteOps})
-    for (const Entry& e : *list) {
-      const bool op = e.flags & kOpFlag;
-      const uint32_t warp = warpOf(s, e);
-      if (!*ordered(me, e) || (!op && shadow.met.knows(warp, e.time))) continue;
-      throw Error("CTA ", cta.linear, " may exit before ", (op ? "the asynchronous operation issued by " : ""),
-                  nameOf(*cta.launch, warp),
-                  (op ? " has written its shared memory: nothing waits"
-                      : " accesses its shared memory: a cluster barrier is missing"),
-                  "\n  at kernel ", k.name, ": ", k.place(e.pc));
-    }
-}
-
-void racePhase(Mbarrier& b) {
-  b.done = std::exchange(b.clock, nullptr);
-  b.completion = std::exchange(b.open, nullptr);
-}
-void raceAcquire(Warp& w, Mbarrier& b, bool acquire) {
-  if (!w.launch->race) return;
-  if (b.done) w.race->acquire(*b.done, acquire);
+void raceWaited(Warp& w, const Mbarrier& b, bool acquire) {
+  raceAcquire(w, b.done, acquire);
   if (b.completion) b.completion->observers.emplace_back(w.agent, w.race->now());
 }
 
 // ---- asynchronous operations
 
-void raceIssueAt(AsyncOp& op, const std::shared_ptr<RaceClock>& clock) {
+void raceIssue(AsyncOp& op) {
   RaceState* s = op.warp->launch->race.get();
   op.id = s ? (uint32_t)s->ops.size() : 1;
-  if (s) s->ops.push_back(std::make_shared<OpRecord>(OpRecord{*clock, op.warp->agent, op.generic, {}, {}}));
+  if (s)
+    s->ops.push_back(std::make_shared<OpRecord>(OpRecord{std::move(*op.clock), op.warp->agent, op.generic, {}, {}}));
 }
-void raceIssue(Warp& w, AsyncOp& op) {
-  std::shared_ptr<RaceClock> clock;
-  raceRelease(w, clock);
-  raceIssueAt(op, clock);
-}
-void raceAsyncShared(AsyncOp& op, Cta& cta, uint32_t offset, uint32_t bytes, Kind kind) {
-  if (cta.launch->race) range(side(op, kAsyncShared), {&cta, nullptr, cta.shadow.get(), offset}, bytes, kind);
-}
-void raceAsyncGlobal(AsyncOp& op, Buffer& b, uint64_t address, uint64_t bytes, Kind kind) {
+void raceAsync(const AsyncOp& op, const Place& p, uint32_t bytes, Kind kind) {
   RaceState* s = op.warp->launch->race.get();
   if (!s) return;
-  Side me = side(op, kAsyncGlobal);
-  if (kind == Kind::Atomic) me.flags |= kStrong;
-  range(me, spotOf(*s, b, address), bytes, kind);
+  const OpRecord& r = *s->ops[op.id];
+  const Sight sight = r.generic ? kThreads : p.cta ? kAsyncShared : kAsyncGlobal;
+  const uint8_t flags = kind == Kind::Atomic ? kOpFlag | kStrong : kOpFlag;
+  range({*op.warp, *op.inst, r.clock, op.id, 0, flags, sight}, p, bytes, kind);
 }
 void raceAsyncSignal(const AsyncOp& op, Mbarrier& b) {
   RaceState* s = op.warp->launch->race.get();
@@ -532,24 +444,28 @@ void raceWaited(Warp& w, const AsyncOp& op, bool readsOnly) {
   OpRecord& r = *w.launch->race->ops[op.id];
   (readsOnly ? r.read : r.full).push_back(std::make_shared<RaceCompletion>(RaceCompletion{{{w.agent, w.race->now()}}}));
 }
-void raceTag(Cta& cta, uint32_t offset, const Provenance& from) {
-  if (cta.launch->race) cta.shadow->at(offset / 16).from = from;
-}
-const Provenance* raceTagOf(Cta& cta, uint32_t offset) {
-  if (!cta.launch->race) return nullptr;
-  const Provenance& p = cta.shadow->at(offset / 16).from;
-  return p.op ? &p : nullptr;
-}
+Provenance& raceTag(Cta& cta, uint32_t offset) { return cta.shadow->at(offset / 16).from; }
 
 // ---- the end of a CTA
 
 void checkExit(Cta& cta) {
   if (!cta.launch->opt.detect) return;
-  checkRemote(cta);
-  const std::string kernel = "kernel " + cta.launch->kernel->name;
+  const Kernel& k = *cta.launch->kernel;
+  const std::string kernel = "kernel " + k.name;
+  RaceClock clock, met;  // what its warps knew when they exited
+  for (auto& w : cta.warps) clock.join(w.race->clock), met.join(w.race->met);
+  const Side me{cta.warps[0], k.code[0], clock, kAll, 0, 0, kThreads};
+  for (auto& [who, e] : cta.shadow->remote) {
+    const auto [op, agent] = who;
+    if (!*ordered(me, e) || (!op && met.knows(agent, e.time))) continue;
+    throw Error("CTA ", cta.linear, " may exit before ", nameOf(*cta.launch, e),
+                (op ? " has written its shared memory: nothing waits"
+                    : " accesses its shared memory: a cluster barrier is missing"),
+                "\n  at ", kernel, ": ", k.place(e.pc));
+  }
   for (auto& w : cta.warps) {
     for (auto& op : w.bulk.ops)
-      if (!op->exitOk() && cta.launch->race->ops[op->id]->read.empty())
+      if (cta.launch->race->ops[op->id]->read.empty())
         w.fail(*op->inst, -1,
                "the CTA exits before a bulk store has read its shared memory: cp.async.bulk.wait_group is missing");
     if (!w.wgmma.ops.empty())
@@ -558,8 +474,8 @@ void checkExit(Cta& cta) {
   for (auto& o : cta.wgmma)
     if (!o.issued.empty() && !o.issued.back()->id)
       throw Error(kernel, ": not all warps of a warpgroup have issued the same number of wgmma");
-  for (auto& b : cta.mbars)
-    if (b.live && b.tx != 0)
+  for (auto& [offset, b] : cta.mbars)
+    if (b.tx != 0)
       throw Error(kernel, ": CTA ", cta.linear, " exits while an mbarrier still expects ", b.tx,
                   " bytes (transaction count; negative: more came than were expected)");
 }

@@ -4,19 +4,15 @@
 
 namespace ptxsim {
 
-// Stores: the lanes of `changed` altered memory, the others wrote what was there.
-void raceWrites(Warp& w, const Inst& in, uint32_t m, uint32_t changed, Space space, const uint64_t* a, uint32_t bytes);
-// `unchanged`: a write of what is there. Nobody can see it: it is only remembered.
-void raceAccess(Warp& w, const Inst& in, uint32_t m, Space space, const uint64_t* address, uint32_t bytes, Kind kind,
-                bool unchanged = false);
+// The lanes of m access `bytes` each. A rewrite nobody can see: it is only remembered.
+void raceAccess(Warp& w, const Inst& in, uint32_t m, const uint64_t* address, uint32_t bytes, Kind kind);
 
 // Where the tensor copy that filled 16 bytes of shared memory took them from.
 struct Provenance {
   uint64_t address = 0;  // in global memory, or where it would lie outside the tensor
-  uint32_t op = 0;       // the copy; 0: not from a tensor copy
+  uint32_t op = 0;       // the copy; 0: not from a tensor copy, or unknown
 };
-void raceTag(Cta& cta, uint32_t offset, const Provenance& from);
-const Provenance* raceTagOf(Cta& cta, uint32_t offset);  // nullptr: unknown
+Provenance& raceTag(Cta& cta, uint32_t offset);  // where races are looked for
 
 // A byte of a CTA's shared memory or of a buffer.
 struct Spot {
@@ -39,24 +35,19 @@ struct LanePage {               // of kPageBytes
   std::vector<LaneUnit> units;  // empty: no access yet
 };
 constexpr uint32_t kPageBytes = 1024;
-void laneSync(Warp& w, uint32_t m);                        // the lanes of m hear of what the others did
-enum class LaneAccess : uint8_t { Read, Write, Rewrite };  // Rewrite: a write of what was there
+void laneSync(Warp& w, uint32_t m);  // the lanes of m hear of what the others did
 // One lane's access, which lies in one page.
-void laneAccess(Warp& w, const Inst& in, int lane, LanePage& page, const Spot& at, uint32_t bytes, LaneAccess kind);
+void laneAccess(Warp& w, const Inst& in, int lane, LanePage& page, const Spot& at, uint32_t bytes, Kind kind);
 // The same by an asynchronous operation, when it is issued or when the lane has waited for it.
-void laneAsync(Warp& w, const Inst& in, int lane, Cta& cta, uint32_t offset, uint32_t bytes, Kind kind);
+void laneAsync(Warp& w, const Inst& in, int lane, const Place& p, uint32_t bytes, Kind kind);
 
-std::shared_ptr<RaceState> raceCreate();
 void raceStart(Launch& l, Cluster& c, uint64_t index);
 enum { FenceMemory, FenceAsync, FenceTensormap, FenceMbarrierInit, FenceAlias };  // in x[0] of the instruction
 void raceGridWait(Warp& w);                                                       // griddepcontrol.wait
 void raceFence(Warp& w, const Inst& in, uint32_t m);
-void raceBarrier(Cta& cta, NamedBarrier& b);                               // b is complete: its waiters go on
-void raceTensorMap(Warp& w, const Inst& in, Buffer& b, uint64_t address);  // a copy uses the 128 bytes there
+void raceTensorMap(Warp& w, const Inst& in, const Place& p);  // a copy uses the 128 bytes there
 void raceClusterArrive(Warp& w, bool release);
-inline void raceClusterDone(Cluster& c) { c.done = std::exchange(c.clock, nullptr); }
 void raceClusterWait(Warp& w);
-void raceExit(Warp& w);  // its last thread exits
 
 // ---- mbarriers and asynchronous operations
 void raceMbarrierInit(Warp& w, int lane, Mbarrier& b);
@@ -66,12 +57,10 @@ void raceRemote(Warp& w, const Inst& in, int lane, Cta& target, const AsyncOp* o
 void racePlace(Warp& w, const Inst& in, const Place& p, uint32_t bytes, Kind kind);
 // What w has done, or its last fence if this is no release, comes before whatever acquires `clock`.
 void raceRelease(Warp& w, std::shared_ptr<RaceClock>& clock, bool release = true);
-void raceAcquire(Warp& w, Mbarrier& b, bool acquire);
-void racePhase(Mbarrier& b);                                             // the open phase is complete
-void raceIssue(Warp& w, AsyncOp& op);                                    // op starts after what w has done
-void raceIssueAt(AsyncOp& op, const std::shared_ptr<RaceClock>& clock);  // or after what several released
-void raceAsyncShared(AsyncOp& op, Cta& cta, uint32_t offset, uint32_t bytes, Kind kind);
-void raceAsyncGlobal(AsyncOp& op, Buffer& b, uint64_t address, uint64_t bytes, Kind kind);
+void raceAcquire(Warp& w, const std::shared_ptr<RaceClock>& clock, bool acquire = true);  // null: nothing to learn
+void raceWaited(Warp& w, const Mbarrier& b, bool acquire);
+void raceIssue(AsyncOp& op);  // which starts after what its clock was told of
+void raceAsync(const AsyncOp& op, const Place& p, uint32_t bytes, Kind kind);
 void raceAsyncSignal(const AsyncOp& op, Mbarrier& b);  // op completes on b
 void raceWaited(Warp& w, const AsyncOp& op, bool readsOnly);
 

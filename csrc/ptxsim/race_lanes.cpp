@@ -19,14 +19,14 @@ static void refine(LanePage& page, uint32_t bytes) {
   page.shift = shift;
 }
 
-void laneAccess(Warp& w, const Inst& in, int lane, LanePage& page, const Spot& at, uint32_t bytes, LaneAccess kind) {
+void laneAccess(Warp& w, const Inst& in, int lane, LanePage& page, const Spot& at, uint32_t bytes, Kind kind) {
   const uint32_t self = w.agent + 1, news = w.laneNews[lane], bit = 1u << lane;
   const LaneTouch now{self, w.laneTime, bit, pcOf(w, in)};
   if (page.units.empty() || bytes & ((1u << page.shift) - 1)) refine(page, bytes);
   auto race = [&](const char* verb, uint32_t others, uint32_t otherPc, uint32_t unit) {
     w.fail(in, lane, "race on ", at.name(), " at byte ",
            at.offset / kPageBytes * kPageBytes + ((uint64_t)unit << page.shift), " between lanes of a warp: this ",
-           (kind == LaneAccess::Read ? "read" : "write"), " and the ", verb, " by lane ", __builtin_ctz(others), " at ",
+           (kind == Kind::Read ? "read" : "write"), " and the ", verb, " by lane ", __builtin_ctz(others), " at ",
            w.kernel->place(otherPc), ": nothing orders them (bar.warp.sync is missing)");
   };
   auto unheard = [&](const LaneTouch& t) { return t.warp == self && t.time >= news ? t.lanes : 0; };
@@ -34,13 +34,13 @@ void laneAccess(Warp& w, const Inst& in, int lane, LanePage& page, const Spot& a
   for (uint32_t k = first; k < first + (bytes >> page.shift); ++k) {
     LaneUnit& u = page.units[k];
     const uint32_t writers = unheard(u.write);
-    if (kind == LaneAccess::Rewrite) {  // whoever wrote the same sees the same
+    if (kind == Kind::Rewrite) {  // whoever wrote the same sees the same
       if (writers) u.write.lanes |= bit;
       continue;
     }
-    const bool mayRead = kind == LaneAccess::Read && writers & bit;
+    const bool mayRead = kind == Kind::Read && writers & bit;
     if (writers & ~bit && !mayRead) race("write", writers & ~bit, u.write.pc, k);
-    if (kind == LaneAccess::Write) {
+    if (kind == Kind::Write) {
       if (const uint32_t readers = unheard(u.read) & ~bit) race("read", readers, u.read.pc, k);
       u = {now, {}};
     } else if (u.read.warp == self && u.read.time == w.laneTime) {

@@ -221,8 +221,7 @@ struct Warp {
 inline uint32_t pcOf(const Warp& w, const Inst& in) { return (uint32_t)(&in - w.kernel->code.data()); }
 
 struct NamedBarrier {
-  bool all = false;                    // waits for every thread of the CTA
-  unsigned arrived = 0, expected = 0;  // threads
+  unsigned arrived = 0, expected = 0;  // threads; 0 are expected: all of the CTA
   struct Waiter {
     Warp* warp;
     uint32_t mask;
@@ -230,12 +229,12 @@ struct NamedBarrier {
   };
   std::vector<Waiter> waiting;
   std::vector<uint32_t> lanes;  // per warp: who has arrived in this phase
-  uint32_t redAnd = kAll, redOr = 0, redCount = 0;
+  bool redAnd = true;
+  uint32_t redCount = 0;
   std::shared_ptr<RaceClock> clock;  // race detector: what the arrivals release
 };
 
 struct Mbarrier {
-  bool live = false;
   uint32_t expected = 0, nextExpected = 0;
   int64_t pending = 0, tx = 0;
   uint64_t phase = 0;
@@ -243,8 +242,7 @@ struct Mbarrier {
   uint32_t initBy = 0, initTime = 0;  // race detector: warp of the grid
   uint32_t initLane = 0, initLaneTime = 0;
   std::shared_ptr<RaceClock> clock, done;  // race detector: of the open phase, of the last completed one
-  std::shared_ptr<struct RaceCompletion> open,
-      completion;  // asynchronous operations of the open phase, of the last one
+  std::shared_ptr<struct RaceCompletion> open, completion;  // of the same phases' asynchronous operations
 };
 
 struct alignas(64) Line {
@@ -261,8 +259,8 @@ struct Cta {
   uint32_t smemBytes = 0;
   std::vector<Warp> warps;
   NamedBarrier bars[16];
-  std::vector<uint16_t> mbarIndex;  // per 8 bytes of shared memory; 0 none
-  std::vector<Mbarrier> mbars;
+  std::vector<uint8_t> hasMbar;        // per 8 bytes of shared memory
+  std::map<uint32_t, Mbarrier> mbars;  // by offset
   unsigned liveThreads = 0;
   int regPool = 0;     // registers free for setmaxnreg
   struct WgmmaOrder {  // the four warps of a warpgroup issue the same sequence
@@ -296,9 +294,9 @@ struct AsyncOp {
   uint32_t group[kLanes] = {};                  // the commit group in which each of them put it
   std::vector<std::shared_ptr<AsyncOp>> after;  // performed before this one
   uint32_t id = 0;                              // race detector
+  std::shared_ptr<RaceClock> clock;             // the same: what those that issue it release
   bool generic = false;                         // works through the generic proxy
   std::vector<uint32_t> covers;                 // operations whose end its signal tells of
-  virtual bool exitOk() const { return true; }  // nobody waited: the CTA may exit all the same
   virtual void waited(uint32_t) {}              // these lanes have waited for it: what it did is as if they had now
 };
 
