@@ -89,9 +89,10 @@ struct Declared {
 thread_local std::vector<Declared> gDeclared;
 
 struct Region {  // a union of declarations that overlap
-  uint64_t begin, end, copy;
-  bool read, allRead, write;
-  std::vector<uint8_t> before;
+  uint64_t begin, end;
+  bool read = false, allRead = true, write = false;
+  Buffer* copy = nullptr;
+  std::vector<uint8_t> before = {};
 };
 std::vector<Region> gRegions;  // of the launch that runs
 
@@ -100,8 +101,8 @@ uint64_t translate(uint64_t a, uint64_t bytes) {
   uint64_t end = 0;
   for (auto& r : gRegions) {
     if (a < r.begin || a + bytes > r.end) continue;
-    if (a < r.end) return a - r.begin + r.copy;
-    end = a - r.begin + r.copy;
+    end = a - r.begin + r.copy->begin;
+    if (a < r.end) break;
   }
   return end;
 }
@@ -121,15 +122,14 @@ void copyInput(uint8_t* to, const uint8_t* from, size_t n) {
 }
 void markWritten(uint64_t a, size_t bytes) {
   Buffer* b = bytes ? Arena::get().find(a, bytes) : nullptr;
-  if (b && !b->valid.empty()) memset(b->valid.data() + (a - b->begin), 1, bytes);
+  if (b && b->valid) memset(b->validAt(a), 1, bytes);
 }
 
 void copyIn(std::vector<Declared> list) {
   std::sort(list.begin(), list.end(), [](const Declared& x, const Declared& y) { return x.address < y.address; });
   for (auto& d : list) {
     if (!d.bytes) continue;
-    if (gRegions.empty() || d.address >= gRegions.back().end)
-      gRegions.push_back({d.address, d.address, 0, false, true, false, {}});
+    if (gRegions.empty() || d.address >= gRegions.back().end) gRegions.push_back({d.address, d.address});
     Region& r = gRegions.back();
     const bool reads = d.access & 1, writes = d.access & 2;
     r.end = std::max(r.end, d.address + d.bytes);
@@ -140,10 +140,11 @@ void copyIn(std::vector<Declared> list) {
   for (auto& r : gRegions) {
     const size_t n = r.end - r.begin;
     // As aligned as the host's pointer is, and never more than the allocator promises.
-    r.copy = Arena::get().allocate(n, cat("buffer ", &r - gRegions.data()), r.write, (unsigned)(r.begin % 64));
+    r.copy = &Arena::get().allocate(n, cat("buffer ", &r - gRegions.data()), (unsigned)(r.begin % 64));
+    r.copy->writable = r.write;
     if (r.allRead) continue;
-    if (n < kSparse) memset((void*)r.copy, 0xa5, n);
-    Arena::get().find(r.copy, 1)->valid.resize(n);
+    if (n < kSparse) memset((void*)r.copy->begin, 0xa5, n);
+    r.copy->track();
   }
   for (auto& d : list) {
     if (!d.bytes || !(d.access & 1)) continue;
@@ -152,21 +153,20 @@ void copyIn(std::vector<Declared> list) {
     markWritten(to, d.bytes);
   }
   for (auto& r : gRegions)
-    if (r.write && r.read) r.before.assign((uint8_t*)r.copy, (uint8_t*)r.copy + (r.end - r.begin));
+    if (r.write && r.read) r.before.assign((uint8_t*)r.copy->begin, (uint8_t*)r.copy->end);
 }
 
 // Only bytes that the kernel wrote go back: a span may contain somebody else's.
 void copyBack(const Region& r) {
   const size_t n = r.end - r.begin;
-  const auto* now = (const uint8_t*)r.copy;
-  const auto& valid = Arena::get().find(r.copy, 1)->valid;
+  const auto *now = (const uint8_t*)r.copy->begin, *valid = r.copy->valid.get();
   // Where nothing was read, what is valid was written.
-  auto written = [&](size_t i) { return (!valid.empty() && valid[i]) || (!r.before.empty() && now[i] != r.before[i]); };
+  auto written = [&](size_t i) { return (valid && valid[i]) || (!r.before.empty() && now[i] != r.before[i]); };
   for (size_t i = 0, end; i < n; i = std::max(end, i + 1)) {
     if (r.before.empty()) {  // perhaps a large one, written in few places
-      const void* at = memchr(valid.data() + i, 1, n - i);
+      const void* at = memchr(valid + i, 1, n - i);
       if (!at) return;
-      i = (size_t)((const uint8_t*)at - valid.data());
+      i = (size_t)((const uint8_t*)at - valid);
     }
     for (end = i; end < n && written(end);) ++end;
     memcpy((uint8_t*)r.begin + i, now + i, end - i);
@@ -178,7 +178,7 @@ struct Running {  // what a launch changes is as before when it is over
   ~Running() {
     _mm_setcsr(mxcsr);
     for (auto& r : gRegions)
-      if (r.copy) Arena::get().release(r.copy);
+      if (r.copy) Arena::get().release(r.copy->begin);
     gRegions.clear();
   }
 };
@@ -217,7 +217,7 @@ std::string gKernelName;
 // The shape of a launch, checked against what the kernel and an SM allow.
 void shape(Launch& l, const LaunchConfig& cfg, const KernelHandle& handle) {
   const Kernel& k = *l.kernel;
-  const Func& f = *k.func;
+  const Func& f = handle.func;
   auto setCluster = [&](const unsigned (&dim)[3]) {
     l.explicitCluster = true;
     for (int d = 0; d < 3; ++d) {
@@ -528,8 +528,9 @@ SIM_API int cuTensorMapReplaceAddress(void* map, void* address) {
 SIM_API int cuMemAlloc_v2(uint64_t* p, size_t bytes) {
   return guarded([&] {
     require(bytes, InvalidValue, "zero bytes");
-    *p = Arena::get().allocate(bytes, cat("cuMemAlloc of ", bytes, " bytes"));
-    Arena::get().find(*p, 1)->valid.resize(bytes);
+    Buffer& b = Arena::get().allocate(bytes, cat("cuMemAlloc of ", bytes, " bytes"));
+    b.track();
+    *p = b.begin;
   });
 }
 SIM_API int cuMemFree_v2(uint64_t p) {

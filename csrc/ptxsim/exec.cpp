@@ -7,11 +7,11 @@ namespace ptxsim {
 
 std::string Kernel::place(size_t pc) const {
   std::string out;
-  for (int loc = source[pc].loc; loc; loc = module->locs[(size_t)loc].caller) {
+  for (int loc = source[pc]->loc; loc; loc = module->locs[(size_t)loc].caller) {
     const std::string at = module->position(loc);
     out += (out.empty() ? "" : " inlined at ") + at.substr(at.rfind('/') + 1);
   }
-  return cat(out, out.empty() ? "" : ", ", "PTX line ", source[pc].ptxLine, " (", source[pc].text, ")");
+  return cat(out, out.empty() ? "" : ", ", "PTX line ", source[pc]->ptxLine, " (", source[pc]->name, ")");
 }
 
 std::string where(const Warp& w, const Inst& in, int lane) {
@@ -28,7 +28,7 @@ void Warp::needValid(const Inst& in, Ref r, uint32_t mask, const char* role) {
 
 // ---- fragments
 
-void Warp::jump(uint32_t mask, uint32_t target, const std::vector<Frame>* stack) {
+void Warp::jump(uint32_t mask, uint32_t target, const CallStack* stack) {
   Fragment& f = frag();
   reschedule |= mask != f.mask || frags.size() > 1;
   if (mask == f.mask) {
@@ -45,7 +45,7 @@ void Warp::jump(uint32_t mask, uint32_t target, const std::vector<Frame>* stack)
   frags.push_back(std::move(other));
 }
 
-void Warp::block(Wait kind, std::string (*describe)(Warp&, const Inst&)) {
+void Warp::block(Wait kind, Describe describe) {
   Fragment& f = frag();
   f.wait = kind;
   f.describe = describe;
@@ -73,13 +73,12 @@ void Warp::exitLanes(uint32_t mask) {
 }
 
 static bool canMerge(const Fragment& a, const Fragment& b) {
-  auto open = [](const Fragment& f) { return f.wait != Wait::Barrier && f.pollState == 0; };
-  return a.pc == b.pc && open(a) && open(b) && a.stack == b.stack;
+  return a.pc == b.pc && a.wait != Wait::Barrier && b.wait != Wait::Barrier && a.stack == b.stack;
 }
 
 // Merges what has met, then chooses: the lowest pc first, so that fragments wait for each other where control flow
 // joins; one that has run long without meeting anyone gives way, so that every fragment makes progress.
-void Warp::schedule() {
+bool Warp::schedule() {
   reschedule = false;
   for (auto f = frags.begin(); f != frags.end();) {
     auto met = f->mask ? std::find_if(frags.begin(), f, [&](auto& g) { return canMerge(*f, g); }) : frags.end();
@@ -103,12 +102,13 @@ void Warp::schedule() {
     if (!best || (rotate ? f.age < best->age : f.pc < best->pc)) best = &f;
   }
   cur = best ? (unsigned)(best - frags.data()) : 0;
-  ready = best;
   stopPc = kAll;
-  if (!ready) return;
+  if (!best) return false;
+  pc = best->pc;
   best->age = executed;
   for (auto& f : frags)
-    if (f.pc > best->pc && f.wait != Wait::Barrier) stopPc = std::min(stopPc, f.pc);
+    if (f.pc > pc && f.wait != Wait::Barrier) stopPc = std::min(stopPc, f.pc);
+  return true;
 }
 
 // An instruction beside wgmmas in flight.
@@ -135,22 +135,19 @@ static void noteUnfenced(Warp& w, const Inst& in) {
 }
 
 bool Warp::run(unsigned quantum) {
-  if (live == 0) return false;
-  schedule();
+  bool ready = schedule();
   if (!ready) return false;
   const Inst* code = kernel->code.data();
   uint64_t *hits = kernel->coverage->hits.data(), *taken = kernel->coverage->taken.data();
   uint64_t threadInst = 0, before = executed;
-  uint32_t mask = frags[cur].mask;
-  pc = frags[cur].pc;
-  while (quantum--) {
+  uint32_t mask = frag().mask;
+  while (ready && quantum--) {
     const Inst& in = code[pc];
     uint32_t m = mask;
     next = pc + 1;
-    if (in.guard != kNoGuard) {
-      if (mask & ~valid[in.guardId]) needValid(in, Ref{in.guard, in.guardId}, mask, "predicate");
-      uint32_t g = *reinterpret_cast<const uint32_t*>(base[0] + in.guard);
-      m &= in.guardNegate ? ~g : g;
+    if (in.guard) {
+      if (mask & ~validOf(in.guard)) needValid(in, in.guard, mask, "predicate");
+      m &= predicate(in.guard);
       taken[pc] += m != 0;
     }
     ++executed;
@@ -169,14 +166,12 @@ bool Warp::run(unsigned quantum) {
     }
     pc = next;
     if (__builtin_expect(reschedule || pc == stopPc, 0)) {
-      if (cur < frags.size()) frags[cur].pc = pc;
-      schedule();
-      if (!ready || live == 0) break;
-      mask = frags[cur].mask;
-      pc = frags[cur].pc;
+      frag().pc = pc;
+      ready = schedule();
+      if (ready) mask = frag().mask;
     }
   }
-  if (ready && live) frags[cur].pc = pc;
+  if (ready) frag().pc = pc;
   launch->n.warpInst += executed - before;
   launch->n.threadInst += threadInst;
   launch->clock += executed - before;
@@ -217,11 +212,6 @@ std::unique_ptr<Cta> Launch::makeCta(Cluster& c, unsigned rank) {
   };
   t.smem = take(t.smemBytes, 0xa5);
   t.smemValid = take(t.smemBytes, 0);
-  for (auto& v : k.sharedVars)
-    if (!v.second->init.empty()) {
-      memcpy(t.smem + v.first, v.second->init.data(), v.second->init.size());
-      memset(t.smemValid + v.first, 1, v.second->init.size());
-    }
   t.mbarIndex.assign((t.smemBytes + 7) / 8 + 1, 0);
   t.mbars.resize(1);
   t.wgmma.resize((warpsPerCta + 3) / 4);

@@ -17,7 +17,7 @@ Arena::Arena() : owner_(size_ >> kShift) {
   base_ = ((uint64_t)p + (1 << kShift) - 1) >> kShift << kShift;
 }
 
-uint64_t Arena::allocate(size_t bytes, const std::string& name, bool writable, unsigned misalign) {
+Buffer& Arena::allocate(size_t bytes, const std::string& name, unsigned misalign) {
   const size_t chunks = (bytes + misalign + 8 + (1 << kShift) - 1) >> kShift, total = owner_.size();
   // A buffer is followed by at least one chunk of nobody; freed chunks are used again only after the cursor has gone
   // round, so that a stale address finds nothing.
@@ -37,10 +37,9 @@ uint64_t Arena::allocate(size_t bytes, const std::string& name, bool writable, u
   Buffer& b = buffers_[at];
   b.begin = start + misalign;
   b.end = b.begin + bytes;
-  b.writable = writable;
   b.name = name;
   std::fill_n(owner_.begin() + (long)at, chunks, &b);
-  return b.begin;
+  return b;
 }
 
 void Arena::release(uint64_t address) {

@@ -240,7 +240,7 @@ void cpAsync(Warp& w, const Inst& in, uint32_t m) {
     Place p = locateShared(w, in, i, (uint32_t)laneAddress(w, in, i), in.bytes, Kind::Write, in.bytes, true);
     uint32_t have = in.b ? lane32(w, in.b, (unsigned)i) : in.bytes;
     if (in.c && (w.predicate(in.c) >> i) & 1) have = 0;
-    if (have > in.bytes) w.fail(in, i, "cp.async: src-size ", have, " exceeds cp-size ", in.bytes);
+    if (have > in.bytes) w.fail(in, i, "cp.async: src-size ", have, " exceeds cp-size ", (unsigned)in.bytes);
     op->to[i] = p.offset;
     op->have[i] = have;
     if (have) {
@@ -259,7 +259,7 @@ void decodeCpAsync(Dec& d) {
   d.wantArgs(3, d.out.x[1] ? 5 : 4);
   const int64_t size = d.intArg(2);
   if (size != 16 && (d.out.x[0] || (size != 4 && size != 8))) d.fail("cp-size must be 16, or 4 or 8 with .ca");
-  d.extra()->second = d.second(d.arg(1));
+  d.extra()->second = d.address(d.arg(1));
   if (d.argc() - d.out.x[1] > 3) {
     const Operand& o = d.arg(3);
     if (o.kind == Operand::Register && d.fn.regs[(size_t)o.reg].type == Type::Pred)

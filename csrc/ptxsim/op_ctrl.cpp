@@ -36,17 +36,17 @@ void copyFrame(Warp& w, const std::vector<Extra::Copy>& copies, uint32_t m) {
 
 void call(Warp& w, const Inst& in, uint32_t m) {
   copyFrame(w, in.ext->args, m);
-  std::vector<Frame> stack = w.frag().stack;
-  stack.push_back({(int)w.pc + 1, in.ext});
+  CallStack stack = w.frag().stack;
+  stack.push_back(w.pc);
   w.jump(m, (uint32_t)in.imm, &stack);
 }
 void ret(Warp& w, const Inst&, uint32_t m) {
-  std::vector<Frame> stack = w.frag().stack;
+  CallStack stack = w.frag().stack;
   if (stack.empty()) return w.exitLanes(m);
-  const Frame top = stack.back();
+  const uint32_t call = stack.back();
   stack.pop_back();
-  copyFrame(w, top.call->rets, m);
-  w.jump(m, (uint32_t)top.returnPc, &stack);
+  copyFrame(w, w.kernel->code[call].ext->rets, m);
+  w.jump(m, call + 1, &stack);
 }
 void exitThread(Warp& w, const Inst&, uint32_t m) { w.exitLanes(m); }
 void trap(Warp& w, const Inst& in, uint32_t m) { w.fail(in, firstLane(m), "trap"); }

@@ -250,7 +250,7 @@ void decodeReplace(Dec& d) {
   d.wantArgs(ordinals ? 3 : 2, ordinals ? 3 : 2);
   const int64_t ordinal = d.extra()->v[0] = ordinals ? d.intArg(1) : 0;
   if (ordinals && (ordinal < 0 || ordinal >= ordinals)) d.fail("the ordinal is out of range");
-  d.out.a = d.address(d.arg(0), &d.out.imm);
+  d.setAddress(d.arg(0));
   d.out.b = d.src(ordinals ? 2 : 1, t);
   d.out.x[0] = (uint8_t)field;
   d.out.x[1] = (uint8_t)typeBytes(t);
@@ -294,7 +294,7 @@ void decodeBulk(Dec& d) {
       Ref* coord = b.coord;
       for (auto& x : d.elements(o.sub[1], b.rank)) *coord++ = d.src(x, Type::S32);
     }
-    return d.second(o);
+    return d.address(o);
   };
   if (kWay != BulkInst::Prefetch) b.to = operand(kWay == BulkInst::Store);
   b.from = operand(!b.readsShared());

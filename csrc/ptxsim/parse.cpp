@@ -1,8 +1,3 @@
-#include <cctype>
-#include <cstdlib>
-#include <cstring>
-#include <string_view>
-
 #include "sim.h"
 
 namespace ptxsim {
@@ -31,7 +26,7 @@ class Parser {
   Token tok_;
   std::unique_ptr<Module> module_;
   Func* fn_ = nullptr;
-  int scope_ = 0;
+  int scope_ = -1;  // -1: outside functions
   int loc_ = 0;
   std::map<std::array<int, 3>, int> located_;  // the last .loc of each position
 
@@ -154,30 +149,20 @@ class Parser {
     if (acceptOneOf({".pragma", ".alias", ".noreturn"})) return skipPast(";");
     bool isExtern = false;
     while (is(".extern") || is(".visible") || is(".weak") || is(".common")) isExtern |= ident() == ".extern";
-    if (is(".entry") || is(".func")) {
-      function();
-    } else if (Space s; spaceDirective(&s)) {
-      variable(s, isExtern, nullptr);
-      expect(";");
-    } else {
-      fail("unknown directive '", tok_.s, "'");
-    }
+    if (is(".entry") || is(".func")) return function();
+    variable()->isExtern |= isExtern;
+    expect(";");
   }
 
-  bool spaceDirective(Space* s) {
+  // .global .align 1 .b8 name[7] = {...}   (the terminator is left)
+  Var* variable() {
     static const char* const kSpaces[] = {".global", ".shared", ".local", ".param", ".const"};
-    auto it = std::find(std::begin(kSpaces), std::end(kSpaces), tok_.s);
-    if (it == std::end(kSpaces)) return false;
-    *s = (Space)((int)Space::Global + (it - kSpaces));
+    auto space = std::find(std::begin(kSpaces), std::end(kSpaces), tok_.s);
+    if (space == std::end(kSpaces)) fail("unknown directive '", tok_.s, "'");
     advance();
-    return true;
-  }
-
-  // .global .align 1 .b8 name[7] = {...}   (the space directive is already read; the terminator is left)
-  Var* variable(Space space, bool isExtern, Func* fn) {
-    auto v = std::make_unique<Var>();
-    v->space = space;
-    v->isExtern = isExtern;
+    const bool local = scope_ >= 0;
+    Var* v = (local ? fn_->vars : module_->vars).emplace_back(std::make_unique<Var>()).get();
+    v->space = (Space)((int)Space::Global + (space - kSpaces));
     Type type = Type::None;
     unsigned vec = 1;
     while (isDirective()) {
@@ -185,8 +170,8 @@ class Parser {
       if (acceptOneOf({".ptr", ".global", ".const", ".shared", ".local", ".generic"})) continue;
       const std::string d = ident().substr(1);
       if (d == "align") {
-        const unsigned a = (unsigned)integer();
-        if (v->align == 1 || type == Type::None) v->align = a;
+        const unsigned a = std::max(1u, (unsigned)integer());
+        if (type == Type::None) v->align = a;  // else of what a pointer points to
       } else if (d == "v2" || d == "v4" || d == "v8") {
         vec = (unsigned)(d[1] - '0');
       } else if (d == "attribute") {
@@ -197,26 +182,22 @@ class Parser {
       }
     }
     v->name = ident();
-    const uint64_t elem = (uint64_t)typeBytes(type) * vec;
-    v->bytes = elem;
-    bool open = false;
+    v->bytes = typeBytes(type) * vec;
+    if (v->align == 1) v->align = std::max(1u, (unsigned)v->bytes);
     while (accept("[")) {
-      open |= is("]");
-      if (!is("]")) v->bytes *= (uint64_t)integer();
+      v->bytes *= is("]") ? 0 : (uint64_t)integer();
       expect("]");
     }
-    if (v->align == 1) v->align = std::max(1u, (unsigned)elem);
-    if (open) v->bytes = 0;
-    if (open && space == Space::Shared) v->isExtern = true;
+    const bool open = v->bytes == 0;  // name[]
+    v->isExtern = open && v->space == Space::Shared;
     if (accept("=")) {
+      if (v->space != Space::Global && v->space != Space::Const)
+        fail("only .global and .const variables have initialisers");
       initializer(*v, type);
       if (open) v->bytes = v->init.size();
       v->init.resize(v->bytes);
     }
-    Var* raw = v.get();
-    (fn ? scope().vars : module_->varByName)[raw->name] = raw;
-    (fn ? fn->vars : module_->vars).push_back(std::move(v));
-    return raw;
+    return (local ? scope().vars : module_->varByName)[v->name] = v;
   }
   void initializer(Var& v, Type type) {
     if (accept("{")) return listUntil("}", [&] { initializer(v, type); });
@@ -237,8 +218,7 @@ class Parser {
 
   // ---- functions
   void function() {
-    auto f = std::make_unique<Func>();
-    fn_ = f.get();
+    Func* f = fn_ = module_->funcs.emplace_back(std::make_unique<Func>()).get();
     f->entry = ident() == ".entry";
     f->scopes.emplace_back();
     located_.clear();
@@ -252,13 +232,13 @@ class Parser {
         dimensions(f->maxDim);
       } else if (accept(".maxnreg")) {
         f->maxnreg = (unsigned)integer();
-      } else if (acceptOneOf({".minnctapersm", ".maxclusterrank", ".maxnctapersm"})) {
+      } else if (acceptOneOf(
+                     {".minnctapersm", ".maxclusterrank", ".maxnctapersm", ".abi_preserve", ".abi_preserve_control"})) {
         integer();
       } else if (accept(".reqnctapercluster")) {
         dimensions(f->cluster);
-      } else if (acceptOneOf({".pragma", ".abi_preserve", ".abi_preserve_control"})) {
-        advance();
-        accept(";");
+      } else if (is(".pragma")) {
+        skipPast(";");
       } else if (!acceptOneOf({".explicitcluster", ".blocksareclusters", ".noreturn", ".unique"})) {
         fail("unknown function directive '", tok_.s, "'");
       }
@@ -268,34 +248,36 @@ class Parser {
       f->hasBody = true;
       body();
     }
+    scope_ = -1;
     Func*& known = module_->funcByName[f->name];
-    if (!known || f->hasBody) known = fn_;
-    module_->funcs.push_back(std::move(f));
+    if (!known || f->hasBody) known = f;
   }
   void paramList(std::vector<Var*>& list) {
     listUntil(")", [&] {
       if (is(".reg")) fail("functions with .reg parameters are not supported");
-      expect(".param");
-      list.push_back(variable(Space::Param, false, fn_));
+      list.push_back(variable());
     });
   }
 
   void body() {
-    for (int depth = 1; depth;) {
+    while (scope_ >= 0) {
       if (tok_.kind == Token::End) fail("end of file inside a function");
       if (accept("{")) {
-        ++depth;
-        fn_->scopes.emplace_back();
-        fn_->scopes.back().parent = scope_;
+        fn_->scopes.emplace_back().parent = scope_;
         scope_ = (int)fn_->scopes.size() - 1;
       } else if (accept("}")) {
-        if (--depth) scope_ = scope().parent;
+        scope_ = scope().parent;
       } else if (isDirective()) {
         directive();
       } else if (!accept(";")) {
         instruction();
       }
     }
+    PInst end;  // falling off the end returns
+    end.name = "ret";
+    end.op = {end.name};
+    end.ptxLine = fn_->code.empty() ? 0 : fn_->code.back().ptxLine;
+    fn_->code.push_back(end);
   }
 
   int addLoc(const Loc& l) {
@@ -331,46 +313,23 @@ class Parser {
       if (t == Type::None) fail("unknown register type");
       do {
         const std::string name = ident();
-        if (accept("<")) {
-          scope().ranges[name] = {t, (int)integer()};
-          expect(">");
-        } else {
-          addReg(name, t);
+        const bool several = accept("<");  // %r<3> declares %r0, %r1 and %r2
+        for (int64_t i = 0, n = several ? integer() : 1; i < n; ++i) {
+          fn_->regs.push_back({several ? name + std::to_string(i) : name, t});
+          scope().regs[fn_->regs.back().name] = (int)fn_->regs.size() - 1;
         }
+        if (several) expect(">");
       } while (accept(","));
-      expect(";");
-    } else if (Space s; spaceDirective(&s)) {
-      variable(s, false, fn_);
-      if (is(",")) fail("several variables in one declaration");
       expect(";");
     } else if (is(".pragma")) {
       skipPast(";");
     } else {
-      fail("unknown directive '", tok_.s, "'");
+      variable();
+      if (is(",")) fail("several variables in one declaration");
+      expect(";");
     }
   }
 
-  int addReg(const std::string& name, Type type) {
-    fn_->regs.push_back({name, type});
-    return scope().regs[name] = (int)fn_->regs.size() - 1;
-  }
-  int findReg(const std::string& name) {
-    size_t digits = name.size();
-    while (digits > 0 && isdigit((unsigned char)name[digits - 1])) --digits;
-    for (int s = scope_; s >= 0; s = fn_->scopes[(size_t)s].parent) {
-      auto& sc = fn_->scopes[(size_t)s];
-      if (auto it = sc.regs.find(name); it != sc.regs.end()) return it->second;
-      // every split of prefix and number is a candidate: %r1<5> declares %r10
-      for (size_t cut = digits; cut < name.size(); ++cut) {
-        auto it = sc.ranges.find(name.substr(0, cut));
-        if (it == sc.ranges.end() || (name[cut] == '0' && cut + 1 < name.size())) continue;
-        if (atoi(&name[cut]) >= it->second.second) continue;
-        fn_->regs.push_back({name, it->second.first});
-        return sc.regs[name] = (int)fn_->regs.size() - 1;
-      }
-    }
-    return -1;
-  }
   Var* findVar(const std::string& name) {
     if (auto* local = fn_->find(scope_, &Func::Scope::vars, name)) return *local;
     auto it = module_->varByName.find(name);
@@ -396,12 +355,12 @@ class Parser {
       }
     if (isNumber()) return number();
     const std::string name = ident();
-    unsigned dimension;
     if (name == "_") {
       o.kind = Operand::Sink;
-    } else if (o.reg = findReg(name); o.reg >= 0) {
+    } else if (auto* reg = fn_->find(scope_, &Func::Scope::regs, name)) {
       o.kind = Operand::Register;
-    } else if (findSpecial(name, &dimension)) {
+      o.reg = *reg;
+    } else if (o.special = findSpecial(name, &o.dimension); o.special) {
       o.kind = Operand::Special;
       o.name = name;
     } else if (o.var = findVar(name); o.var) {
@@ -427,13 +386,8 @@ class Parser {
     in.ptxLine = tok_.line;
     in.scope = scope_;
     in.loc = loc_;
-    if (accept("@")) {
-      in.guardNegate = accept("!");
-      const std::string name = ident();
-      in.guard = findReg(name);
-      if (in.guard < 0) fail("predicate '", name, "' is not declared");
-    }
-    const std::string name = ident();
+    if (accept("@")) in.guard = operand();
+    const std::string name = in.name = ident();
     if (accept(":")) {  // label, or `label: .branchtargets a, b;`
       if (accept(".branchtargets"))
         listUntil(";", [&] { scope().targets[name].push_back(ident()); });
@@ -443,10 +397,8 @@ class Parser {
         scope().labels[name] = (int)fn_->code.size();
       return;
     }
-    for (size_t a = 0, b; a <= name.size(); a = b + 1) {
-      b = std::min(name.find('.', a), name.size());
-      in.op.push_back(name.substr(a, b - a));
-    }
+    std::istringstream parts(name);
+    for (std::string part; std::getline(parts, part, '.');) in.op.push_back(part);
     listUntil(";", [&] { in.args.push_back(operand()); });
     fn_->code.push_back(std::move(in));
   }
@@ -460,12 +412,6 @@ Type typeFromName(const std::string& s) {
 #undef ROW
   auto it = kByName.find(s);
   return it == kByName.end() ? Type::None : it->second;
-}
-
-std::string PInst::text() const {
-  std::string s;
-  for (auto& part : op) s += (s.empty() ? "" : ".") + part;
-  return s;
 }
 
 std::string Module::position(int loc) const {

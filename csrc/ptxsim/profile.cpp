@@ -8,16 +8,16 @@ static std::shared_ptr<Coverage> gLast;
 
 static std::string describe(const Kernel& k, size_t pc) {
   const Inst& in = k.code[pc];
-  const SourceLine& source = k.source[pc];
+  const PInst& source = *k.source[pc];
   const std::vector<Loc>& locs = k.module->locs;
-  std::string s = cat(source.text, "\t", k.leader[pc] ? "L" : "", in.guard != kNoGuard ? "G" : "", "\t");
-  if (source.text.compare(0, 3, "bra") == 0) s += cat(in.imm);
+  std::string s = cat(source.name, "\t", k.leader[pc] ? "L" : "", in.guard ? "G" : "", "\t");
+  if (source.op[0] == "bra") s += cat(in.imm);
   if (in.ext) {
     for (int target : in.ext->targets) s += cat(target, " ");
     s += in.ext->text;
   }
   s += cat("\t", source.ptxLine);
-  if (pc && source.loc == k.source[pc - 1].loc) return s + "\t=";
+  if (pc && source.loc == k.source[pc - 1]->loc) return s + "\t=";
   for (int loc = source.loc; locs[(size_t)source.loc].line && loc; loc = locs[(size_t)loc].caller)
     s += cat("\t", k.module->position(loc), ":", locs[(size_t)loc].column);
   return s;

@@ -12,16 +12,8 @@ namespace ptxsim {
 
 constexpr unsigned kLanes = 32;
 constexpr uint32_t kAll = 0xffffffffu;
-constexpr uint32_t kNoGuard = 0xffffffffu;
 
-struct Warp;
-struct Inst;
-struct Cta;
-struct Cluster;
-struct Launch;
-struct Kernel;
-struct RaceClock;
-using Handler = void (*)(Warp&, const Inst&, uint32_t mask);
+using Handler = void (*)(struct Warp&, const struct Inst&, uint32_t mask);
 
 // An operand: 32 lane values at `off` in the warp's registers, or in the kernel's constants when kConstBit is set.
 // kNegated: a source predicate with a `!`. `id` names the validity mask that goes with it; id 0 is "always valid".
@@ -55,8 +47,7 @@ struct Inst {
   Ref d, a, b, c;
   int64_t imm = 0;
   const Extra* ext = nullptr;
-  uint32_t guard = kNoGuard, guardId = 0;
-  bool guardNegate = false;
+  Ref guard;
   bool isWgmma = false;      // may touch registers of wgmma operations in flight
   bool needsFence = false;   // writes a register of a wgmma, which must wait for wgmma.fence
   bool storesD = false;      // d and ext->refs are sources
@@ -82,11 +73,6 @@ struct SpecialUse {
   uint32_t add;
 };
 
-struct SourceLine {
-  int ptxLine = 0, loc = 0;
-  std::string text;
-};
-
 struct Coverage {  // of one kernel of one module text over all launches: see profile.cpp. It outlives the module
   size_t module;
   std::vector<std::string> rows;              // of each instruction
@@ -96,20 +82,16 @@ struct Coverage {  // of one kernel of one module text over all launches: see pr
 struct Kernel {
   std::string name;
   Module* module = nullptr;
-  Func* func = nullptr;
   std::vector<Inst> code;
-  std::vector<SourceLine> source;  // parallel to code
-  std::vector<uint8_t> leader;     // parallel to code: starts a basic block
+  std::vector<const PInst*> source;  // parallel to code
+  std::vector<uint8_t> leader;       // parallel to code: starts a basic block
   std::deque<Extra> extras;
   std::vector<std::shared_ptr<void>> owned;  // what instructions keep beyond an Extra
   std::vector<uint64_t> constants;           // lane vectors
   std::vector<SpecialUse> specials;
   uint32_t regBytes = 0, numIds = 1;
   uint32_t staticShared = 0;  // bytes after the reserved first 1 KB
-  uint32_t dynSharedAlign = 16;
-  std::vector<std::pair<uint32_t, Var*>> sharedVars;
-  uint32_t localBytes = 0;
-  uint32_t paramBytes = 0;
+  uint32_t localBytes = 16, paramBytes = 0;
   std::vector<std::pair<uint32_t, uint32_t>> paramLayout;  // offset, bytes
   uint8_t* params = nullptr;                               // simulated parameter bank
   int entry = 0;
@@ -130,37 +112,31 @@ inline LanesOf lanesOf(uint32_t mask) { return {mask}; }
 
 std::string where(const Warp& w, const Inst& in, int lane);
 
-// A set of lanes at one program counter.
-struct Frame {
-  int returnPc;
-  const Extra* call;
-  bool operator==(const Frame& o) const { return returnPc == o.returnPc && call == o.call; }
-};
 enum class Wait : uint8_t { None, Converge, Barrier, Poll };
-struct Fragment {
+using Describe = std::string (*)(Warp&, const Inst&);  // what a warp waits for
+using CallStack = std::vector<uint32_t>;               // of calls, outermost first
+struct Fragment {                                      // a set of lanes at one program counter
   uint32_t pc = 0, mask = 0;
   Wait wait = Wait::None;
-  uint8_t pollState = 0;   // scratch of an instruction that waits: cleared when it completes
   uint64_t pollEpoch = 0;  // Poll: launch epoch when it last looked
-  std::string (*describe)(Warp&, const Inst&) = nullptr;
+  Describe describe = nullptr;
   uint64_t age = 0;
   uint32_t shownPc = 0;                    // Barrier: the instruction it waits at (pc is already past it)
   bool mayGiveUp = false, giveUp = false;  // a wait that may return false, and now shall
   uint64_t gaveUpEpoch = 0;
   unsigned gaveUp = 0;
-  std::vector<Frame> stack;
+  CallStack stack;
 };
 
-struct AsyncOp;
 // Asynchronous operations of a warp's threads that nobody has waited for yet. A commit group is a number per thread.
 struct OpTrack {
-  std::vector<std::shared_ptr<AsyncOp>> ops;
+  std::vector<std::shared_ptr<struct AsyncOp>> ops;
   uint32_t committed[kLanes] = {};  // groups closed so far
 };
 
 struct Warp {
-  Cta* cta = nullptr;
-  Launch* launch = nullptr;
+  struct Cta* cta = nullptr;
+  struct Launch* launch = nullptr;
   const Kernel* kernel = nullptr;
   unsigned index = 0;                     // in the CTA
   uint32_t live = 0;                      // lanes that exist and have not exited
@@ -184,7 +160,6 @@ struct Warp {
   uint32_t agent = 0;                            // race detector: its number in the grid
   uint32_t laneTime = 1, laneNews[kLanes] = {};  // now, and when each lane last heard of the others
   unsigned maxnreg = 0;
-  bool ready = false;
   uint64_t sliceStamp = 0;
   uint32_t clusterArrived = 0;  // lanes between barrier.cluster.arrive and .wait
   uint64_t clusterPhase[kLanes] = {};
@@ -203,14 +178,14 @@ struct Warp {
   }
 
   bool run(unsigned quantum);  // false: nothing to run now
-  void schedule();
+  bool schedule();
   Fragment& frag() { return frags[cur]; }
 
   // ---- used by instruction handlers
   // Some of the running lanes go to target, with another call stack if one is given.
-  void jump(uint32_t mask, uint32_t target, const std::vector<Frame>* stack = nullptr);
+  void jump(uint32_t mask, uint32_t target, const CallStack* stack = nullptr);
   void exitLanes(uint32_t mask);
-  void block(Wait kind, std::string (*describe)(Warp&, const Inst&) = nullptr);  // retry this instruction later
+  void block(Wait kind, Describe describe = nullptr);  // retry this instruction later
   template <class... Parts>
   [[noreturn]] void fail(const Inst& in, int lane, const Parts&... what) {
     throw Error(what..., "\n  at ", where(*this, in, lane));
@@ -231,7 +206,7 @@ struct NamedBarrier {
   std::vector<Waiter> waiting;
   std::vector<uint32_t> lanes;  // per warp: who has arrived in this phase
   uint32_t redAnd = kAll, redOr = 0, redCount = 0;
-  std::shared_ptr<RaceClock> clock;  // race detector: what the arrivals release
+  std::shared_ptr<struct RaceClock> clock;  // race detector: what the arrivals release
 };
 
 struct Mbarrier {
@@ -253,7 +228,7 @@ struct alignas(64) Line {
 
 struct Cta {
   Launch* launch = nullptr;
-  Cluster* cluster = nullptr;
+  struct Cluster* cluster = nullptr;
   unsigned id[3] = {0, 0, 0};
   unsigned rank = 0;
   uint64_t linear = 0;
