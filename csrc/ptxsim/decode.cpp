@@ -434,7 +434,6 @@ std::unique_ptr<Kernel> decodeKernel(Module& m, Func& f) {
     if (in.ext)
       for (auto& r : in.ext->refs) in.needsFence |= fenced[r.id];
   }
-  k.entry = (int)kb.start[&f];
   k.localBytes = roundUp(k.localBytes, 16);
   return kernel;
 }

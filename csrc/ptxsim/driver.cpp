@@ -508,21 +508,20 @@ SIM_API int cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsig
   LaunchConfig c{{gx, gy, gz}, {bx, by, bz}, shared, stream, nullptr, 0};
   return cuLaunchKernelEx(&c, f, params, extra);
 }
-SIM_API int cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* address, const uint64_t* dims,
+SIM_API int cuTensorMapEncodeTiled(TensorMap* map, unsigned type, uint32_t rank, uint64_t address, const uint64_t* dims,
                                    const uint64_t* strides, const uint32_t* box, const uint32_t* elementStrides,
-                                   int interleave, int swizzle, int promotion, int fill) {
+                                   unsigned interleave, unsigned swizzle, unsigned promotion, unsigned fill) {
   return guarded([&] {
-    const std::string e =
-        encodeTensorMap((TensorMap*)map, (unsigned)type, rank, (uint64_t)address, dims, strides, box, elementStrides,
-                        (unsigned)interleave, (unsigned)swizzle, (unsigned)promotion, (unsigned)fill);
+    const std::string e = encodeTensorMap(map, type, rank, address, dims, strides, box, elementStrides, interleave,
+                                          swizzle, promotion, fill);
     require(e.empty(), InvalidValue, "cuTensorMapEncodeTiled: ", e);
   });
 }
-SIM_API int cuTensorMapReplaceAddress(void* map, void* address) {
+SIM_API int cuTensorMapReplaceAddress(TensorMap* map, uint64_t address) {
   return guarded([&] {
-    require(address && (uint64_t)address % 16 == 0, InvalidValue,
+    require(address && address % 16 == 0, InvalidValue,
             "cuTensorMapReplaceAddress: the address must be a multiple of 16 bytes");
-    ((TensorMap*)map)->address = (uint64_t)address;
+    map->address = address;
   });
 }
 SIM_API int cuMemAlloc_v2(uint64_t* p, size_t bytes) {

@@ -188,14 +188,13 @@ static void place(unsigned (&id)[3], uint64_t index, const unsigned (&size)[3]) 
   for (int d = 0; d < 3; ++d, index /= size[d - 1]) id[d] = (unsigned)(index % size[d]);
 }
 
-std::unique_ptr<Cta> Launch::makeCta(Cluster& c, unsigned rank) {
+void Launch::startCta(Cluster& c) {
   const Kernel& k = *kernel;
-  auto cta = std::make_unique<Cta>();
-  Cta& t = *cta;
+  Cta& t = *c.ctas.emplace_back(std::make_unique<Cta>());
   t.launch = this;
   t.cluster = &c;
-  t.rank = rank;
-  place(t.id, rank, clusterDim);
+  t.rank = (unsigned)c.ctas.size() - 1;
+  place(t.id, t.rank, clusterDim);
   for (int d = 0; d < 3; ++d) t.id[d] += c.id[d] * clusterDim[d];
   t.linear = t.id[0] + (uint64_t)grid[0] * (t.id[1] + (uint64_t)grid[1] * t.id[2]);
   t.smemBytes = kSharedReserved + k.staticShared + dynShared;
@@ -231,7 +230,6 @@ std::unique_ptr<Cta> Launch::makeCta(Cluster& c, unsigned rank) {
     w.local = take(k.localBytes * kLanes, 0xa5);
     w.localValid = take(k.localBytes * kLanes, 0);
     w.frags.resize(1);
-    w.frag().pc = (uint32_t)k.entry;
     w.frag().mask = w.live;
     w.inflight.resize(k.numIds);
     w.unfenced.resize(k.numIds);
@@ -242,27 +240,23 @@ std::unique_ptr<Cta> Launch::makeCta(Cluster& c, unsigned rank) {
         memcpy(w.base[0] + s.off + i * s.bytes, &v, s.bytes);
       }
   }
-  return cta;
 }
 
-std::unique_ptr<Cluster> Launch::makeCluster(uint64_t index) {
-  auto c = std::make_unique<Cluster>();
+void Launch::startCluster(uint64_t index) {
+  Cluster& c = *resident.emplace_back(std::make_unique<Cluster>());
   const unsigned clusters[3] = {grid[0] / clusterDim[0], grid[1] / clusterDim[1], grid[2] / clusterDim[2]};
-  place(c->id, index, clusters);
-  c->liveThreads = threads * ctasPerCluster;
-  for (unsigned r = 0; r < ctasPerCluster; ++r) c->ctas.push_back(makeCta(*c, r));
-  raceStart(*this, *c, index);
-  return c;
+  place(c.id, index, clusters);
+  c.liveThreads = threads * ctasPerCluster;
+  while (c.ctas.size() < ctasPerCluster) startCta(c);
+  raceStart(*this, c, index);
 }
 
 void Launch::performNow(AsyncOp& op, bool all) {
   for (auto& before : op.after)
     if (!before->done) performNow(*before, true);
   op.after.clear();
-  do {
-    if (op.done) break;
-    op.done = op.step();
-  } while (all);
+  if (!op.done) op.done = op.step();
+  while (all && !op.done) op.done = op.step();
   progress();
 }
 
@@ -320,48 +314,47 @@ Launch::Progress Launch::runCluster(Cluster& c) {
 void Launch::run() {
   numClusters = 1;
   for (int d = 0; d < 3; ++d) numClusters *= grid[d] / clusterDim[d];
-  std::vector<uint32_t> order;
-  if (opt.order != Order::Forward) {
-    order.resize(numClusters);
-    std::iota(order.begin(), order.end(), 0);
-    if (opt.order == Order::Reverse) std::reverse(order.begin(), order.end());
-    if (opt.order == Order::Random) std::shuffle(order.begin(), order.end(), rng);
-  }
+  std::vector<uint32_t> shuffled(opt.order == Order::Random ? numClusters : 0);
+  std::iota(shuffled.begin(), shuffled.end(), 0);
+  std::shuffle(shuffled.begin(), shuffled.end(), rng);
   uint64_t nextCluster = 0, idleSince = epoch, idleInst = 0;
-  size_t at = 0, stuck = 0;
   auto admit = [&] {
-    uint64_t i = nextCluster++;
-    resident.push_back(makeCluster(order.empty() ? i : order[i]));
+    const uint64_t i = nextCluster++;
+    startCluster(opt.order == Order::Random ? shuffled[i] : opt.order == Order::Reverse ? numClusters - 1 - i : i);
   };
-  bool allBlocked = true;
+  size_t at = 0, stuck = 0;  // slices since something changed
+  bool allBlocked = true;    // in these
+  unsigned gaveUp = 0;
+  auto changed = [&] { stuck = 0, allBlocked = true; };
   while (nextCluster < numClusters || !resident.empty()) {
     while (nextCluster < numClusters && (resident.empty() || (opt.eager && resident.size() < maxResident))) admit();
     at %= resident.size();
     Cluster& c = *resident[at];
-    Progress p = runCluster(c);
+    const Progress p = runCluster(c);
     if (p == Finished) {
       for (auto& cta : c.ctas)
         if (gSpare.size() < kMostSpare) gSpare.push_back(std::move(cta->memory));
       resident.erase(resident.begin() + (long)at);
-      stuck = 0, allBlocked = true;
+      changed();
       continue;
     }
+    if (epoch != idleSince) {
+      idleSince = epoch, idleInst = n.threadInst, gaveUp = 0;
+      changed();
+    }
     allBlocked &= p == Blocked;
-    if (epoch != idleSince) idleSince = epoch, idleInst = n.threadInst, stuck = 0, allBlocked = p == Blocked;
     // One that only waits gives way to its neighbours, then to newcomers as far as the machine has room.
     if (++stuck > resident.size() || p == Slice) {
       if (nextCluster < numClusters && resident.size() < maxResident) {
         admit();
-        stuck = 0, allBlocked = true;
+        changed();
         at = resident.size() - 1;
         continue;
       }
-      if (p != Slice && allBlocked) {
-        if (!giveUpWaits()) reportDeadlock();
-        stuck = 0, allBlocked = true;
-      } else if (n.threadInst - idleInst > opt.maxIdle && epoch == idleSince) {
-        reportDeadlock();
-      }
+      // Waits that have given up often come back to the same place and nothing happens.
+      const bool hopeless = allBlocked ? ++gaveUp > 200 || !giveUpWaits() : n.threadInst - idleInst > opt.maxIdle;
+      if (hopeless) reportDeadlock();
+      if (allBlocked) stuck = 0;
     }
     ++at;
   }
@@ -382,9 +375,6 @@ bool Launch::giveUpWaits() {
   bool any = false;
   eachFragment([&](Warp&, Fragment& f) {
     if (f.wait != Wait::Poll || !f.mayGiveUp) return;
-    if (f.gaveUpEpoch != epoch) f.gaveUp = 0;
-    if (++f.gaveUp > 200) return;  // it comes back to the same wait and nothing happens
-    f.gaveUpEpoch = epoch;
     f.giveUp = true;
     f.wait = Wait::None;
     any = true;

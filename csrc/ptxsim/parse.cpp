@@ -3,12 +3,6 @@
 namespace ptxsim {
 namespace {
 
-struct Token {
-  enum Kind { End, Ident, Number, String, Punct } kind = End;
-  std::string s;
-  int line = 0;
-};
-
 bool isIdent(char c) { return isalnum((unsigned char)c) || c == '_' || c == '$' || c == '%'; }
 
 class Parser {
@@ -16,14 +10,15 @@ class Parser {
   explicit Parser(const char* text) : p_(text), module_(new Module) { advance(); }
 
   std::unique_ptr<Module> run() {
-    while (tok_.kind != Token::End) topLevel();
+    while (kind_ != End) topLevel();
     return std::move(module_);
   }
 
  private:
-  const char* p_;  // ends with a zero
+  const char* p_;  // behind the token, in a text that ends with a zero
+  enum { End, Ident, Number, String, Other } kind_ = End;
+  std::string text_;
   int line_ = 1;
-  Token tok_;
   std::unique_ptr<Module> module_;
   Func* fn_ = nullptr;
   int scope_ = -1;  // -1: outside functions
@@ -32,7 +27,7 @@ class Parser {
 
   template <class... Parts>
   [[noreturn]] void fail(const Parts&... what) const {
-    throw Error("PTX line ", tok_.line, ": ", what...);
+    throw Error("PTX line ", line_, ": ", what...);
   }
   Func::Scope& scope() { return fn_->scopes[(size_t)scope_]; }
 
@@ -45,32 +40,31 @@ class Parser {
   }
   void advance() {
     for (size_t n; (n = blank(p_)); p_ += n) line_ += (int)std::count(p_, p_ + n, '\n');
-    tok_.line = line_;
     const char* start = p_;
     if (!*p_) {
-      tok_.kind = Token::End;
+      kind_ = End;
     } else if (isdigit((unsigned char)*p_)) {
-      tok_.kind = Token::Number;
+      kind_ = Number;
       const bool hex = p_[0] == '0' && strchr("xXfFdD", p_[1]);
       auto isSign = [&] { return (*p_ == '+' || *p_ == '-') && (p_[-1] == 'e' || p_[-1] == 'E') && !hex; };
       while (isalnum((unsigned char)*p_) || *p_ == '.' || *p_ == '_' || isSign()) ++p_;
     } else if (isIdent(*p_) || (*p_ == '.' && isIdent(p_[1]))) {
-      tok_.kind = Token::Ident;
+      kind_ = Ident;
       while (isIdent(*p_) || (*p_ == '.' && isIdent(p_[1])) || (p_[0] == ':' && p_[1] == ':' && isIdent(p_[2])))
         p_ += *p_ == ':' ? 2 : 1;
     } else if (*p_ == '"') {
-      tok_.kind = Token::String;
+      kind_ = String;
       ++start;
       p_ = start + strcspn(start, "\"");
     } else {
-      tok_.kind = Token::Punct;
+      kind_ = Other;
       ++p_;
     }
-    tok_.s.assign(start, p_);
-    p_ += tok_.kind == Token::String && *p_;
+    text_.assign(start, p_);
+    p_ += kind_ == String && *p_;
   }
-  bool is(const char* s) const { return tok_.kind != Token::String && tok_.s == s; }
-  bool isDirective() const { return tok_.kind == Token::Ident && tok_.s[0] == '.'; }
+  bool is(const char* s) const { return kind_ != String && text_ == s; }
+  bool isDirective() const { return kind_ == Ident && text_[0] == '.'; }
   bool accept(const char* s) {
     if (!is(s)) return false;
     advance();
@@ -80,11 +74,11 @@ class Parser {
     return std::any_of(list.begin(), list.end(), [&](const char* s) { return accept(s); });
   }
   void expect(const char* s) {
-    if (!accept(s)) fail("expected '", s, "', found '", tok_.s, "'");
+    if (!accept(s)) fail("expected '", s, "', found '", text_, "'");
   }
   std::string ident() {
-    if (tok_.kind != Token::Ident) fail("expected a name, found '", tok_.s, "'");
-    std::string s = tok_.s;
+    if (kind_ != Ident) fail("expected a name, found '", text_, "'");
+    std::string s = text_;
     advance();
     return s;
   }
@@ -95,11 +89,11 @@ class Parser {
       if (!is(close)) expect(",");
     }
   }
-  bool isNumber() const { return tok_.kind == Token::Number || is("-"); }
+  bool isNumber() const { return kind_ == Number || is("-"); }
   Operand number() {
     const bool negative = accept("-");
-    if (tok_.kind != Token::Number) fail("expected a number, found '", tok_.s, "'");
-    const char* s = tok_.s.c_str();
+    if (kind_ != Number) fail("expected a number, found '", text_, "'");
+    const char* s = text_.c_str();
     const int prefix = s[0] == '0' ? tolower(s[1]) : 0;
     Operand o;
     if (prefix == 'f' || prefix == 'd' || (prefix != 'x' && prefix != 'b' && strpbrk(s, ".eE"))) {
@@ -126,21 +120,16 @@ class Parser {
   // ---- module level
   void skipPast(const char* mark) {
     while (!accept(mark)) {
-      if (tok_.kind == Token::End) fail("expected '", mark, "' before the end of the file");
+      if (kind_ == End) fail("expected '", mark, "' before the end of the file");
       advance();
     }
   }
 
   void topLevel() {
     if (accept(";")) return;
-    if (acceptOneOf({".version", ".address_size"})) return advance();
-    if (accept(".target")) {
-      module_->target = ident();
-      while (accept(",")) ident();
-      return;
-    }
-    if (accept(".file")) {
-      module_->files[(int)integer()] = tok_.s;
+    const bool file = accept(".file");
+    if (file || acceptOneOf({".version", ".target", ".address_size"})) {
+      if (file) module_->files[(int)integer()] = text_;
       do advance();
       while (accept(","));
       return;
@@ -157,8 +146,8 @@ class Parser {
   // .global .align 1 .b8 name[7] = {...}   (the terminator is left)
   Var* variable() {
     static const char* const kSpaces[] = {".global", ".shared", ".local", ".param", ".const"};
-    auto space = std::find(std::begin(kSpaces), std::end(kSpaces), tok_.s);
-    if (space == std::end(kSpaces)) fail("unknown directive '", tok_.s, "'");
+    auto space = std::find(std::begin(kSpaces), std::end(kSpaces), text_);
+    if (space == std::end(kSpaces)) fail("unknown directive '", text_, "'");
     advance();
     const bool local = scope_ >= 0;
     Var* v = (local ? fn_->vars : module_->vars).emplace_back(std::make_unique<Var>()).get();
@@ -230,17 +219,18 @@ class Parser {
       if (is(".maxntid") || is(".reqntid")) {
         f->required = ident() == ".reqntid";
         dimensions(f->maxDim);
-      } else if (accept(".maxnreg")) {
-        f->maxnreg = (unsigned)integer();
-      } else if (acceptOneOf(
-                     {".minnctapersm", ".maxclusterrank", ".maxnctapersm", ".abi_preserve", ".abi_preserve_control"})) {
-        integer();
       } else if (accept(".reqnctapercluster")) {
         dimensions(f->cluster);
+      } else if (accept(".maxnreg")) {
+        f->maxnreg = (unsigned)integer();
       } else if (is(".pragma")) {
         skipPast(";");
-      } else if (!acceptOneOf({".explicitcluster", ".blocksareclusters", ".noreturn", ".unique"})) {
-        fail("unknown function directive '", tok_.s, "'");
+      } else if (!acceptOneOf({".minnctapersm", ".maxnctapersm", ".maxclusterrank", ".explicitcluster",
+                               ".blocksareclusters", ".abi_preserve", ".abi_preserve_control", ".noreturn",
+                               ".unique"})) {
+        fail("unknown function directive '", text_, "'");
+      } else if (isNumber()) {
+        integer();
       }
     }
     if (!accept(";")) {
@@ -261,7 +251,7 @@ class Parser {
 
   void body() {
     while (scope_ >= 0) {
-      if (tok_.kind == Token::End) fail("end of file inside a function");
+      if (kind_ == End) fail("end of file inside a function");
       if (accept("{")) {
         fn_->scopes.emplace_back().parent = scope_;
         scope_ = (int)fn_->scopes.size() - 1;
@@ -280,9 +270,9 @@ class Parser {
     fn_->code.push_back(end);
   }
 
-  int addLoc(const Loc& l) {
+  int addLoc(const Loc& l, bool anyCaller = false) {
     int& at = located_[{l.file, l.line, l.column}];
-    if (!at || module_->locs[(size_t)at].caller != l.caller) {
+    if (!at || (!anyCaller && module_->locs[(size_t)at].caller != l.caller)) {
       module_->locs.push_back(l);
       at = (int)module_->locs.size() - 1;
     }
@@ -301,9 +291,7 @@ class Parser {
           ident();
           if (accept("+")) integer();
         } else {
-          const Loc at = position();
-          auto it = located_.find({at.file, at.line, at.column});
-          here.caller = it != located_.end() ? it->second : addLoc(at);
+          here.caller = addLoc(position(), true);
         }
       }
       loc_ = addLoc(here);
@@ -383,7 +371,7 @@ class Parser {
 
   void instruction() {
     PInst in;
-    in.ptxLine = tok_.line;
+    in.ptxLine = line_;
     in.scope = scope_;
     in.loc = loc_;
     if (accept("@")) in.guard = operand();

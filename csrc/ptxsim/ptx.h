@@ -121,7 +121,6 @@ struct Loc {  // a .loc; `caller` is the position that the function it lies in w
 };
 
 struct Module {
-  std::string target;
   std::vector<Loc> locs = {Loc()};  // 0: no position
   std::vector<std::unique_ptr<Var>> vars;
   std::unordered_map<std::string, Var*> varByName;

@@ -94,7 +94,6 @@ struct Kernel {
   uint32_t localBytes = 16, paramBytes = 0;
   std::vector<std::pair<uint32_t, uint32_t>> paramLayout;  // offset, bytes
   uint8_t* params = nullptr;                               // simulated parameter bank
-  int entry = 0;
   std::shared_ptr<Coverage> coverage;
   std::string place(size_t pc) const;  // source position and PTX line, for reports
 };
@@ -123,8 +122,6 @@ struct Fragment {                                      // a set of lanes at one 
   uint64_t age = 0;
   uint32_t shownPc = 0;                    // Barrier: the instruction it waits at (pc is already past it)
   bool mayGiveUp = false, giveUp = false;  // a wait that may return false, and now shall
-  uint64_t gaveUpEpoch = 0;
-  unsigned gaveUp = 0;
   CallStack stack;
 };
 
@@ -318,12 +315,11 @@ struct Launch {
   Options opt;
   Counters n;
   std::shared_ptr<struct RaceState> race;
-  // A host address of a declared buffer -> its simulated copy.
   // Launched early (programmatic stream serialization): what the launch before used is to be touched only after
   // griddepcontrol.wait. `waited`: somebody has, so that this launch ends after the one before. `signalled`: by
   // griddepcontrol.launch_dependents, so that the next one may begin before this one ends.
   bool early = false, waited = false, signalled = false;
-  uint64_t (*alias)(uint64_t address, uint64_t bytes) = nullptr;
+  uint64_t (*alias)(uint64_t address, uint64_t bytes) = nullptr;  // of a declared buffer of the host -> of its copy
   std::vector<std::unique_ptr<Cluster>> resident;
   uint64_t numClusters = 0;
   unsigned maxResident = 1;  // clusters
@@ -335,8 +331,8 @@ struct Launch {
   void performNow(AsyncOp& op, bool all);
 
  private:
-  std::unique_ptr<Cluster> makeCluster(uint64_t index);
-  std::unique_ptr<Cta> makeCta(Cluster& c, unsigned rank);
+  void startCluster(uint64_t index);
+  void startCta(Cluster& c);
   Progress runCluster(Cluster& c);
   bool performSome(Cluster& c);
   template <class F>

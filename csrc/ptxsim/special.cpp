@@ -58,12 +58,10 @@ const Special kSpecials[] = {
 const Special kSharedAddress = {"", [](const Warp& w, unsigned, unsigned) -> uint64_t { return w.cta->rank << 24; }};
 
 const Special* findSpecial(const std::string& name, unsigned* dimension) {
-  const size_t d = std::string("xyz").find(name.back());
-  *dimension = d == std::string::npos ? 0 : (unsigned)d;
+  const size_t stem = name.size() > 2 && name[name.size() - 2] == '.' ? name.size() - 1 : name.size();
+  *dimension = stem < name.size() ? (unsigned)(name.back() - 'x') : 0;
   for (auto& s : kSpecials)
-    if (name == s.name ||
-        (d < 3 && name.size() > 1 && name[name.size() - 2] == '.' && name.compare(0, name.size() - 1, s.name) == 0))
-      return &s;
+    if (*dimension < 3 && name.compare(0, stem, s.name) == 0) return &s;
   return nullptr;
 }
 
