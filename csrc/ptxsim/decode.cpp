@@ -2,12 +2,6 @@
 
 namespace ptxsim {
 
-// The text up to the separator, which `text` loses with it.
-static std::string_view cut(std::string_view& text, char separator) {
-  const std::string_view first = text.substr(0, text.find(separator));
-  text.remove_prefix(std::min(text.size(), first.size() + 1));
-  return first;
-}
 static bool dropEnd(std::string_view& text, std::string_view end) {
   if (text.size() < end.size() || text.substr(text.size() - end.size()) != end) return false;
   text.remove_suffix(end.size());
@@ -234,10 +228,9 @@ Ref Dec::constant(uint64_t bits, unsigned bytes) {
 static uint64_t immediateBits(const Operand& o, Type t, const Dec& d) {
   const bool integer = o.kind == Operand::Int;  // a value, in a float instruction
   if (!integer && o.kind != Operand::Float) d.fail("expected a constant");
-  if (integer && t != Type::F32 && t != Type::F64) return (uint64_t)o.i;
-  if (!integer && (o.width == 32 ? t != Type::F64 : typeBytes(t) != 4)) return o.bits;
-  double x = (double)o.i;
-  if (!integer) x = o.width == 32 ? f32((uint32_t)o.bits) : bitsAs<double>(o.bits);
+  const bool asItIs = integer ? t != Type::F32 && t != Type::F64 : o.width == 32 ? t != Type::F64 : typeBytes(t) != 4;
+  if (asItIs) return (uint64_t)o.i;
+  const double x = integer ? (double)o.i : o.width == 32 ? f32((uint32_t)o.i) : bitsAs<double>((uint64_t)o.i);
   return t == Type::F64 ? bits(x) : bits((float)x);
 }
 
@@ -367,7 +360,7 @@ static Inst decodeInst(KernelBuilder& kb, const Func& f, const PInst& p) {
     if (form.decode) form.decode(d);
     const size_t unknown = (size_t)(std::find(d.used.begin(), d.used.end(), false) - d.used.begin());
     if (d.out.fn && unknown == d.used.size()) {
-      if (p.guard.kind != Operand::None) d.out.guard = d.pred(p.guard);
+      for (auto& guard : p.guard) d.out.guard = d.pred(guard);
       return d.out;
     }
     if (d.out.fn && leftOver.empty()) leftOver = cat("modifier .", p.op[unknown], " is not supported here");

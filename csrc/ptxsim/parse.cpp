@@ -99,8 +99,9 @@ class Parser {
     if (prefix == 'f' || prefix == 'd' || (prefix != 'x' && prefix != 'b' && strpbrk(s, ".eE"))) {
       o.kind = Operand::Float;
       o.width = prefix == 'f' ? 32 : 64;
-      o.bits = prefix == 'f' || prefix == 'd' ? strtoull(s + 2, nullptr, 16) : bits(strtod(s, nullptr));
-      if (negative) o.bits ^= 1ull << (o.width - 1);
+      const bool hex = prefix == 'f' || prefix == 'd';
+      o.i = (int64_t)(hex ? strtoull(s + 2, nullptr, 16) : bits(strtod(s, nullptr)));
+      if (negative) o.i ^= 1ll << (o.width - 1);
     } else {
       o.kind = Operand::Int;
       const uint64_t v = prefix == 'b' ? strtoull(s + 2, nullptr, 2) : strtoull(s, nullptr, 0);
@@ -193,8 +194,8 @@ class Parser {
     uint64_t value = 0;
     if (isNumber()) {
       const Operand o = number();
-      value = o.kind == Operand::Float ? o.bits : (uint64_t)o.i;
-      if (o.width == 64 && typeBytes(type) == 4) value = bits((float)bitsAs<double>(o.bits));
+      value = (uint64_t)o.i;
+      if (o.width == 64 && typeBytes(type) == 4) value = bits((float)bitsAs<double>(value));
     } else {  // symbol, generic(symbol), symbol+offset
       const bool generic = accept("generic");
       if (generic) expect("(");
@@ -374,7 +375,7 @@ class Parser {
     in.ptxLine = line_;
     in.scope = scope_;
     in.loc = loc_;
-    if (accept("@")) in.guard = operand();
+    if (accept("@")) in.guard.push_back(operand());
     const std::string name = in.name = ident();
     if (accept(":")) {  // label, or `label: .branchtargets a, b;`
       if (accept(".branchtargets"))
@@ -385,8 +386,7 @@ class Parser {
         scope().labels[name] = (int)fn_->code.size();
       return;
     }
-    std::istringstream parts(name);
-    for (std::string part; std::getline(parts, part, '.');) in.op.push_back(part);
+    for (std::string_view rest = name; !rest.empty();) in.op.emplace_back(cut(rest, '.'));
     listUntil(";", [&] { in.args.push_back(operand()); });
     fn_->code.push_back(std::move(in));
   }

@@ -19,6 +19,12 @@ std::string cat(const Parts&... parts) {
   (s << ... << parts);
   return s.str();
 }
+// The text up to the separator, which `text` loses with it.
+inline std::string_view cut(std::string_view& text, char separator) {
+  const std::string_view first = text.substr(0, text.find(separator));
+  text.remove_prefix(std::min(text.size(), first.size() + 1));
+  return first;
+}
 struct Error : std::runtime_error {
   template <class... Parts>
   explicit Error(const Parts&... parts) : std::runtime_error(cat(parts...)) {}
@@ -65,15 +71,14 @@ struct Operand {
   std::string name;    // Special register, label or function name
   const struct Special* special = nullptr;
   unsigned dimension = 0;  // of a special register with coordinates
-  int64_t i = 0;           // Int value; Symbol and Address: byte offset
-  uint64_t bits = 0;       // Float: bit pattern, `width` 32 or 64
+  int64_t i = 0;           // Int: value; Symbol and Address: byte offset; Float: the bits, `width` 32 or 64
   uint8_t width = 0;
   bool negate = false;       // !p
   std::vector<Operand> sub;  // Vector, Pair, List: elements; Address: base, then further operands (coordinates)
 };
 
 struct PInst {
-  Operand guard;  // a predicate; None: always
+  std::vector<Operand> guard;  // a predicate, or none
   std::string name;
   std::vector<std::string> op;  // the name split at dots
   std::vector<Operand> args;
