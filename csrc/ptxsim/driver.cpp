@@ -3,7 +3,6 @@
 #include <immintrin.h>
 
 #include <mutex>
-#include <sstream>
 
 #include "decode.h"
 #include "race.h"
@@ -90,7 +89,7 @@ thread_local std::vector<Declared> gDeclared;
 
 struct Region {  // a union of declarations that overlap
   uint64_t begin, end;
-  bool read = false, allRead = true, write = false;
+  unsigned some = 0, every = 3;  // the accesses that some of the declarations, and every one of them, have
   Buffer* copy = nullptr;
   std::vector<uint8_t> before = {};
 };
@@ -121,39 +120,35 @@ void copyInput(uint8_t* to, const uint8_t* from, size_t n) {
   }
 }
 void markWritten(uint64_t a, size_t bytes) {
-  Buffer* b = bytes ? Arena::get().find(a, bytes) : nullptr;
-  if (b && b->valid) memset(b->validAt(a), 1, bytes);
+  if (Buffer* b = Arena::get().find(a, bytes); b && b->valid) memset(b->validAt(a), 1, bytes);
 }
 
 void copyIn(std::vector<Declared> list) {
   std::sort(list.begin(), list.end(), [](const Declared& x, const Declared& y) { return x.address < y.address; });
   for (auto& d : list) {
-    if (!d.bytes) continue;
     if (gRegions.empty() || d.address >= gRegions.back().end) gRegions.push_back({d.address, d.address});
     Region& r = gRegions.back();
-    const bool reads = d.access & 1, writes = d.access & 2;
     r.end = std::max(r.end, d.address + d.bytes);
-    r.read |= reads;
-    r.allRead &= reads;
-    r.write |= writes;
+    r.some |= d.access;
+    r.every &= d.access;
   }
   for (auto& r : gRegions) {
     const size_t n = r.end - r.begin;
     // As aligned as the host's pointer is, and never more than the allocator promises.
     r.copy = &Arena::get().allocate(n, cat("buffer ", &r - gRegions.data()), (unsigned)(r.begin % 64));
-    r.copy->writable = r.write;
-    if (r.allRead) continue;
+    r.copy->writable = r.some & 2;
+    if (r.every & 1) continue;
     if (n < kSparse) memset((void*)r.copy->begin, 0xa5, n);
     r.copy->track();
   }
   for (auto& d : list) {
-    if (!d.bytes || !(d.access & 1)) continue;
+    if (!(d.access & 1)) continue;
     const uint64_t to = translate(d.address, d.bytes);
     copyInput((uint8_t*)to, (const uint8_t*)d.address, d.bytes);
     markWritten(to, d.bytes);
   }
   for (auto& r : gRegions)
-    if (r.write && r.read) r.before.assign((uint8_t*)r.copy->begin, (uint8_t*)r.copy->end);
+    if (r.some == 3) r.before.assign((uint8_t*)r.copy->begin, (uint8_t*)r.copy->end);
 }
 
 // Only bytes that the kernel wrote go back: a span may contain somebody else's.
@@ -197,11 +192,7 @@ void markPredecessors(const std::vector<Declared>& declared) {
 
 struct LaunchAttribute {  // CUlaunchAttribute
   int id, pad;
-  union {
-    char bytes[64];
-    unsigned dim[3];
-    int value;
-  } v;
+  unsigned value[16];
 };
 struct LaunchConfig {  // CUlaunchConfig
   unsigned grid[3], block[3], sharedBytes;
@@ -218,7 +209,7 @@ std::string gKernelName;
 void shape(Launch& l, const LaunchConfig& cfg, const KernelHandle& handle) {
   const Kernel& k = *l.kernel;
   const Func& f = handle.func;
-  auto setCluster = [&](const unsigned (&dim)[3]) {
+  auto setCluster = [&](const unsigned* dim) {
     l.explicitCluster = true;
     for (int d = 0; d < 3; ++d) {
       require(!f.cluster[d] || f.cluster[d] == dim[d], InvalidValue,
@@ -228,8 +219,8 @@ void shape(Launch& l, const LaunchConfig& cfg, const KernelHandle& handle) {
   };
   if (f.cluster[0]) setCluster(f.cluster);
   for (unsigned i = 0; i < cfg.numAttributes; ++i) switch (cfg.attributes[i].id) {
-      case 4: setCluster(cfg.attributes[i].v.dim); break;
-      case 6: l.early = cfg.attributes[i].v.value; break;
+      case 4: setCluster(cfg.attributes[i].value); break;
+      case 6: l.early = cfg.attributes[i].value[0]; break;
     }
   uint64_t threads = 1;
   const unsigned maxBlock[3] = {1024, 1024, 64}, maxGrid[3] = {0x7fffffff, 65535, 65535};
@@ -308,7 +299,7 @@ void launch(const LaunchConfig& cfg, KernelHandle& handle, void** params, void**
     }
     l.run();
     for (auto& r : gRegions)
-      if (r.write) copyBack(r);
+      if (r.some & 2) copyBack(r);
   } catch (const Error& e) {
     failure = e.what();
   }
@@ -348,10 +339,10 @@ bool setOption(const std::string& name, const std::string& value) {
 struct Startup {  // DSV3_KERNELS_SIM="seed=3,timing=late"
   Startup() {
     const char* e = getenv("DSV3_KERNELS_SIM");
-    std::istringstream list(e ? e : "");
-    for (std::string option; std::getline(list, option, ',');) {
-      const size_t eq = option.find('=');
-      if (eq == std::string::npos || !setOption(option.substr(0, eq), option.substr(eq + 1)))
+    for (std::string_view list = e ? e : ""; !list.empty();) {
+      const std::string option(cut(list, ','));
+      std::string_view value = option, name = cut(value, '=');
+      if (value.empty() || !setOption(std::string(name), std::string(value)))
         fprintf(stderr, "DSV3_KERNELS_SIM: bad option '%s'\n", option.c_str());
     }
   }
@@ -561,7 +552,7 @@ SIM_API int cuGetProcAddress_v2(const char* symbol, void** fn, int, uint64_t, in
 SIM_API int dsv3SimDeclareBuffer(const void* address, size_t bytes, unsigned access) {
   return guarded([&] {
     require(access & 3, InvalidValue, "access must be 1, 2 or 3");
-    gDeclared.push_back({(uint64_t)address, bytes, access});
+    if (bytes) gDeclared.push_back({(uint64_t)address, bytes, access});
   });
 }
 SIM_API const char* dsv3SimLastError() { return gLastError.c_str(); }

@@ -28,21 +28,18 @@ void Warp::needValid(const Inst& in, Ref r, uint32_t mask, const char* role) {
 
 // ---- fragments
 
-void Warp::jump(uint32_t mask, uint32_t target, const CallStack* stack) {
-  Fragment& f = frag();
-  reschedule |= mask != f.mask || frags.size() > 1;
-  if (mask == f.mask) {
-    if (stack) f.stack = *stack;
+Fragment& Warp::jump(uint32_t mask, uint32_t target) {
+  reschedule |= mask != frag().mask || frags.size() > 1;
+  if (mask == frag().mask) {
     next = target;
-    return;
+    return frag();
   }
   ++launch->n.divergent;
-  Fragment other = f;
-  if (stack) other.stack = *stack;
-  other.mask = mask;
-  other.pc = target;
-  f.mask &= ~mask;
-  frags.push_back(std::move(other));
+  frag().mask &= ~mask;
+  frags.push_back(frag());
+  frags.back().mask = mask;
+  frags.back().pc = target;
+  return frags.back();
 }
 
 void Warp::block(Wait kind, Describe describe) {
@@ -73,26 +70,21 @@ void Warp::exitLanes(uint32_t mask) {
 }
 
 static bool canMerge(const Fragment& a, const Fragment& b) {
-  return a.pc == b.pc && a.wait != Wait::Barrier && b.wait != Wait::Barrier && a.stack == b.stack;
+  return a.mask && b.mask && a.pc == b.pc && a.wait != Wait::Barrier && b.wait != Wait::Barrier && a.calls == b.calls;
 }
 
 // Merges what has met, then chooses: the lowest pc first, so that fragments wait for each other where control flow
 // joins; one that has run long without meeting anyone gives way, so that every fragment makes progress.
 bool Warp::schedule() {
   reschedule = false;
-  for (auto f = frags.begin(); f != frags.end();) {
-    auto met = f->mask ? std::find_if(frags.begin(), f, [&](auto& g) { return canMerge(*f, g); }) : frags.end();
-    if (met == f) {
-      ++f;
-      continue;
-    }
-    if (f->mask) {
-      met->mask |= f->mask;
-      met->wait = Wait::None;
-      met->age = std::max(f->age, met->age);
-    }
-    f = frags.erase(f);
+  for (auto f = frags.begin(); f != frags.end(); ++f) {
+    auto met = std::find_if(frags.begin(), f, [&](auto& g) { return canMerge(*f, g); });
+    if (met == f) continue;
+    met->mask |= std::exchange(f->mask, 0);
+    met->wait = Wait::None;
+    met->age = std::max(f->age, met->age);
   }
+  frags.erase(std::remove_if(frags.begin(), frags.end(), [](auto& f) { return !f.mask; }), frags.end());
   const bool rotate = frags.size() > 1 && executed >> 12 != sliceStamp;
   if (rotate) sliceStamp = executed >> 12;
   Fragment* best = nullptr;
@@ -264,7 +256,7 @@ void Launch::issue(std::shared_ptr<AsyncOp> op) {
   if (opt.timing == Timing::Early || (opt.timing == Timing::Random && rng() % 3 == 0))
     performNow(*op, true);
   else
-    op->cluster->pending.push_back(std::move(op));
+    op->warp->cta->cluster->pending.push_back(std::move(op));
 }
 
 // Late work is done in order of issue, one step at a time; random timing takes any.

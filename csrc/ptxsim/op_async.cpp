@@ -51,7 +51,6 @@ void completeOn(const AsyncOp& op, int lane, uint32_t address, uint32_t bytes, u
 // ---- operations in flight
 
 void track(Warp& w, const Inst& in, uint32_t mask, std::shared_ptr<AsyncOp> op, OpTrack* t) {
-  op->cluster = w.cta->cluster;
   op->warp = &w;
   op->inst = &in;
   op->mask = mask;

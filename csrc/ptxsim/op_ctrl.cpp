@@ -36,17 +36,13 @@ void copyFrame(Warp& w, const std::vector<Extra::Copy>& copies, uint32_t m) {
 
 void call(Warp& w, const Inst& in, uint32_t m) {
   copyFrame(w, in.ext->args, m);
-  CallStack stack = w.frag().stack;
-  stack.push_back(w.pc);
-  w.jump(m, (uint32_t)in.imm, &stack);
+  w.jump(m, (uint32_t)in.imm).calls.push_back(w.pc);
 }
 void ret(Warp& w, const Inst&, uint32_t m) {
-  CallStack stack = w.frag().stack;
-  if (stack.empty()) return w.exitLanes(m);
-  const uint32_t call = stack.back();
-  stack.pop_back();
+  if (w.frag().calls.empty()) return w.exitLanes(m);
+  const uint32_t call = w.frag().calls.back();
   copyFrame(w, w.kernel->code[call].ext->rets, m);
-  w.jump(m, call + 1, &stack);
+  w.jump(m, call + 1).calls.pop_back();
 }
 void exitThread(Warp& w, const Inst&, uint32_t m) { w.exitLanes(m); }
 void trap(Warp& w, const Inst& in, uint32_t m) { w.fail(in, firstLane(m), "trap"); }

@@ -207,7 +207,6 @@ void mmaAsync(Warp& w, const Inst& in, uint32_t m) {
   ++w.launch->n.wgmma;
   if (op->parts.size() < 4) return;
   w.launch->n.wgmmaCycles += s.n / 2;
-  op->cluster = w.cta->cluster;
   op->warp = &w;
   raceIssueAt(*op, op->clock);
   for (auto& x : op->parts) x->id = op->id;

@@ -113,7 +113,6 @@ std::string where(const Warp& w, const Inst& in, int lane);
 
 enum class Wait : uint8_t { None, Converge, Barrier, Poll };
 using Describe = std::string (*)(Warp&, const Inst&);  // what a warp waits for
-using CallStack = std::vector<uint32_t>;               // of calls, outermost first
 struct Fragment {                                      // a set of lanes at one program counter
   uint32_t pc = 0, mask = 0;
   Wait wait = Wait::None;
@@ -122,7 +121,7 @@ struct Fragment {                                      // a set of lanes at one 
   uint64_t age = 0;
   uint32_t shownPc = 0;                    // Barrier: the instruction it waits at (pc is already past it)
   bool mayGiveUp = false, giveUp = false;  // a wait that may return false, and now shall
-  CallStack stack;
+  std::vector<uint32_t> calls;             // that have not returned, outermost first
 };
 
 // Asynchronous operations of a warp's threads that nobody has waited for yet. A commit group is a number per thread.
@@ -179,8 +178,7 @@ struct Warp {
   Fragment& frag() { return frags[cur]; }
 
   // ---- used by instruction handlers
-  // Some of the running lanes go to target, with another call stack if one is given.
-  void jump(uint32_t mask, uint32_t target, const CallStack* stack = nullptr);
+  Fragment& jump(uint32_t mask, uint32_t target);  // some of the running lanes go there, as this fragment
   void exitLanes(uint32_t mask);
   void block(Wait kind, Describe describe = nullptr);  // retry this instruction later
   template <class... Parts>
@@ -261,7 +259,6 @@ struct AsyncOp {
   virtual ~AsyncOp() = default;
   virtual bool step() = 0;              // false: more to do
   bool done = false, readDone = false;  // finished; its source may be overwritten
-  Cluster* cluster = nullptr;
   Warp* warp = nullptr;
   const Inst* inst = nullptr;
   uint32_t mask = 0;                            // threads it belongs to
