@@ -57,7 +57,7 @@ void clusterExit(Warp& w, uint32_t mask);
 void Warp::exitLanes(uint32_t mask) {
   live &= ~mask;
   frag().mask &= ~mask;
-  unsigned n = (unsigned)__builtin_popcount(mask);
+  const unsigned n = (unsigned)__builtin_popcount(mask);
   cta->liveThreads -= n;
   cta->cluster->liveThreads -= n;
   for (auto& f : frags)
@@ -172,13 +172,8 @@ bool Warp::run(unsigned quantum) {
 
 // ---- clusters
 
-// Memory of CTAs that are over.
-static std::vector<std::list<std::vector<Line>>> gSpare;
-constexpr size_t kMostSpare = 16;
-
-static void place(unsigned (&id)[3], uint64_t index, const unsigned (&size)[3]) {  // x runs fastest
-  for (int d = 0; d < 3; ++d, index /= size[d - 1]) id[d] = (unsigned)(index % size[d]);
-}
+static std::list<std::vector<Line>> gSpare;  // memory of CTAs that are over
+constexpr size_t kMostSpare = 512;
 
 void Launch::startCta(Cluster& c) {
   const Kernel& k = *kernel;
@@ -186,20 +181,14 @@ void Launch::startCta(Cluster& c) {
   t.launch = this;
   t.cluster = &c;
   t.rank = (unsigned)c.ctas.size() - 1;
-  place(t.id, t.rank, clusterDim);
-  for (int d = 0; d < 3; ++d) t.id[d] += c.id[d] * clusterDim[d];
+  for (unsigned d = 0; d < 3; ++d) t.id[d] = c.id[d] * clusterDim[d] + coordinate(clusterDim, t.rank, d);
   t.linear = t.id[0] + (uint64_t)grid[0] * (t.id[1] + (uint64_t)grid[1] * t.id[2]);
   t.smemBytes = kSharedReserved + k.staticShared + dynShared;
-
-  if (!gSpare.empty()) {
-    t.memory = std::move(gSpare.back());
-    gSpare.pop_back();
-  }
-  auto block = t.memory.begin();
   auto take = [&](uint32_t bytes, uint8_t fill) {
-    if (block == t.memory.end()) block = t.memory.emplace(block);
-    block->resize(bytes / sizeof(Line) + 1);
-    return (uint8_t*)memset(block++->data(), fill, bytes);
+    if (gSpare.empty()) gSpare.emplace_back();
+    t.memory.splice(t.memory.end(), gSpare, gSpare.begin());
+    t.memory.back().resize(bytes / sizeof(Line) + 1);
+    return (uint8_t*)memset(t.memory.back().data(), fill, bytes);
   };
   t.smem = take(t.smemBytes, 0xa5);
   t.smemValid = take(t.smemBytes, 0);
@@ -237,7 +226,7 @@ void Launch::startCta(Cluster& c) {
 void Launch::startCluster(uint64_t index) {
   Cluster& c = *resident.emplace_back(std::make_unique<Cluster>());
   const unsigned clusters[3] = {grid[0] / clusterDim[0], grid[1] / clusterDim[1], grid[2] / clusterDim[2]};
-  place(c.id, index, clusters);
+  for (unsigned d = 0; d < 3; ++d) c.id[d] = coordinate(clusters, index, d);
   c.liveThreads = threads * ctasPerCluster;
   while (c.ctas.size() < ctasPerCluster) startCta(c);
   raceStart(*this, c, index);
@@ -325,7 +314,7 @@ void Launch::run() {
     const Progress p = runCluster(c);
     if (p == Finished) {
       for (auto& cta : c.ctas)
-        if (gSpare.size() < kMostSpare) gSpare.push_back(std::move(cta->memory));
+        if (gSpare.size() < kMostSpare) gSpare.splice(gSpare.begin(), cta->memory);
       resident.erase(resident.begin() + (long)at);
       changed();
       continue;

@@ -109,6 +109,12 @@ struct LanesOf {
 };
 inline LanesOf lanesOf(uint32_t mask) { return {mask}; }
 
+// Coordinate d of what has this number in a block of that size: x runs fastest.
+inline unsigned coordinate(const unsigned (&size)[3], uint64_t number, unsigned d) {
+  for (unsigned i = 0; i < d; ++i) number /= size[i];
+  return (unsigned)(number % size[d]);
+}
+
 std::string where(const Warp& w, const Inst& in, int lane);
 
 enum class Wait : uint8_t { None, Converge, Barrier, Poll };

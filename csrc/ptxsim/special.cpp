@@ -5,12 +5,6 @@
 namespace ptxsim {
 namespace {
 
-// Coordinate d of the thread with this number in its CTA.
-unsigned coordinate(const Launch& l, unsigned thread, unsigned d) {
-  for (unsigned i = 0; i < d; ++i) thread /= l.block[i];
-  return d == 2 ? thread : thread % l.block[d];
-}
-
 uint64_t now(const Warp& w) { return w.launch->clock + w.executed; }
 constexpr uint64_t kStart = 1000000000;  // of %globaltimer
 
@@ -18,7 +12,7 @@ constexpr uint64_t kStart = 1000000000;  // of %globaltimer
 #define VALUE(expression) \
   [](const Warp& w, unsigned lane, unsigned d) -> uint64_t { return (void)w, (void)lane, (void)d, expression; }
 const Special kSpecials[] = {
-    {"%tid.", VALUE(coordinate(*w.launch, w.index* kLanes + lane, d))},
+    {"%tid.", VALUE(coordinate(w.launch->block, w.index* kLanes + lane, d))},
     {"%ntid.", VALUE(w.launch->block[d])},
     {"%ctaid.", VALUE(w.cta->id[d])},
     {"%nctaid.", VALUE(w.launch->grid[d])},
