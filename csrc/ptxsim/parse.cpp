@@ -343,21 +343,19 @@ class Parser {
         return o;
       }
     if (isNumber()) return number();
-    const std::string name = ident();
-    if (name == "_") {
+    o.name = ident();
+    if (o.name == "_") {
       o.kind = Operand::Sink;
-    } else if (auto* reg = fn_->find(scope_, &Func::Scope::regs, name)) {
+    } else if (auto* reg = fn_->find(scope_, &Func::Scope::regs, o.name)) {
       o.kind = Operand::Register;
       o.reg = *reg;
-    } else if (o.special = findSpecial(name, &o.dimension); o.special) {
+    } else if (o.special = findSpecial(o.name, &o.dimension); o.special) {
       o.kind = Operand::Special;
-      o.name = name;
-    } else if (o.var = findVar(name); o.var) {
+    } else if (o.var = findVar(o.name); o.var) {
       o.kind = Operand::Symbol;
     } else {
-      if (name[0] == '%') fail("register '", name, "' is not declared");
       o.kind = Operand::Name;
-      o.name = name;
+      if (o.name[0] == '%') fail("register '", o.name, "' is not declared");
     }
     if (is("+") || is("-")) {  // reg+imm, sym+imm; "+-16" occurs
       accept("+");

@@ -68,7 +68,7 @@ struct Operand {
   Kind kind = None;
   int reg = -1;        // Register: index into Func::regs
   Var* var = nullptr;  // Symbol
-  std::string name;    // Special register, label or function name
+  std::string name;
   const struct Special* special = nullptr;
   unsigned dimension = 0;  // of a special register with coordinates
   int64_t i = 0;           // Int: value; Symbol and Address: byte offset; Float: the bits, `width` 32 or 64

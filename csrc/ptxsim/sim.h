@@ -74,7 +74,7 @@ struct SpecialUse {
 };
 
 struct Coverage {  // of one kernel of one module text over all launches: see profile.cpp. It outlives the module
-  size_t module;
+  size_t module = 0;
   std::vector<std::string> rows;              // of each instruction
   std::vector<uint64_t> hits, taken, before;  // by warps; of a predicated one with a lane to run for; hits at launch
 };
@@ -94,7 +94,7 @@ struct Kernel {
   uint32_t localBytes = 16, paramBytes = 0;
   std::vector<std::pair<uint32_t, uint32_t>> paramLayout;  // offset, bytes
   uint8_t* params = nullptr;                               // simulated parameter bank
-  std::shared_ptr<Coverage> coverage;
+  Coverage* coverage = nullptr;
   std::string place(size_t pc) const;  // source position and PTX line, for reports
 };
 
