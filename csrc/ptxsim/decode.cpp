@@ -80,7 +80,7 @@ size_t Dec::find(std::string_view mod) const {
 }
 bool Dec::take(std::string_view mod) {
   const size_t i = find(mod);
-  if (i) used[i] = true;
+  used[i] = true;
   return i != 0;
 }
 int Dec::takeOneOf(std::string_view mods) {

@@ -11,7 +11,6 @@
 #define SIM_API extern "C" __attribute__((visibility("default")))
 
 namespace ptxsim {
-namespace {
 
 #define RESULTS(X)                                                                                                \
   X(Success, 0, SUCCESS), X(InvalidValue, 1, ERROR_INVALID_VALUE), X(OutOfMemory, 2, ERROR_OUT_OF_MEMORY),        \
@@ -281,7 +280,6 @@ void launch(const LaunchConfig& cfg, KernelHandle& handle, void** params, void**
   l.kernel = &k;
   l.opt = gOptions;
   l.rng.seed(l.opt.seed + 1);
-  l.alias = translate;
   shape(l, cfg, handle);
   setParameters(k, params, extra);
   Running running;
@@ -292,11 +290,8 @@ void launch(const LaunchConfig& cfg, KernelHandle& handle, void** params, void**
   try {
     copyIn(declared);
     if (l.early) markPredecessors(declared);
-    for (uint32_t at = 0; at + 8 <= k.paramBytes; at += 8) {
-      uint64_t v;
-      memcpy(&v, k.params + at, 8);
-      if (uint64_t moved = translate(v, 0)) memcpy(k.params + at, &moved, 8);
-    }
+    for (auto* word = (uint64_t*)k.params; word < (uint64_t*)k.params + k.paramBytes / 8; ++word)
+      if (uint64_t moved = translate(*word, 0)) *word = moved;
     l.run();
     for (auto& r : gRegions)
       if (r.some & 2) copyBack(r);
@@ -353,7 +348,6 @@ size_t give(const std::string& s, char* out, size_t size) {
   return s.size();
 }
 
-}  // namespace
 }  // namespace ptxsim
 
 using namespace ptxsim;
@@ -420,84 +414,80 @@ SIM_API int cuGetErrorString(int e, const char** text) {
   return *text = gLastError.c_str(), Success;
 }
 
-SIM_API int cuLibraryLoadData(void** library, const void* code, void*, void*, unsigned, void*, void*, unsigned) {
+SIM_API int cuLibraryLoadData(Library** library, const char* text, void*, void*, unsigned, void*, void*, unsigned) {
   return guarded([&] {
-    const char* text = (const char*)code;
     require(text, InvalidValue, "no image");
     require(strncmp(text, "\177ELF", 4) && strncmp(text, "\x50\xed\x55\xba", 4), NotSupported,
             "the simulator runs PTX text; it was given machine code");
     *library = new Library(text);
   });
 }
-SIM_API int cuLibraryUnload(void* library) {
-  return guarded([&] { delete (Library*)library; });
+SIM_API int cuLibraryUnload(Library* library) {
+  return guarded([&] { delete library; });
 }
-SIM_API int cuLibraryGetKernel(void** kernel, void* library, const char* name) {
+SIM_API int cuLibraryGetKernel(KernelHandle** kernel, Library* library, const char* name) {
   return guarded([&] {
-    auto& kernels = ((Library*)library)->kernels;
-    auto it = kernels.find(name);
-    require(it != kernels.end(), NotFound, "the module has no kernel '", name, "'");
+    auto it = library->kernels.find(name);
+    require(it != library->kernels.end(), NotFound, "the module has no kernel '", name, "'");
     *kernel = &it->second;
   });
 }
-SIM_API int cuLibraryGetGlobal(uint64_t* address, size_t* bytes, void* library, const char* name) {
+SIM_API int cuLibraryGetGlobal(uint64_t* address, size_t* bytes, Library* library, const char* name) {
   return guarded([&] {
-    Module& m = *((Library*)library)->module;
+    Module& m = *library->module;
     auto it = m.varByName.find(name);
     require(it != m.varByName.end(), NotFound, "the module has no variable '", name, "'");
     if (address) *address = globalAddress(m, *it->second);
     if (bytes) *bytes = it->second->bytes;
   });
 }
-SIM_API int cuKernelGetFunction(void** function, void* kernel) {
-  return guarded([&] { ((KernelHandle*)kernel)->get(), *function = kernel; });
+SIM_API int cuKernelGetFunction(KernelHandle** function, KernelHandle* kernel) {
+  return guarded([&] { kernel->get(), *function = kernel; });
 }
-SIM_API int cuKernelGetParamInfo(void* kernel, size_t index, size_t* offset, size_t* bytes) {
+SIM_API int cuKernelGetParamInfo(KernelHandle* kernel, size_t index, size_t* offset, size_t* bytes) {
   return guarded([&] {
-    const auto& layout = ((KernelHandle*)kernel)->get().paramLayout;
+    const auto& layout = kernel->get().paramLayout;
     require(index < layout.size(), InvalidValue, "the kernel has no parameter ", index);
     if (offset) *offset = layout[index].first;
     if (bytes) *bytes = layout[index].second;
   });
 }
-SIM_API int cuFuncSetAttribute(void* f, int attribute, int value) {
+SIM_API int cuFuncSetAttribute(KernelHandle* kernel, int attribute, int value) {
   return guarded([&] {
-    KernelHandle& h = *(KernelHandle*)f;
     require(attribute == 8 || attribute == 9 || attribute == 14, InvalidValue, "function attribute ", attribute,
             " is not modelled");
-    require(attribute != 8 || (value >= 0 && (uint32_t)value + h.get().staticShared <= kMaxShared), InvalidValue, value,
-            " bytes of dynamic shared memory are more than a CTA may have");
-    if (attribute == 8) h.maxDynamicShared = value;
-    if (attribute == 14) h.nonPortableCluster = value != 0;
+    require(attribute != 8 || (value >= 0 && (uint32_t)value + kernel->get().staticShared <= kMaxShared), InvalidValue,
+            value, " bytes of dynamic shared memory are more than a CTA may have");
+    if (attribute == 8) kernel->maxDynamicShared = value;
+    if (attribute == 14) kernel->nonPortableCluster = value != 0;
   });
 }
-SIM_API int cuKernelSetAttribute(int attribute, int value, void* kernel, int) {
+SIM_API int cuKernelSetAttribute(int attribute, int value, KernelHandle* kernel, int) {
   return cuFuncSetAttribute(kernel, attribute, value);
 }
-SIM_API int cuFuncGetAttribute(int* value, int attribute, void* f) {
+SIM_API int cuFuncGetAttribute(int* value, int attribute, KernelHandle* kernel) {
   return guarded([&] {
-    KernelHandle& h = *(KernelHandle*)f;
     switch (attribute) {
-      case 0: *value = h.func.maxThreads() ? (int)h.func.maxThreads() : 1024; break;
-      case 1: *value = (int)h.get().staticShared; break;
-      case 3: *value = (int)h.get().localBytes; break;
-      case 4: *value = h.func.maxnreg ? (int)h.func.maxnreg : 255; break;
-      case 8: *value = h.maxDynamicShared; break;
+      case 0: *value = kernel->func.maxThreads() ? (int)kernel->func.maxThreads() : 1024; break;
+      case 1: *value = (int)kernel->get().staticShared; break;
+      case 3: *value = (int)kernel->get().localBytes; break;
+      case 4: *value = kernel->func.maxnreg ? (int)kernel->func.maxnreg : 255; break;
+      case 8: *value = kernel->maxDynamicShared; break;
       default: throw Refused(InvalidValue, "function attribute ", attribute, " is not modelled");
     }
   });
 }
-SIM_API int cuLaunchKernelEx(const void* config, void* function, void** params, void** extra) {
+SIM_API int cuLaunchKernelEx(const LaunchConfig* config, KernelHandle* kernel, void** params, void** extra) {
   return guarded([&] {
     const auto declared = std::exchange(gDeclared, {});
-    require(function, InvalidHandle, "no kernel");
-    launch(*(const LaunchConfig*)config, *(KernelHandle*)function, params, extra, declared);
+    require(kernel, InvalidHandle, "no kernel");
+    launch(*config, *kernel, params, extra, declared);
   });
 }
-SIM_API int cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                           unsigned shared, void* stream, void** params, void** extra) {
+SIM_API int cuLaunchKernel(KernelHandle* kernel, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
+                           unsigned bz, unsigned shared, void* stream, void** params, void** extra) {
   LaunchConfig c{{gx, gy, gz}, {bx, by, bz}, shared, stream, nullptr, 0};
-  return cuLaunchKernelEx(&c, f, params, extra);
+  return cuLaunchKernelEx(&c, kernel, params, extra);
 }
 SIM_API int cuTensorMapEncodeTiled(TensorMap* map, unsigned type, uint32_t rank, uint64_t address, const uint64_t* dims,
                                    const uint64_t* strides, const uint32_t* box, const uint32_t* elementStrides,

@@ -17,10 +17,7 @@ Place locateGlobal(Warp& w, const Inst& in, int lane, uint64_t a, uint32_t bytes
     w.fail(in, lane, "misaligned ", verb(kind), " of ", bytes, " bytes: address ", Arena::get().describe(a, bytes),
            " is no multiple of ", align);
   Buffer* b = Arena::get().find(a, bytes);
-  if (!b && w.launch->alias) {
-    uint64_t moved = w.launch->alias(a, bytes);
-    if (moved) b = Arena::get().find(a = moved, bytes);
-  }
+  if (uint64_t moved = b ? 0 : translate(a, bytes)) b = Arena::get().find(a = moved, bytes);
   if (!b)
     w.fail(in, lane, "out-of-bounds global ", verb(kind), " of ", bytes, " bytes at ", Arena::get().describe(a, bytes));
   if (kind != Kind::Read && !b->writable)

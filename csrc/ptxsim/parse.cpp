@@ -7,8 +7,10 @@ bool isIdent(char c) { return isalnum((unsigned char)c) || c == '_' || c == '$' 
 
 class Parser {
  public:
-  explicit Parser(const char* text) : p_(text), module_(new Module) { advance(); }
-
+  explicit Parser(const char* text) : p_(text), module_(new Module) {
+    module_->hash = std::hash<std::string_view>()(text);
+    advance();
+  }
   std::unique_ptr<Module> run() {
     while (kind_ != End) topLevel();
     return std::move(module_);
@@ -406,10 +408,6 @@ std::string Module::position(int loc) const {
   return l.line && it != files.end() ? cat(it->second, ":", l.line) : "";
 }
 
-std::unique_ptr<Module> parse(const char* text) {
-  std::unique_ptr<Module> m = Parser(text).run();
-  m->hash = std::hash<std::string_view>()(text);
-  return m;
-}
+std::unique_ptr<Module> parse(const char* text) { return Parser(text).run(); }
 
 }  // namespace ptxsim

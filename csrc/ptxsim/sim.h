@@ -322,7 +322,6 @@ struct Launch {
   // griddepcontrol.wait. `waited`: somebody has, so that this launch ends after the one before. `signalled`: by
   // griddepcontrol.launch_dependents, so that the next one may begin before this one ends.
   bool early = false, waited = false, signalled = false;
-  uint64_t (*alias)(uint64_t address, uint64_t bytes) = nullptr;  // of a declared buffer of the host -> of its copy
   std::vector<std::unique_ptr<Cluster>> resident;
   uint64_t numClusters = 0;
   unsigned maxResident = 1;  // clusters
@@ -348,6 +347,7 @@ constexpr uint32_t kSharedReserved = 1024, kMaxShared = 232448, kSharedPerSm = 2
 constexpr unsigned kRegisters = 65536, kThreadsPerSm = 2048;                            // of an SM
 
 std::unique_ptr<Kernel> decodeKernel(Module& m, Func& f);
+uint64_t translate(uint64_t address, uint64_t bytes);  // of a declared buffer of the host -> of its copy, or 0
 
 void profileStart(Kernel& k);  // before a launch
 std::string instructionCounts();
