@@ -100,7 +100,7 @@ std::string Dec::choose(const Form& form) {
   for (std::string_view words = form.modifiers; !words.empty();) {
     std::string_view word = cut(words, ' ');
     const auto* known = std::find_if(kClasses, std::end(kClasses), [&](auto& c) { return word == c.first; });
-    const Type exact = typeFromName(std::string(word));
+    const Type exact = typeFromName(word);
     if (known != std::end(kClasses) || exact != Type::None) {
       const Type t = takeType();
       if (t == Type::None) return "a type is missing";
@@ -142,7 +142,7 @@ void Dec::operands(std::string_view words) {
     const Type t = word.empty()       ? types.at(0)
                    : isdigit(word[0]) ? types.at((size_t)(word[0] - '0'))
                    : word == "wide"   ? (Type)((int)types.at(0) + 1)
-                                      : typeFromName(std::string(word));
+                                      : typeFromName(word);
     auto ref = [&](const Operand& o) {
       if (name == 'd') return t == Type::Pred ? predDst(o) : dst(o, std::max(2u, typeBytes(t)));
       return t == Type::Pred ? pred(o) : src(o, t);
@@ -283,7 +283,7 @@ Ref Dec::srcWide(const Operand& o, Type t, unsigned* bytes) {
         return constant((*bytes == 4 ? 0 : (uint64_t)kb.k.params) + kb.params[&v] + offset, *bytes);
       if (v.space == Space::Param) return constant(kLocalWindow + kb.frameOffset(v) + offset, 8);
       if (v.space == Space::Local) return constant(kb.frameOffset(v) + offset, *bytes);
-      return constant(globalAddress(kb.module, const_cast<Var&>(v)) + offset, 8);
+      return constant(globalAddress(*kb.k.module, const_cast<Var&>(v)) + offset, 8);
     }
     default: fail("operand is not a value");
   }
@@ -389,7 +389,7 @@ std::unique_ptr<Kernel> decodeKernel(Module& m, Func& f) {
   Kernel& k = *kernel;
   k.name = f.name;
   k.module = &m;
-  KernelBuilder kb(m, k);
+  KernelBuilder kb(k);
   for (Var* p : f.params) k.paramLayout.emplace_back(place(kb.params, *p, k.paramBytes), (uint32_t)p->bytes);
   Buffer& parameters = Arena::get().allocate(std::max(k.paramBytes, 1u), f.name + " parameters");
   parameters.writable = false;

@@ -99,7 +99,6 @@ struct Dec {
 };
 
 struct KernelBuilder {
-  Module& module;
   Kernel& k;
   std::unordered_map<const Func*, uint32_t> start;  // code index
   std::unordered_map<const Func*, std::vector<Ref>> regs;
@@ -108,7 +107,7 @@ struct KernelBuilder {
   std::unordered_map<const Var*, uint32_t> shared, frame, params;
   uint32_t sharedEnd = kSharedReserved;  // of what is placed
 
-  KernelBuilder(Module& m, Kernel& kernel) : module(m), k(kernel) {}
+  explicit KernelBuilder(Kernel& kernel) : k(kernel) {}
   Ref slot(uint32_t bytes);
   Ref reg(const Func& f, int index);
   Ref special(const Special& s, unsigned dimension, unsigned bytes, uint32_t add = 0);

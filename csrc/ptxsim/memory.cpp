@@ -12,9 +12,9 @@ Arena& Arena::get() {
 }
 
 Arena::Arena() : owner_(size_ >> kShift) {
-  void* p = mmap(nullptr, size_ + (1 << kShift), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* p = mmap(nullptr, size_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) throw Error("cannot reserve the simulator's address space");
-  base_ = ((uint64_t)p + (1 << kShift) - 1) >> kShift << kShift;
+  base_ = (uint64_t)p;
 }
 
 Buffer& Arena::allocate(size_t bytes, const std::string& name, unsigned misalign) {
@@ -43,8 +43,7 @@ Buffer& Arena::allocate(size_t bytes, const std::string& name, unsigned misalign
 }
 
 void Arena::release(uint64_t address) {
-  const size_t off = address - base_;
-  const Buffer* b = off < size_ ? owner_[off >> kShift] : nullptr;
+  const Buffer* b = find(address, 0);
   if (!b) throw Error("release of an address that was never allocated");
   const size_t first = (b->begin - base_) >> kShift;
   size_t chunks = 0;

@@ -116,7 +116,7 @@ void decodeCall(Dec& d) {
     if (o.kind != Operand::Symbol || o.var->space != Space::Param) d.fail("call operands must be .param variables");
     return *o.var;
   };
-  const Func* f = callee(d.kb.module, d.p);
+  const Func* f = callee(*d.kb.k.module, d.p);
   if (!f) d.fail("unknown function '", name->name, "'");
   auto copies = [&](const Operand* actual, const std::vector<Var*>& formal, bool in) {
     std::vector<Extra::Copy> list;

@@ -152,8 +152,7 @@ class Parser {
     auto space = std::find(std::begin(kSpaces), std::end(kSpaces), text_);
     if (space == std::end(kSpaces)) fail("unknown directive '", text_, "'");
     advance();
-    const bool local = scope_ >= 0;
-    Var* v = (local ? fn_->vars : module_->vars).emplace_back(std::make_unique<Var>()).get();
+    Var* v = module_->vars.emplace_back(std::make_unique<Var>()).get();
     v->space = (Space)((int)Space::Global + (space - kSpaces));
     Type type = Type::None;
     unsigned vec = 1;
@@ -189,7 +188,7 @@ class Parser {
       if (open) v->bytes = v->init.size();
       v->init.resize(v->bytes);
     }
-    return (local ? scope().vars : module_->varByName)[v->name] = v;
+    return (scope_ < 0 ? module_->varByName : scope().vars)[v->name] = v;
   }
   void initializer(Var& v, Type type) {
     if (accept("{")) return listUntil("}", [&] { initializer(v, type); });
@@ -394,9 +393,9 @@ class Parser {
 
 }  // namespace
 
-Type typeFromName(const std::string& s) {
+Type typeFromName(std::string_view s) {
 #define ROW(type, name, bytes) std::make_pair(#name, Type::type)
-  static const std::unordered_map<std::string, Type> kByName = {TYPES(ROW)};
+  static const std::unordered_map<std::string_view, Type> kByName = {TYPES(ROW)};
 #undef ROW
   auto it = kByName.find(s);
   return it == kByName.end() ? Type::None : it->second;

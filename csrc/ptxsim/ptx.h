@@ -46,7 +46,7 @@ inline unsigned typeBytes(Type t) {
 #undef BYTES
   return kBytes[(int)t];
 }
-Type typeFromName(const std::string& s);  // without the dot; None if it is no type
+Type typeFromName(std::string_view s);  // without the dot; None if it is no type
 inline bool isSigned(Type t) { return t == Type::S8 || t == Type::S16 || t == Type::S32 || t == Type::S64; }
 inline bool isFloat(Type t) { return t >= Type::F16 && t <= Type::E5M2x2; }
 
@@ -90,7 +90,6 @@ struct PInst {
 struct Func {
   std::string name;
   bool entry = false, hasBody = false;
-  std::vector<std::unique_ptr<Var>> vars;  // params, locals, function-scope shared and statics
   std::vector<Var*> params, returns;
   struct Reg {
     std::string name;
@@ -126,9 +125,9 @@ struct Loc {  // a .loc; `caller` is the position that the function it lies in w
 };
 
 struct Module {
-  std::vector<Loc> locs = {Loc()};  // 0: no position
-  std::vector<std::unique_ptr<Var>> vars;
-  std::unordered_map<std::string, Var*> varByName;
+  std::vector<Loc> locs = {Loc()};                  // 0: no position
+  std::vector<std::unique_ptr<Var>> vars;           // and those of its functions
+  std::unordered_map<std::string, Var*> varByName;  // without those
   std::vector<std::unique_ptr<Func>> funcs;
   std::unordered_map<std::string, Func*> funcByName;
   std::map<int, std::string> files;
