@@ -279,7 +279,7 @@ Ref Dec::srcWide(const Operand& o, Type t, unsigned* bytes) {
       if (v.space == Space::Shared) return kb.special(kSharedAddress, 0, *bytes, kb.sharedOffset(v) + (uint32_t)offset);
       // 32 bits hold an offset in the parameter space, which cvta.param makes an address of; 64 bits the address
       // itself.
-      if (v.space == Space::Param && kb.isEntryParam(v))
+      if (v.space == Space::Param && kb.params.count(&v))
         return constant((*bytes == 4 ? 0 : (uint64_t)kb.k.params) + kb.params[&v] + offset, *bytes);
       if (v.space == Space::Param) return constant(kLocalWindow + kb.frameOffset(v) + offset, 8);
       if (v.space == Space::Local) return constant(kb.frameOffset(v) + offset, *bytes);

@@ -113,7 +113,6 @@ struct KernelBuilder {
   Ref special(const Special& s, unsigned dimension, unsigned bytes, uint32_t add = 0);
   uint32_t sharedOffset(const Var& v);
   uint32_t frameOffset(const Var& v);
-  bool isEntryParam(const Var& v) const { return params.count(&v) != 0; }
 };
 
 uint64_t globalAddress(Module& m, Var& v);               // places the variable on first use

@@ -32,9 +32,9 @@ struct Refused : Error {
   template <class... Parts>
   explicit Refused(Result c, const Parts&... why) : Error(why...), code(c) {}
 };
-template <class... Parts>
-void require(bool ok, Result otherwise, const Parts&... why) {
-  if (!ok) throw Refused(otherwise, why...);
+template <Result kOtherwise = InvalidValue, class... Parts>
+void require(bool ok, const Parts&... why) {
+  if (!ok) throw Refused(kOtherwise, why...);
 }
 
 int failed(Result code, const char* text) { return gLastError = text, code; }
@@ -211,7 +211,7 @@ void shape(Launch& l, const LaunchConfig& cfg, const KernelHandle& handle) {
   auto setCluster = [&](const unsigned* dim) {
     l.explicitCluster = true;
     for (int d = 0; d < 3; ++d) {
-      require(!f.cluster[d] || f.cluster[d] == dim[d], InvalidValue,
+      require(!f.cluster[d] || f.cluster[d] == dim[d],
               "the cluster size differs from the one the kernel was compiled for");
       l.clusterDim[d] = dim[d];
     }
@@ -225,30 +225,30 @@ void shape(Launch& l, const LaunchConfig& cfg, const KernelHandle& handle) {
   const unsigned maxBlock[3] = {1024, 1024, 64}, maxGrid[3] = {0x7fffffff, 65535, 65535};
   for (int d = 0; d < 3; ++d) {
     const unsigned grid = l.grid[d] = cfg.grid[d], block = l.block[d] = cfg.block[d], cluster = l.clusterDim[d];
-    require(grid >= 1 && grid <= maxGrid[d], InvalidValue, "grid dimension ", d, " is ", grid);
-    require(block >= 1 && block <= maxBlock[d], InvalidValue, "block dimension ", d, " is ", block);
-    require(cluster >= 1 && grid % cluster == 0, InvalidValue, "grid dimension ", d, " of ", grid,
+    require(grid >= 1 && grid <= maxGrid[d], "grid dimension ", d, " is ", grid);
+    require(block >= 1 && block <= maxBlock[d], "block dimension ", d, " is ", block);
+    require(cluster >= 1 && grid % cluster == 0, "grid dimension ", d, " of ", grid,
             " is no multiple of the cluster's ", cluster);
     threads *= block;
     l.ctasPerCluster *= cluster;
   }
-  require(threads <= 1024, InvalidValue, threads, " threads per CTA; 1024 is the most");
-  require(!f.maxThreads() || threads <= f.maxThreads(), InvalidValue, threads,
-          " threads per CTA; the kernel was compiled for ", f.maxThreads());
-  require(!f.required || std::equal(l.block, l.block + 3, f.maxDim), InvalidValue,
+  require(threads <= 1024, threads, " threads per CTA; 1024 is the most");
+  require(!f.maxThreads() || threads <= f.maxThreads(), threads, " threads per CTA; the kernel was compiled for ",
+          f.maxThreads());
+  require(!f.required || std::equal(l.block, l.block + 3, f.maxDim),
           "the kernel requires another block size (.reqntid)");
-  require(l.ctasPerCluster <= (handle.nonPortableCluster ? 16 : 8), InvalidValue, "a cluster of ", l.ctasPerCluster,
-          " CTAs", handle.nonPortableCluster ? "" : " needs NON_PORTABLE_CLUSTER_SIZE_ALLOWED");
+  require(l.ctasPerCluster <= (handle.nonPortableCluster ? 16 : 8), "a cluster of ", l.ctasPerCluster, " CTAs",
+          handle.nonPortableCluster ? "" : " needs NON_PORTABLE_CLUSTER_SIZE_ALLOWED");
   l.dynShared = cfg.sharedBytes;
-  require((int)l.dynShared <= handle.maxDynamicShared, InvalidValue, l.dynShared,
+  require((int)l.dynShared <= handle.maxDynamicShared, l.dynShared,
           " bytes of dynamic shared memory; the kernel's attribute allows ", handle.maxDynamicShared);
-  require(k.staticShared + l.dynShared <= kMaxShared, InvalidValue, k.staticShared + l.dynShared,
+  require(k.staticShared + l.dynShared <= kMaxShared, k.staticShared + l.dynShared,
           " bytes of shared memory; a CTA may have ", kMaxShared);
   l.threads = (unsigned)threads;
   l.warpsPerCta = (l.threads + kLanes - 1) / kLanes;
   const unsigned allocated = l.warpsPerCta * kLanes;
-  require(f.maxnreg * allocated <= kRegisters, LaunchOutOfResources, f.maxnreg, " registers for each of ", threads,
-          " threads; an SM has ", kRegisters);
+  require<LaunchOutOfResources>(f.maxnreg * allocated <= kRegisters, f.maxnreg, " registers for each of ", threads,
+                                " threads; an SM has ", kRegisters);
   l.regsPerThread = f.maxnreg ? f.maxnreg : std::min(255u, kRegisters / allocated) / 8 * 8;
   const unsigned perSm =
       std::min({32u, kThreadsPerSm / allocated, kSharedPerSm / (k.staticShared + l.dynShared + kSharedReserved)});
@@ -266,10 +266,10 @@ void setParameters(const Kernel& k, void** params, void** extra) {
       if ((uintptr_t)*e == 1) buffer = e[1];
       if ((uintptr_t)*e == 2) bytes = *(size_t*)e[1];
     }
-    require(buffer && bytes >= k.paramBytes, InvalidValue, "the parameter buffer is too small");
+    require(buffer && bytes >= k.paramBytes, "the parameter buffer is too small");
     memcpy(k.params, buffer, k.paramBytes);
   } else {
-    require(!k.paramBytes, InvalidValue, "no kernel parameters given");
+    require(!k.paramBytes, "no kernel parameters given");
   }
 }
 
@@ -303,7 +303,7 @@ void launch(const LaunchConfig& cfg, KernelHandle& handle, void** params, void**
   if (!l.early || l.waited) gPredecessors.clear();  // this launch has ended, and so have those before it
   if (l.signalled) gPredecessors.insert(gPredecessors.end(), declared.begin(), declared.end());
   const bool outside = failure.find("out-of-bounds global") != std::string::npos;
-  require(failure.empty(), outside ? IllegalAddress : LaunchFailed, failure);
+  if (!failure.empty()) throw Refused(outside ? IllegalAddress : LaunchFailed, failure);
 }
 
 // ---- options
@@ -364,7 +364,7 @@ SIM_API int cuStreamSynchronize(void*) { return cuCtxSynchronize(); }
 
 SIM_API int cuDriverGetVersion(int* v) { return *v = 13000, Success; }
 SIM_API int cuDeviceGet(int* d, int ordinal) {
-  return guarded([&] { require(ordinal == 0, InvalidDevice, "the simulator has one device"), *d = 0; });
+  return guarded([&] { require<InvalidDevice>(ordinal == 0, "the simulator has one device"), *d = 0; });
 }
 SIM_API int cuDeviceGetCount(int* n) { return *n = 1, Success; }
 SIM_API int cuDeviceGetName(char* name, int len, int) {
@@ -386,7 +386,7 @@ SIM_API int cuDeviceGetAttribute(int* v, int attribute, int) {
       {120, 1},            // cluster launch
   };
   return guarded([&] {
-    require(known.count(attribute), InvalidValue, "device attribute ", attribute, " is not modelled");
+    require(known.count(attribute), "device attribute ", attribute, " is not modelled");
     *v = (int)known.at(attribute);
   });
 }
@@ -403,8 +403,7 @@ SIM_API int cuGetErrorName(int e, const char** text) {
 #define ROW(name, code, cudaName) std::make_pair((int)name, "CUDA_" #cudaName)
   static const std::unordered_map<int, const char*> kNames = {RESULTS(ROW)};
 #undef ROW
-  auto it = kNames.find(e);
-  *text = it == kNames.end() ? nullptr : it->second;
+  *text = kNames.count(e) ? kNames.at(e) : nullptr;
   return *text ? Success : InvalidValue;
 }
 // The text of this thread's last error: a driver knows only the code, the simulator knows what happened.
@@ -416,9 +415,9 @@ SIM_API int cuGetErrorString(int e, const char** text) {
 
 SIM_API int cuLibraryLoadData(Library** library, const char* text, void*, void*, unsigned, void*, void*, unsigned) {
   return guarded([&] {
-    require(text, InvalidValue, "no image");
-    require(strncmp(text, "\177ELF", 4) && strncmp(text, "\x50\xed\x55\xba", 4), NotSupported,
-            "the simulator runs PTX text; it was given machine code");
+    require(text, "no image");
+    require<NotSupported>(strncmp(text, "\177ELF", 4) && strncmp(text, "\x50\xed\x55\xba", 4),
+                          "the simulator runs PTX text; it was given machine code");
     *library = new Library(text);
   });
 }
@@ -428,7 +427,7 @@ SIM_API int cuLibraryUnload(Library* library) {
 SIM_API int cuLibraryGetKernel(KernelHandle** kernel, Library* library, const char* name) {
   return guarded([&] {
     auto it = library->kernels.find(name);
-    require(it != library->kernels.end(), NotFound, "the module has no kernel '", name, "'");
+    require<NotFound>(it != library->kernels.end(), "the module has no kernel '", name, "'");
     *kernel = &it->second;
   });
 }
@@ -436,7 +435,7 @@ SIM_API int cuLibraryGetGlobal(uint64_t* address, size_t* bytes, Library* librar
   return guarded([&] {
     Module& m = *library->module;
     auto it = m.varByName.find(name);
-    require(it != m.varByName.end(), NotFound, "the module has no variable '", name, "'");
+    require<NotFound>(it != m.varByName.end(), "the module has no variable '", name, "'");
     if (address) *address = globalAddress(m, *it->second);
     if (bytes) *bytes = it->second->bytes;
   });
@@ -447,17 +446,16 @@ SIM_API int cuKernelGetFunction(KernelHandle** function, KernelHandle* kernel) {
 SIM_API int cuKernelGetParamInfo(KernelHandle* kernel, size_t index, size_t* offset, size_t* bytes) {
   return guarded([&] {
     const auto& layout = kernel->get().paramLayout;
-    require(index < layout.size(), InvalidValue, "the kernel has no parameter ", index);
+    require(index < layout.size(), "the kernel has no parameter ", index);
     if (offset) *offset = layout[index].first;
     if (bytes) *bytes = layout[index].second;
   });
 }
 SIM_API int cuFuncSetAttribute(KernelHandle* kernel, int attribute, int value) {
   return guarded([&] {
-    require(attribute == 8 || attribute == 9 || attribute == 14, InvalidValue, "function attribute ", attribute,
-            " is not modelled");
-    require(attribute != 8 || (value >= 0 && (uint32_t)value + kernel->get().staticShared <= kMaxShared), InvalidValue,
-            value, " bytes of dynamic shared memory are more than a CTA may have");
+    require(attribute == 8 || attribute == 9 || attribute == 14, "function attribute ", attribute, " is not modelled");
+    require(attribute != 8 || (value >= 0 && (uint32_t)value + kernel->get().staticShared <= kMaxShared), value,
+            " bytes of dynamic shared memory are more than a CTA may have");
     if (attribute == 8) kernel->maxDynamicShared = value;
     if (attribute == 14) kernel->nonPortableCluster = value != 0;
   });
@@ -480,7 +478,7 @@ SIM_API int cuFuncGetAttribute(int* value, int attribute, KernelHandle* kernel) 
 SIM_API int cuLaunchKernelEx(const LaunchConfig* config, KernelHandle* kernel, void** params, void** extra) {
   return guarded([&] {
     const auto declared = std::exchange(gDeclared, {});
-    require(kernel, InvalidHandle, "no kernel");
+    require<InvalidHandle>(kernel, "no kernel");
     launch(*config, *kernel, params, extra, declared);
   });
 }
@@ -495,19 +493,18 @@ SIM_API int cuTensorMapEncodeTiled(TensorMap* map, unsigned type, uint32_t rank,
   return guarded([&] {
     const std::string e = encodeTensorMap(map, type, rank, address, dims, strides, box, elementStrides, interleave,
                                           swizzle, promotion, fill);
-    require(e.empty(), InvalidValue, "cuTensorMapEncodeTiled: ", e);
+    require(e.empty(), "cuTensorMapEncodeTiled: ", e);
   });
 }
 SIM_API int cuTensorMapReplaceAddress(TensorMap* map, uint64_t address) {
   return guarded([&] {
-    require(address && address % 16 == 0, InvalidValue,
-            "cuTensorMapReplaceAddress: the address must be a multiple of 16 bytes");
+    require(address && address % 16 == 0, "cuTensorMapReplaceAddress: the address must be a multiple of 16 bytes");
     map->address = address;
   });
 }
 SIM_API int cuMemAlloc_v2(uint64_t* p, size_t bytes) {
   return guarded([&] {
-    require(bytes, InvalidValue, "zero bytes");
+    require(bytes, "zero bytes");
     Buffer& b = Arena::get().allocate(bytes, cat("cuMemAlloc of ", bytes, " bytes"));
     b.track();
     *p = b.begin;
@@ -533,7 +530,7 @@ SIM_API int cuGetProcAddress_v2(const char* symbol, void** fn, int, uint64_t, in
   *fn = library ? dlsym(library, symbol) : nullptr;
   if (library && !*fn) *fn = dlsym(library, cat(symbol, "_v2").c_str());
   if (status) *status = *fn ? 0 : 1;
-  return guarded([&] { require(*fn, NotFound, symbol, " is not modelled"); });
+  return guarded([&] { require<NotFound>(*fn, symbol, " is not modelled"); });
 }
 
 // ---- not CUDA
@@ -541,13 +538,13 @@ SIM_API int cuGetProcAddress_v2(const char* symbol, void** fn, int, uint64_t, in
 // The next launch of this thread may read (access & 1) or write (access & 2) these bytes.
 SIM_API int dsv3SimDeclareBuffer(const void* address, size_t bytes, unsigned access) {
   return guarded([&] {
-    require(access & 3, InvalidValue, "access must be 1, 2 or 3");
+    require(access & 3, "access must be 1, 2 or 3");
     if (bytes) gDeclared.push_back({(uint64_t)address, bytes, access});
   });
 }
 SIM_API const char* dsv3SimLastError() { return gLastError.c_str(); }
 SIM_API int dsv3SimSetOption(const char* name, const char* value) {
-  return guarded([&] { require(setOption(name, value), InvalidValue, "no option ", name, "=", value); });
+  return guarded([&] { require(setOption(name, value), "no option ", name, "=", value); });
 }
 // Parses a module and decodes every kernel: what a build checks.
 SIM_API int dsv3SimCheck(const char* ptx) {

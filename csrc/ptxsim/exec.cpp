@@ -294,14 +294,13 @@ void Launch::run() {
   std::iota(shuffled.begin(), shuffled.end(), 0);
   std::shuffle(shuffled.begin(), shuffled.end(), rng);
   uint64_t nextCluster = 0, idleSince = epoch, idleInst = 0;
+  size_t at = 0, stuck = 0, gaveUp = 0;  // slices, and waits given up, since something changed
+  bool allBlocked = true;                // in these slices
   auto admit = [&] {
     const uint64_t i = nextCluster++;
     startCluster(opt.order == Order::Random ? shuffled[i] : opt.order == Order::Reverse ? numClusters - 1 - i : i);
+    stuck = 0, allBlocked = true;
   };
-  size_t at = 0, stuck = 0;  // slices since something changed
-  bool allBlocked = true;    // in these
-  unsigned gaveUp = 0;
-  auto changed = [&] { stuck = 0, allBlocked = true; };
   while (nextCluster < numClusters || !resident.empty()) {
     while (nextCluster < numClusters && (resident.empty() || (opt.eager && resident.size() < maxResident))) admit();
     at %= resident.size();
@@ -309,19 +308,17 @@ void Launch::run() {
     const Progress p = runCluster(c);
     if (p == Finished) {
       resident.erase(resident.begin() + (long)at);
-      changed();
       continue;
     }
     if (epoch != idleSince) {
-      idleSince = epoch, idleInst = n.threadInst, gaveUp = 0;
-      changed();
+      idleSince = epoch, idleInst = n.threadInst;
+      stuck = gaveUp = 0, allBlocked = true;
     }
     allBlocked &= p == Blocked;
     // One that only waits gives way to its neighbours, then to newcomers as far as the machine has room.
     if (++stuck > resident.size() || p == Slice) {
       if (nextCluster < numClusters && resident.size() < maxResident) {
         admit();
-        changed();
         at = resident.size() - 1;
         continue;
       }
@@ -349,9 +346,8 @@ bool Launch::giveUpWaits() {
   bool any = false;
   eachFragment([&](Warp&, Fragment& f) {
     if (f.wait != Wait::Poll || !f.mayGiveUp) return;
-    f.giveUp = true;
+    f.giveUp = any = true;
     f.wait = Wait::None;
-    any = true;
   });
   return any;
 }

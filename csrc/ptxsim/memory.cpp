@@ -6,11 +6,6 @@
 
 namespace ptxsim {
 
-Arena& Arena::get() {
-  static Arena* a = new Arena;
-  return *a;
-}
-
 Arena::Arena() : owner_(size_ >> kShift) {
   void* p = mmap(nullptr, size_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) throw Error("cannot reserve the simulator's address space");

@@ -32,7 +32,10 @@ struct Buffer {
 
 class Arena {
  public:
-  static Arena& get();
+  static Arena& get() {
+    static Arena* arena = new Arena;
+    return *arena;
+  }
   // Zero-filled memory of `bytes` whose address is `misalign` past a multiple of 1024.
   Buffer& allocate(size_t bytes, const std::string& name, unsigned misalign = 0);
   void release(uint64_t address);

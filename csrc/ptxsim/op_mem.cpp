@@ -242,7 +242,7 @@ void loadStore(Dec& d, bool isLoad) {
   d.out.bytes = (uint8_t)bytes;
   d.out.storesD = !isLoad;
   const Operand& base = mem.sub[0];
-  if (isLoad && d.out.space == Space::Param && base.kind == Operand::Symbol && d.kb.isEntryParam(*base.var)) {
+  if (isLoad && d.out.space == Space::Param && base.kind == Operand::Symbol && d.kb.params.count(base.var)) {
     if (base.i < 0 || (uint64_t)base.i + bytes * d.out.vec > base.var->bytes)
       d.fail("reads past the end of parameter ", base.var->name);
     d.out.imm = (int64_t)d.kb.k.params + d.kb.params[base.var] + base.i;

@@ -198,10 +198,9 @@ class Parser {
       value = (uint64_t)o.i;
       if (o.width == 64 && typeBytes(type) == 4) value = bits((float)bitsAs<double>(value));
     } else {  // symbol, generic(symbol), symbol+offset
-      const bool generic = accept("generic");
-      if (generic) expect("(");
+      if (accept("generic")) expect("(");
       v.relocs.emplace_back(v.init.size(), ident());
-      if (generic) expect(")");
+      accept(")");
       if (accept("+")) value = (uint64_t)integer();
     }
     for (unsigned i = 0; i < typeBytes(type); ++i) v.init.push_back((uint8_t)(value >> (8 * i)));

@@ -18,9 +18,9 @@ static std::string describe(const Kernel& k, size_t pc) {
     s << in.ext->text;
   }
   s << '\t' << source.ptxLine;
-  const bool same = pc && source.loc == k.source[pc - 1]->loc;
+  const bool same = pc && source.loc == k.source[pc - 1]->loc, none = !locs[(size_t)source.loc].line;
   if (same) s << "\t=";
-  for (int loc = source.loc; !same && locs[(size_t)source.loc].line && loc; loc = locs[(size_t)loc].caller)
+  for (int loc = same || none ? 0 : source.loc; loc; loc = locs[(size_t)loc].caller)
     s << '\t' << k.module->position(loc) << ':' << locs[(size_t)loc].column;
   return s.str();
 }

@@ -144,9 +144,8 @@ struct Warp {
   uint32_t live = 0;                      // lanes that exist and have not exited
   uint8_t* base[2] = {nullptr, nullptr};  // registers, constants
   uint32_t* valid = nullptr;
-  uint8_t* local = nullptr;  // 32 x localBytes
-  uint8_t* localValid = nullptr;
-  std::vector<Fragment> frags;  // frags[cur] runs
+  uint8_t *local = nullptr, *localValid = nullptr;  // 32 x localBytes
+  std::vector<Fragment> frags;                      // frags[cur] runs
   unsigned cur = 0;
   uint32_t pc = 0, next = 0;  // of the running fragment
   uint32_t stopPc = 0;        // where another fragment waits ahead
@@ -219,8 +218,7 @@ struct Mbarrier {
   uint32_t initBy = 0, initTime = 0;  // race detector: warp of the grid
   uint32_t initLane = 0, initLaneTime = 0;
   std::shared_ptr<RaceClock> clock, done;  // race detector: of the open phase, of the last completed one
-  std::shared_ptr<struct RaceCompletion> open,
-      completion;  // asynchronous operations of the open phase, of the last one
+  std::shared_ptr<struct RaceCompletion> open, completion;  // asynchronous operations of the same two
 };
 
 struct alignas(64) Line {
@@ -310,8 +308,7 @@ struct Launch {
   unsigned grid[3] = {1, 1, 1}, block[3] = {1, 1, 1}, clusterDim[3] = {1, 1, 1};
   bool explicitCluster = false;
   uint32_t dynShared = 0;
-  unsigned threads = 0, warpsPerCta = 0, ctasPerCluster = 1;
-  unsigned regsPerThread = 0;
+  unsigned threads = 0, warpsPerCta = 0, ctasPerCluster = 1, regsPerThread = 0;
   uint64_t epoch = 1;  // counts effects: what a waiting fragment may be waiting for
   uint64_t clock = 0;
   std::mt19937_64 rng;
