@@ -273,17 +273,16 @@ Ref Dec::srcWide(const Operand& o, Type t, unsigned* bytes) {
       *bytes = want >= 8 ? 8 : want == 2 ? 2 : 4;
       return kb.special(*o.special, o.dimension, *bytes);
     case Operand::Symbol: {
-      const Var& v = *o.var;
+      Var& v = *o.var;
       const uint64_t offset = (uint64_t)o.i;
       *bytes = want >= 8 ? 8 : 4;
       if (v.space == Space::Shared) return kb.special(kSharedAddress, 0, *bytes, kb.sharedOffset(v) + (uint32_t)offset);
-      // 32 bits hold an offset in the parameter space, which cvta.param makes an address of; 64 bits the address
-      // itself.
+      // 32 bits hold an offset in the parameter space, of which cvta.param makes the address that 64 bits hold.
       if (v.space == Space::Param && kb.params.count(&v))
         return constant((*bytes == 4 ? 0 : (uint64_t)kb.k.params) + kb.params[&v] + offset, *bytes);
       if (v.space == Space::Param) return constant(kLocalWindow + kb.frameOffset(v) + offset, 8);
       if (v.space == Space::Local) return constant(kb.frameOffset(v) + offset, *bytes);
-      return constant(globalAddress(*kb.k.module, const_cast<Var&>(v)) + offset, 8);
+      return constant(globalAddress(*kb.k.module, v) + offset, 8);
     }
     default: fail("operand is not a value");
   }
@@ -421,12 +420,8 @@ std::unique_ptr<Kernel> decodeKernel(Module& m, Func& f) {
       for (auto* refs : {&in.ext->refs, &in.ext->refs2})
         for (auto& r : *refs) fenced[r.id] = true;
   fenced[0] = false;
-  for (auto& in : k.code) {
-    if (in.isWgmma || in.storesD) continue;
-    in.needsFence = fenced[in.d.id];
-    if (in.ext)
-      for (auto& r : in.ext->refs) in.needsFence |= fenced[r.id];
-  }
+  for (auto& in : k.code)
+    if (!in.isWgmma) in.eachDestination([&](Ref r) { in.needsFence |= fenced[r.id]; });
   k.localBytes = roundUp(k.localBytes, 16);
   return kernel;
 }

@@ -105,25 +105,18 @@ bool Warp::schedule() {
 
 // An instruction beside wgmmas in flight.
 static void checkInflight(Warp& w, const Inst& in) {
-  auto test = [&](Ref r, bool write) {
-    const uint8_t f = w.inflight[r.id];
-    if (f == 1)
-      w.fail(in, -1,
-             write ? "an accumulator of a wgmma that has not been waited for is overwritten"
-                   : "an accumulator is read before wgmma.wait_group");
-    if (f == 2 && write) w.fail(in, -1, "an A register of a wgmma that has not been waited for is overwritten");
+  auto read = [&](Ref r) {
+    if (w.inflight[r.id] == 1) w.fail(in, -1, "an accumulator is read before wgmma.wait_group");
   };
-  test(in.d, !in.storesD);
-  for (Ref r : {in.a, in.b, in.c}) test(r, false);
+  in.eachDestination([&](Ref r) {
+    if (const uint8_t role = w.inflight[r.id])
+      w.fail(in, -1, role == 1 ? "an accumulator" : "an A register",
+             " of a wgmma that has not been waited for is overwritten");
+  });
+  for (Ref r : {in.d, in.a, in.b, in.c}) read(r);
   if (!in.ext) return;
-  for (Ref r : in.ext->refs) test(r, !in.storesD);
-  for (Ref r : in.ext->refs2) test(r, false);
-}
-
-static void noteUnfenced(Warp& w, const Inst& in) {
-  w.unfenced[in.d.id] = 1;
-  if (in.ext)
-    for (Ref r : in.ext->refs) w.unfenced[r.id] = 1;
+  for (auto* refs : {&in.ext->refs, &in.ext->refs2})
+    for (Ref r : *refs) read(r);
 }
 
 bool Warp::run(unsigned quantum) {
@@ -152,7 +145,7 @@ bool Warp::run(unsigned quantum) {
       if (m) {
         threadInst += (unsigned)__builtin_popcount(m);
         if (__builtin_expect(numInflight != 0, 0) && !in.isWgmma) checkInflight(*this, in);
-        if (__builtin_expect(in.needsFence, 0)) noteUnfenced(*this, in);
+        if (__builtin_expect(in.needsFence, 0)) in.eachDestination([&](Ref r) { unfenced[r.id] = 1; });
         in.fn(*this, in, m);
       }
     }
@@ -340,8 +333,7 @@ void Launch::eachFragment(F visit) {
           if (w.frag().mask) visit(w, w.frag());
 }
 
-// A potentially blocking wait may also return false after a while. Each such wait gets that once before a deadlock is
-// called.
+// A potentially blocking wait may also return false after a while. Each such wait does, before a deadlock is called.
 bool Launch::giveUpWaits() {
   bool any = false;
   eachFragment([&](Warp&, Fragment& f) {

@@ -55,6 +55,12 @@ struct Inst {
   Space space = Space::Generic;
   uint8_t bytes = 0, vec = 1;
   uint8_t x[8] = {};  // each instruction's own
+  template <class F>
+  void eachDestination(F visit) const {
+    if (storesD) return;
+    visit(d);
+    for (size_t i = 0; ext && i < ext->refs.size(); ++i) visit(ext->refs[i]);
+  }
 };
 
 // A special register, and what a lane finds in it.
