@@ -24,8 +24,7 @@ enum Result { RESULTS(ENUMERATOR) };
 
 std::recursive_mutex gMutex;
 thread_local std::string gLastError;
-thread_local uint64_t gContext = 0;
-Options gOptions;
+thread_local void* gContext;
 
 struct Refused : Error {
   Result code;
@@ -51,6 +50,44 @@ int guarded(F f) {
     return failed(OutOfMemory, "out of memory");
   }
 }
+
+// ---- options
+
+bool setOption(Options& o, const std::string& name, const std::string& value) {
+  auto number = [&](auto& to) {
+    to = (std::decay_t<decltype(to)>)strtoull(value.c_str(), nullptr, 0);
+    return true;
+  };
+  auto choice = [&](auto& to, std::initializer_list<const char*> names) {
+    auto it = std::find(names.begin(), names.end(), value);
+    if (it != names.end()) to = (std::decay_t<decltype(to)>)(it - names.begin());
+    return it != names.end();
+  };
+  if (name == "timing") return choice(o.timing, {"early", "late", "random"});
+  if (name == "order") return choice(o.order, {"forward", "reverse", "random"});
+  if (name == "sms") return strtoull(value.c_str(), nullptr, 0) && number(o.sms);
+  if (name == "seed") return number(o.seed);
+  if (name == "eager") return number(o.eager);
+  if (name == "detect") return number(o.detect);
+  if (name == "rounding") return choice(o.hardwareRounding, {"float32", "hardware"});
+  if (name == "approximate") return number(o.approximate);
+  if (name == "max_idle") return number(o.maxIdle);
+  if (name == "banks") return number(o.verbose);
+  return false;
+}
+Options gOptions = [] {  // DSV3_KERNELS_SIM="seed=3,timing=late"
+  Options o;
+  const char* e = getenv("DSV3_KERNELS_SIM");
+  for (std::string_view list = e ? e : ""; !list.empty();) {
+    const std::string option(cut(list, ','));
+    std::string_view value = option, name = cut(value, '=');
+    if (value.empty() || !setOption(o, std::string(name), std::string(value)))
+      fprintf(stderr, "DSV3_KERNELS_SIM: bad option '%s'\n", option.c_str());
+  }
+  return o;
+}();
+
+// ---- modules
 
 struct KernelHandle {
   Module& module;
@@ -110,9 +147,8 @@ uint64_t translate(uint64_t a, uint64_t bytes) {
 constexpr size_t kSparse = 1 << 28;
 
 void copyInput(uint8_t* to, const uint8_t* from, size_t n) {
-  constexpr size_t kPiece = 4096;
-  static const uint8_t zeros[kPiece] = {};
-  const size_t piece = n < kSparse ? n : kPiece;
+  static const uint8_t zeros[4096] = {};
+  const size_t piece = n < kSparse ? n : sizeof zeros;
   for (size_t i = 0; i < n; i += piece) {
     const size_t m = std::min(piece, n - i);
     if (piece == n || memcmp(from + i, zeros, m)) memcpy(to + i, from + i, m);
@@ -208,32 +244,27 @@ std::string gKernelName;
 void shape(Launch& l, const LaunchConfig& cfg, const KernelHandle& handle) {
   const Kernel& k = *l.kernel;
   const Func& f = handle.func;
-  auto setCluster = [&](const unsigned* dim) {
-    l.explicitCluster = true;
-    for (int d = 0; d < 3; ++d) {
-      require(!f.cluster[d] || f.cluster[d] == dim[d],
-              "the cluster size differs from the one the kernel was compiled for");
-      l.clusterDim[d] = dim[d];
-    }
-  };
-  if (f.cluster[0]) setCluster(f.cluster);
+  const unsigned* clusterDim = f.cluster[0] ? f.cluster : nullptr;
   for (unsigned i = 0; i < cfg.numAttributes; ++i) switch (cfg.attributes[i].id) {
-      case 4: setCluster(cfg.attributes[i].value); break;
+      case 4: clusterDim = cfg.attributes[i].value; break;
       case 6: l.early = cfg.attributes[i].value[0]; break;
     }
-  uint64_t threads = 1;
+  l.explicitCluster = clusterDim;
   const unsigned maxBlock[3] = {1024, 1024, 64}, maxGrid[3] = {0x7fffffff, 65535, 65535};
   for (int d = 0; d < 3; ++d) {
-    const unsigned grid = l.grid[d] = cfg.grid[d], block = l.block[d] = cfg.block[d], cluster = l.clusterDim[d];
+    const unsigned grid = l.grid[d] = cfg.grid[d], block = l.block[d] = cfg.block[d];
+    const unsigned cluster = l.clusterDim[d] = clusterDim ? clusterDim[d] : 1;
+    require(!f.cluster[d] || f.cluster[d] == cluster,
+            "the cluster size differs from the one the kernel was compiled for");
     require(grid >= 1 && grid <= maxGrid[d], "grid dimension ", d, " is ", grid);
     require(block >= 1 && block <= maxBlock[d], "block dimension ", d, " is ", block);
     require(cluster >= 1 && grid % cluster == 0, "grid dimension ", d, " of ", grid,
             " is no multiple of the cluster's ", cluster);
-    threads *= block;
+    l.threads *= block;
     l.ctasPerCluster *= cluster;
   }
-  require(threads <= 1024, threads, " threads per CTA; 1024 is the most");
-  require(!f.maxThreads() || threads <= f.maxThreads(), threads, " threads per CTA; the kernel was compiled for ",
+  require(l.threads <= 1024, l.threads, " threads per CTA; 1024 is the most");
+  require(!f.maxThreads() || l.threads <= f.maxThreads(), l.threads, " threads per CTA; the kernel was compiled for ",
           f.maxThreads());
   require(!f.required || std::equal(l.block, l.block + 3, f.maxDim),
           "the kernel requires another block size (.reqntid)");
@@ -244,10 +275,9 @@ void shape(Launch& l, const LaunchConfig& cfg, const KernelHandle& handle) {
           " bytes of dynamic shared memory; the kernel's attribute allows ", handle.maxDynamicShared);
   require(k.staticShared + l.dynShared <= kMaxShared, k.staticShared + l.dynShared,
           " bytes of shared memory; a CTA may have ", kMaxShared);
-  l.threads = (unsigned)threads;
   l.warpsPerCta = (l.threads + kLanes - 1) / kLanes;
   const unsigned allocated = l.warpsPerCta * kLanes;
-  require<LaunchOutOfResources>(f.maxnreg * allocated <= kRegisters, f.maxnreg, " registers for each of ", threads,
+  require<LaunchOutOfResources>(f.maxnreg * allocated <= kRegisters, f.maxnreg, " registers for each of ", l.threads,
                                 " threads; an SM has ", kRegisters);
   l.regsPerThread = f.maxnreg ? f.maxnreg : std::min(255u, kRegisters / allocated) / 8 * 8;
   const unsigned perSm =
@@ -257,8 +287,7 @@ void shape(Launch& l, const LaunchConfig& cfg, const KernelHandle& handle) {
 
 void setParameters(const Kernel& k, void** params, void** extra) {
   if (params) {
-    for (size_t i = 0; i < k.paramLayout.size(); ++i)
-      memcpy(k.params + k.paramLayout[i].first, params[i], k.paramLayout[i].second);
+    for (auto& [offset, bytes] : k.paramLayout) memcpy(k.params + offset, *params++, bytes);
   } else if (extra) {
     const void* buffer = nullptr;
     size_t bytes = 0;
@@ -306,43 +335,6 @@ void launch(const LaunchConfig& cfg, KernelHandle& handle, void** params, void**
   if (!failure.empty()) throw Refused(outside ? IllegalAddress : LaunchFailed, failure);
 }
 
-// ---- options
-
-bool setOption(const std::string& name, const std::string& value) {
-  Options& o = gOptions;
-  auto number = [&](auto& to) {
-    to = (std::decay_t<decltype(to)>)strtoull(value.c_str(), nullptr, 0);
-    return true;
-  };
-  auto choice = [&](auto& to, std::initializer_list<const char*> names) {
-    auto it = std::find(names.begin(), names.end(), value);
-    if (it != names.end()) to = (std::decay_t<decltype(to)>)(it - names.begin());
-    return it != names.end();
-  };
-  if (name == "timing") return choice(o.timing, {"early", "late", "random"});
-  if (name == "order") return choice(o.order, {"forward", "reverse", "random"});
-  if (name == "sms") return strtoull(value.c_str(), nullptr, 0) && number(o.sms);
-  if (name == "seed") return number(o.seed);
-  if (name == "eager") return number(o.eager);
-  if (name == "detect") return number(o.detect);
-  if (name == "rounding") return choice(o.hardwareRounding, {"float32", "hardware"});
-  if (name == "approximate") return number(o.approximate);
-  if (name == "max_idle") return number(o.maxIdle);
-  if (name == "banks") return number(o.verbose);
-  return false;
-}
-struct Startup {  // DSV3_KERNELS_SIM="seed=3,timing=late"
-  Startup() {
-    const char* e = getenv("DSV3_KERNELS_SIM");
-    for (std::string_view list = e ? e : ""; !list.empty();) {
-      const std::string option(cut(list, ','));
-      std::string_view value = option, name = cut(value, '=');
-      if (value.empty() || !setOption(std::string(name), std::string(value)))
-        fprintf(stderr, "DSV3_KERNELS_SIM: bad option '%s'\n", option.c_str());
-    }
-  }
-} gStartup;
-
 size_t give(const std::string& s, char* out, size_t size) {
   if (size) out[s.copy(out, size - 1)] = 0;
   return s.size();
@@ -378,8 +370,8 @@ SIM_API int cuDeviceGetAttribute(int* v, int attribute, int) {
       {12, kRegisters},     // registers per block
       {16, gOptions.sms},   // multiprocessors
       {39, kThreadsPerSm},  // threads per multiprocessor
-      {75, 9},              // compute capability
-      {76, 0},
+      {75, 9},
+      {76, 0},             // compute capability
       {81, kSharedPerSm},  // shared memory per multiprocessor
       {82, kRegisters},    // registers per multiprocessor
       {97, kMaxShared},    // opt-in shared memory per block
@@ -391,12 +383,12 @@ SIM_API int cuDeviceGetAttribute(int* v, int attribute, int) {
   });
 }
 SIM_API int cuDevicePrimaryCtxRetain(void** c, int) { return *c = &gOptions, Success; }
-SIM_API int cuCtxGetCurrent(void** c) { return *c = (void*)gContext, Success; }
-SIM_API int cuCtxSetCurrent(void* c) { return gContext = (uint64_t)c, Success; }
-SIM_API int cuCtxPushCurrent_v2(void* c) { return gContext = (uint64_t)c, Success; }
+SIM_API int cuCtxGetCurrent(void** c) { return *c = gContext, Success; }
+SIM_API int cuCtxSetCurrent(void* c) { return gContext = c, Success; }
+SIM_API int cuCtxPushCurrent_v2(void* c) { return cuCtxSetCurrent(c); }
 SIM_API int cuCtxPopCurrent_v2(void** c) {
-  if (c) *c = (void*)gContext;
-  return gContext = 0, Success;
+  if (c) *c = gContext;
+  return cuCtxSetCurrent(nullptr);
 }
 SIM_API int cuCtxGetDevice(int* d) { return *d = 0, Success; }
 SIM_API int cuGetErrorName(int e, const char** text) {
@@ -544,7 +536,7 @@ SIM_API int dsv3SimDeclareBuffer(const void* address, size_t bytes, unsigned acc
 }
 SIM_API const char* dsv3SimLastError() { return gLastError.c_str(); }
 SIM_API int dsv3SimSetOption(const char* name, const char* value) {
-  return guarded([&] { require(setOption(name, value), "no option ", name, "=", value); });
+  return guarded([&] { require(setOption(gOptions, name, value), "no option ", name, "=", value); });
 }
 // Parses a module and decodes every kernel: what a build checks.
 SIM_API int dsv3SimCheck(const char* ptx) {

@@ -297,8 +297,7 @@ void Launch::run() {
   while (nextCluster < numClusters || !resident.empty()) {
     while (nextCluster < numClusters && (resident.empty() || (opt.eager && resident.size() < maxResident))) admit();
     at %= resident.size();
-    Cluster& c = *resident[at];
-    const Progress p = runCluster(c);
+    const Progress p = runCluster(*resident[at]);
     if (p == Finished) {
       resident.erase(resident.begin() + (long)at);
       continue;

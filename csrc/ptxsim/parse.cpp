@@ -402,8 +402,7 @@ Type typeFromName(std::string_view s) {
 
 std::string Module::position(int loc) const {
   const Loc& l = locs[(size_t)loc];
-  auto it = files.find(l.file);
-  return l.line && it != files.end() ? cat(it->second, ":", l.line) : "";
+  return l.line && files.count(l.file) ? cat(files.at(l.file), ":", l.line) : "";
 }
 
 std::unique_ptr<Module> parse(const char* text) { return Parser(text).run(); }

@@ -314,7 +314,7 @@ struct Launch {
   unsigned grid[3] = {1, 1, 1}, block[3] = {1, 1, 1}, clusterDim[3] = {1, 1, 1};
   bool explicitCluster = false;
   uint32_t dynShared = 0;
-  unsigned threads = 0, warpsPerCta = 0, ctasPerCluster = 1, regsPerThread = 0;
+  unsigned threads = 1, warpsPerCta = 1, ctasPerCluster = 1, regsPerThread = 0;
   uint64_t epoch = 1;  // counts effects: what a waiting fragment may be waiting for
   uint64_t clock = 0;
   std::mt19937_64 rng;
