@@ -82,9 +82,7 @@ struct PInst {
   std::string name;
   std::vector<std::string> op;  // the name split at dots
   std::vector<Operand> args;
-  int scope = 0;
-  int ptxLine = 0;
-  int loc = 0;  // index into Module::locs
+  int ptxLine = 0, scope = 0, loc = 0;  // the last two are indices into Func::scopes and Module::locs
 };
 
 struct Func {

@@ -95,9 +95,8 @@ struct Kernel {
   std::vector<std::shared_ptr<void>> owned;  // what instructions keep beyond an Extra
   std::vector<uint64_t> constants;           // lane vectors
   std::vector<SpecialUse> specials;
-  uint32_t regBytes = 0, numIds = 1;
-  uint32_t staticShared = 0;  // bytes after the reserved first 1 KB
-  uint32_t localBytes = 16, paramBytes = 0;
+  uint32_t regBytes = 0, numIds = 1, localBytes = 16, paramBytes = 0;
+  uint32_t staticShared = 0;                               // bytes after the reserved first 1 KB
   std::vector<std::pair<uint32_t, uint32_t>> paramLayout;  // offset, bytes
   uint8_t* params = nullptr;                               // simulated parameter bank
   Coverage* coverage = nullptr;
@@ -219,10 +218,8 @@ struct Mbarrier {
   bool live = false;
   uint32_t expected = 0, nextExpected = 0;
   int64_t pending = 0, tx = 0;
-  uint64_t phase = 0;
-  uint64_t txSeen = 0;                // bytes that arrived in this phase, for reports
-  uint32_t initBy = 0, initTime = 0;  // race detector: warp of the grid
-  uint32_t initLane = 0, initLaneTime = 0;
+  uint64_t phase = 0, txSeen = 0;  // and the bytes that arrived in this phase, for reports
+  uint32_t initBy = 0, initTime = 0, initLane = 0, initLaneTime = 0;  // race detector: warp of the grid and its lane
   std::shared_ptr<RaceClock> clock, done;  // race detector: of the open phase, of the last completed one
   std::shared_ptr<struct RaceCompletion> open, completion;  // asynchronous operations of the same two
 };
