@@ -226,12 +226,11 @@ class Parser {
         f->maxnreg = (unsigned)integer();
       } else if (is(".pragma")) {
         skipPast(";");
-      } else if (!acceptOneOf({".minnctapersm", ".maxnctapersm", ".maxclusterrank", ".explicitcluster",
-                               ".blocksareclusters", ".abi_preserve", ".abi_preserve_control", ".noreturn",
-                               ".unique"})) {
-        fail("unknown function directive '", text_, "'");
-      } else if (isNumber()) {
+      } else if (acceptOneOf(
+                     {".minnctapersm", ".maxnctapersm", ".maxclusterrank", ".abi_preserve", ".abi_preserve_control"})) {
         integer();
+      } else if (!acceptOneOf({".explicitcluster", ".blocksareclusters", ".noreturn", ".unique"})) {
+        fail("unknown function directive '", text_, "'");
       }
     }
     if (!accept(";")) {
@@ -373,7 +372,10 @@ class Parser {
     in.ptxLine = line_;
     in.scope = scope_;
     in.loc = loc_;
-    if (accept("@")) in.guard.push_back(operand());
+    if (accept("@")) {
+      in.guard.push_back(operand());
+      if (in.guard[0].reg < 0) fail("predicate '", in.guard[0].name, "' is not declared");
+    }
     const std::string name = in.name = ident();
     if (accept(":")) {  // label, or `label: .branchtargets a, b;`
       if (accept(".branchtargets"))

@@ -231,8 +231,7 @@ struct alignas(64) Line {
 struct Cta {
   Launch* launch = nullptr;
   struct Cluster* cluster = nullptr;
-  unsigned id[3] = {0, 0, 0};
-  unsigned rank = 0;
+  unsigned id[3] = {0, 0, 0}, rank = 0;
   uint64_t linear = 0;
   uint8_t *smem = nullptr, *smemValid = nullptr;  // smemBytes, the first 1 KB reserved
   uint32_t smemBytes = 0;
@@ -253,11 +252,10 @@ struct Cta {
 
 struct Cluster {
   std::vector<std::unique_ptr<Cta>> ctas;
-  unsigned id[3] = {0, 0, 0};
+  unsigned id[3] = {0, 0, 0}, liveThreads = 0;
   unsigned arrived = 0;                         // threads at barrier.cluster
   std::shared_ptr<RaceClock> clock, done, met;  // race detector
   uint64_t barrierPhase = 0;
-  unsigned liveThreads = 0;
   std::list<std::shared_ptr<AsyncOp>> pending;  // issued, not yet performed
 };
 
