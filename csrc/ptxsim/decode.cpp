@@ -1,17 +1,7 @@
 #include "decode.h"
 
-#include <algorithm>
-
-#include "half.h"
-
 namespace ptxsim {
 
-// The text up to the separator, which `text` loses with it.
-static std::string_view cut(std::string_view& text, char separator) {
-  const std::string_view first = text.substr(0, text.find(separator));
-  text.remove_prefix(std::min(text.size(), first.size() + 1));
-  return first;
-}
 static bool dropEnd(std::string_view& text, std::string_view end) {
   if (text.size() < end.size() || text.substr(text.size() - end.size()) != end) return false;
   text.remove_suffix(end.size());
@@ -32,7 +22,9 @@ Forms::Forms(std::initializer_list<Form> forms) {
 uint64_t globalAddress(Module& m, Var& v) {
   if (v.address) return v.address;
   if (v.isExtern) throw Error("variable '", v.name, "' is declared .extern and defined nowhere");
-  v.address = Arena::get().allocate(std::max<uint64_t>(v.bytes, 1), v.name, true);  // writable while it is filled
+  Buffer& buffer = Arena::get().allocate(std::max<uint64_t>(v.bytes, 1), v.name);
+  buffer.writable = v.space != Space::Const;
+  v.address = buffer.begin;
   if (!v.init.empty()) memcpy((void*)v.address, v.init.data(), v.init.size());
   for (auto& r : v.relocs) {
     auto it = m.varByName.find(r.second);
@@ -42,13 +34,21 @@ uint64_t globalAddress(Module& m, Var& v) {
     value += globalAddress(m, *it->second);
     memcpy((void*)(v.address + r.first), &value, 8);
   }
-  if (v.space == Space::Const) Arena::get().find(v.address, 1)->writable = false;
   return v.address;
 }
 
 // ---- KernelBuilder
 
 static uint32_t roundUp(uint32_t n, uint32_t align) { return (n + align - 1) / align * align; }
+
+// The offset of a variable, which is placed at the end if it has none yet.
+static uint32_t place(std::unordered_map<const Var*, uint32_t>& offsets, const Var& v, uint32_t& end) {
+  auto [known, isNew] = offsets.try_emplace(&v, roundUp(end, v.align));
+  if (isNew) end = known->second + (uint32_t)v.bytes;
+  return known->second;
+}
+uint32_t KernelBuilder::sharedOffset(const Var& v) { return place(shared, v, sharedEnd); }
+uint32_t KernelBuilder::frameOffset(const Var& v) { return place(frame, v, k.localBytes); }
 
 Ref KernelBuilder::slot(uint32_t bytes) {
   const Ref r{k.regBytes, k.numIds++};
@@ -71,21 +71,6 @@ Ref KernelBuilder::special(const Special& s, unsigned dimension, unsigned bytes,
   return {k.specials.back().off, 0};
 }
 
-uint32_t KernelBuilder::sharedOffset(const Var& v) {
-  if (auto it = shared.find(&v); it != shared.end()) return it->second;
-  if (v.isExtern) throw Error("dynamic shared memory '", v.name, "' was not placed");
-  uint32_t off = roundUp(kSharedReserved + k.staticShared, v.align);
-  k.staticShared = off + (uint32_t)v.bytes - kSharedReserved;
-  k.sharedVars.emplace_back(off, const_cast<Var*>(&v));
-  return shared[&v] = off;
-}
-uint32_t KernelBuilder::frameOffset(const Var& v) {
-  if (auto it = frame.find(&v); it != frame.end()) return it->second;
-  uint32_t off = roundUp(k.localBytes, std::max(v.align, 1u));
-  k.localBytes = off + (uint32_t)std::max<uint64_t>(v.bytes, 1);
-  return frame[&v] = off;
-}
-
 // ---- Dec
 
 size_t Dec::find(std::string_view mod) const {
@@ -95,7 +80,7 @@ size_t Dec::find(std::string_view mod) const {
 }
 bool Dec::take(std::string_view mod) {
   const size_t i = find(mod);
-  if (i) used[i] = true;
+  used[i] = true;
   return i != 0;
 }
 int Dec::takeOneOf(std::string_view mods) {
@@ -115,31 +100,27 @@ std::string Dec::choose(const Form& form) {
   for (std::string_view words = form.modifiers; !words.empty();) {
     std::string_view word = cut(words, ' ');
     const auto* known = std::find_if(kClasses, std::end(kClasses), [&](auto& c) { return word == c.first; });
-    const Type exact = typeFromName(std::string(word));
+    const Type exact = typeFromName(word);
     if (known != std::end(kClasses) || exact != Type::None) {
       const Type t = takeType();
       if (t == Type::None) return "a type is missing";
       if (exact == Type::None ? !known->second(t) : t != exact) return "this type is not supported";
       types.push_back(t);
-      continue;
-    }
-    if (word == "space" || word == "vector") {
-      word == "space" ? takeSpace() : takeVector();
-      continue;
-    }
-    if (dropEnd(word, "*")) {
+    } else if (word == "space") {
+      takeSpace();
+    } else if (word == "vector") {
+      takeVector();
+    } else if (dropEnd(word, "*")) {
       takePrefix(word);
-      continue;
-    }
-    if (word[0] == '(') {
+    } else if (word[0] == '(') {
       takeOneOf(word.substr(1, word.size() - 2));
-      continue;
+    } else {
+      const bool optional = dropEnd(word, "?"), several = word.find('|') != word.npos;
+      const int which = takeOneOf(word);
+      if (which < 0 && !optional) return cat(several ? "one of ." : ".", word, " is missing");
+      out.convergeAll |= word == "aligned" && which == 0;
+      if (optional || several) out.x[next++] = (uint8_t)(which + optional);
     }
-    const bool optional = dropEnd(word, "?"), several = word.find('|') != word.npos;
-    const int which = takeOneOf(word);
-    if (which < 0 && !optional) return cat(several ? "one of ." : ".", std::string(word), " is missing");
-    out.convergeAll |= word == "aligned" && which == 0;
-    if (optional || several) out.x[next++] = (uint8_t)(which + optional);
   }
   if (!form.operands) return "";
   const std::string_view words = form.operands;
@@ -154,8 +135,8 @@ void Dec::operands(std::string_view words) {
   for (size_t i = 0; !words.empty(); ++i) {
     std::string_view word = cut(words, ' ');
     if (word == "imm") out.imm = intArg(i);
-    if (word == "[a]") out.a = address(arg(i), &out.imm);
-    if (word == "[e]") extra()->second = second(arg(i));
+    if (word == "[a]") setAddress(arg(i));
+    if (word == "[e]") extra()->second = address(arg(i));
     if (word == "imm" || word[0] == '[') continue;
     const bool absent = dropEnd(word, "?") && i >= argc(), pair = dropEnd(word, "|p"), list = dropEnd(word, "}");
     const std::string_view slot = cut(word, ':');
@@ -163,7 +144,7 @@ void Dec::operands(std::string_view words) {
     const Type t = word.empty()       ? types.at(0)
                    : isdigit(word[0]) ? types.at((size_t)(word[0] - '0'))
                    : word == "wide"   ? (Type)((int)types.at(0) + 1)
-                                      : typeFromName(std::string(word));
+                                      : typeFromName(word);
     auto ref = [&](const Operand& o) {
       if (name == 'd') return t == Type::Pred ? predDst(o) : dst(o, std::max(2u, typeBytes(t)));
       return t == Type::Pred ? pred(o) : src(o, t);
@@ -249,10 +230,9 @@ Ref Dec::constant(uint64_t bits, unsigned bytes) {
 static uint64_t immediateBits(const Operand& o, Type t, const Dec& d) {
   const bool integer = o.kind == Operand::Int;  // a value, in a float instruction
   if (!integer && o.kind != Operand::Float) d.fail("expected a constant");
-  if (integer && t != Type::F32 && t != Type::F64) return (uint64_t)o.i;
-  if (!integer && (o.width == 32 ? t != Type::F64 : typeBytes(t) != 4)) return o.bits;
-  double x = (double)o.i;
-  if (!integer) x = o.width == 32 ? f32((uint32_t)o.bits) : bitsAs<double>(o.bits);
+  const bool asItIs = integer ? t != Type::F32 && t != Type::F64 : o.width == 32 ? t != Type::F64 : typeBytes(t) != 4;
+  if (asItIs) return (uint64_t)o.i;
+  const double x = integer ? (double)o.i : o.width == 32 ? f32((uint32_t)o.i) : bitsAs<double>((uint64_t)o.i);
   return t == Type::F64 ? bits(x) : bits((float)x);
 }
 
@@ -270,14 +250,17 @@ Ref Dec::dst(const Operand& o, unsigned bytes) {
   return reg(o, bytes);
 }
 
+template <class F>
+static void eachOperand(const std::vector<Operand>& list, const F& visit) {
+  for (const Operand& o : list) {
+    visit(o);
+    eachOperand(o.sub, visit);
+  }
+}
 bool Dec::unknown(size_t i) const {
-  const int reg = arg(i).kind == Operand::Register ? arg(i).reg : -1;
+  const int reg = arg(i).reg;
   size_t named = 0;
-  for (const PInst& inst : fn.code)
-    for (const Operand& o : inst.args) {
-      named += o.reg == reg;
-      for (const Operand& part : o.sub) named += part.reg == reg;
-    }
+  for (const PInst& inst : fn.code) eachOperand(inst.args, [&](const Operand& o) { named += o.reg == reg; });
   return reg >= 0 && named == 1;
 }
 
@@ -287,25 +270,21 @@ Ref Dec::srcWide(const Operand& o, Type t, unsigned* bytes) {
     case Operand::Register: *bytes = regBytes(o); return reg(o, 0);
     case Operand::Int:
     case Operand::Float: *bytes = std::max(2u, want ? want : 4u); return constant(immediateBits(o, t, *this), *bytes);
-    case Operand::Special: {
-      unsigned dimension;
-      const Special* special = findSpecial(o.name, &dimension);
-      if (!special || special->changes) fail("special register ", o.name, " is not supported here");
+    case Operand::Special:
+      if (o.special->changes) fail("special register ", o.name, " is not supported here");
       *bytes = want >= 8 ? 8 : want == 2 ? 2 : 4;
-      return kb.special(*special, dimension, *bytes);
-    }
+      return kb.special(*o.special, o.dimension, *bytes);
     case Operand::Symbol: {
-      const Var& v = *o.var;
+      Var& v = *o.var;
       const uint64_t offset = (uint64_t)o.i;
       *bytes = want >= 8 ? 8 : 4;
       if (v.space == Space::Shared) return kb.special(kSharedAddress, 0, *bytes, kb.sharedOffset(v) + (uint32_t)offset);
-      // 32 bits hold an offset in the parameter space, which cvta.param makes an address of; 64 bits the address
-      // itself.
-      if (v.space == Space::Param && kb.isEntryParam(v))
+      // 32 bits hold an offset in the parameter space, of which cvta.param makes the address that 64 bits hold.
+      if (v.space == Space::Param && kb.params.count(&v))
         return constant((*bytes == 4 ? 0 : (uint64_t)kb.k.params) + kb.params[&v] + offset, *bytes);
       if (v.space == Space::Param) return constant(kLocalWindow + kb.frameOffset(v) + offset, 8);
       if (v.space == Space::Local) return constant(kb.frameOffset(v) + offset, *bytes);
-      return constant(globalAddress(kb.module, const_cast<Var&>(v)) + offset, 8);
+      return constant(globalAddress(*kb.k.module, v) + offset, 8);
     }
     default: fail("operand is not a value");
   }
@@ -333,24 +312,19 @@ Ref Dec::predDst(const Operand& o) {
   return pred(o);
 }
 
-Ref Dec::address(const Operand& o, int64_t* offset) {
+AddressOperand Dec::address(const Operand& o) {
   Operand base = o.kind == Operand::Address ? o.sub[0] : o;
-  *offset = base.kind == Operand::Int ? 0 : base.i;
-  if (base.kind != Operand::Int) base.i = 0;
-  unsigned bytes;
-  const Ref r = srcWide(base, Type::U64, &bytes);
-  if (bytes != 4 && bytes != 8) fail("an address register has 32 or 64 bits");
-  out.x[5] = (uint8_t)bytes;
-  return r;
-}
-
-AddressOperand Dec::second(const Operand& o) {
-  const uint8_t first = out.x[5];
   AddressOperand a;
-  a.ref = address(o, &a.offset);
-  a.bytes = out.x[5];
-  out.x[5] = first;
+  if (base.kind != Operand::Int) a.offset = std::exchange(base.i, 0);
+  a.ref = srcWide(base, Type::U64, &a.bytes);
+  if (a.bytes != 4 && a.bytes != 8) fail("an address register has 32 or 64 bits");
   return a;
+}
+void Dec::setAddress(const Operand& o) {
+  const AddressOperand a = address(o);
+  out.a = a.ref;
+  out.imm = a.offset;
+  out.x[5] = (uint8_t)a.bytes;
 }
 
 // ---- a kernel
@@ -386,7 +360,10 @@ static Inst decodeInst(KernelBuilder& kb, const Func& f, const PInst& p) {
     d.out.fn = form.fn;
     if (form.decode) form.decode(d);
     const size_t unknown = (size_t)(std::find(d.used.begin(), d.used.end(), false) - d.used.begin());
-    if (d.out.fn && unknown == d.used.size()) return d.out;
+    if (d.out.fn && unknown == d.used.size()) {
+      for (auto& guard : p.guard) d.out.guard = d.pred(guard);
+      return d.out;
+    }
     if (d.out.fn && leftOver.empty()) leftOver = cat("modifier .", p.op[unknown], " is not supported here");
   }
   Dec(kb, f, p).fail(!leftOver.empty() ? leftOver : !misfit.empty() ? misfit : "this form is not supported");
@@ -394,31 +371,18 @@ static Inst decodeInst(KernelBuilder& kb, const Func& f, const PInst& p) {
 
 static void decodeFunction(KernelBuilder& kb, const Func& f) {
   Kernel& k = kb.k;
-  const size_t n = f.code.size();
-  std::vector<bool> leader(n + 1, false);
-  leader[0] = true;
-  for (auto& sc : f.scopes)
-    for (auto& l : sc.labels) leader[(size_t)l.second] = true;
-  for (size_t i = 0; i < n; ++i)
-    if (const std::string& op = f.code[i].op[0]; op == "bra" || op == "ret" || op == "exit") leader[i + 1] = true;
-  auto add = [&](const PInst& p, bool leads) {
-    Inst& in = k.code.emplace_back(decodeInst(kb, f, p));
-    if (p.guard >= 0) {
-      const Ref g = kb.reg(f, p.guard);
-      if (f.regs[(size_t)p.guard].type != Type::Pred)
-        throw Error("PTX line ", p.ptxLine, ": the guard is no predicate");
-      in.guard = g.off;
-      in.guardId = g.id;
-      in.guardNegate = p.guardNegate;
-    }
-    k.source.push_back({p.ptxLine, p.loc, p.text()});
-    k.leader.push_back(leads);
-  };
-  for (size_t i = 0; i < n; ++i) add(f.code[i], leader[i]);
-  PInst end;  // falling off the end returns
-  end.op = {"ret"};
-  end.ptxLine = n ? f.code.back().ptxLine : 0;
-  add(end, false);
+  const size_t start = k.code.size(), last = f.code.size() - 1;
+  k.leader.resize(start + f.code.size());
+  auto lead = [&](size_t i) { k.leader[start + i] = i < last; };  // the `ret` at the end belongs to what is before it
+  lead(0);
+  for (auto& scope : f.scopes)
+    for (auto& label : scope.labels) lead((size_t)label.second);
+  for (size_t i = 0; i <= last; ++i) {
+    const PInst& p = f.code[i];
+    k.code.push_back(decodeInst(kb, f, p));
+    k.source.push_back(&p);
+    if (i < last && (p.op[0] == "bra" || p.op[0] == "ret" || p.op[0] == "exit")) lead(i + 1);
+  }
 }
 
 std::unique_ptr<Kernel> decodeKernel(Module& m, Func& f) {
@@ -426,46 +390,30 @@ std::unique_ptr<Kernel> decodeKernel(Module& m, Func& f) {
   Kernel& k = *kernel;
   k.name = f.name;
   k.module = &m;
-  k.func = &f;
-  KernelBuilder kb(m, k);
-  uint32_t off = 0;
-  for (Var* p : f.params) {
-    off = roundUp(off, p->align);
-    kb.params[p] = off;
-    k.paramLayout.emplace_back(off, (uint32_t)p->bytes);
-    off += (uint32_t)p->bytes;
-  }
-  k.paramBytes = off;
-  k.params = (uint8_t*)Arena::get().allocate(std::max(off, 1u), f.name + " parameters", false);
+  KernelBuilder kb(k);
+  for (Var* p : f.params) k.paramLayout.emplace_back(place(kb.params, *p, k.paramBytes), (uint32_t)p->bytes);
+  Buffer& parameters = Arena::get().allocate(std::max(k.paramBytes, 1u), f.name + " parameters");
+  parameters.writable = false;
+  k.params = (uint8_t*)parameters.begin;
   // Function-scope shared variables first, in order; dynamic shared memory follows the static part.
   std::vector<const Func*> order, stack;
   collectCalls(m, f, order, stack);
   std::vector<const Var*> dynamic;
-  auto visit = [&](const Operand& o, auto&& self) -> void {
-    if (o.kind == Operand::Symbol && o.var->space == Space::Shared) {
-      if (!o.var->isExtern)
-        kb.sharedOffset(*o.var);
-      else if (std::find(dynamic.begin(), dynamic.end(), o.var) == dynamic.end())
-        dynamic.push_back(o.var);
-    }
-    for (auto& s : o.sub) self(s, self);
-  };
-  for (auto* fn : order)
-    for (auto& in : fn->code)
-      for (auto& a : in.args) visit(a, visit);
-  for (auto* v : dynamic) k.dynSharedAlign = std::max(k.dynSharedAlign, v->align);
-  const uint32_t dynStart = roundUp(kSharedReserved + k.staticShared, k.dynSharedAlign);
-  k.staticShared = dynStart - kSharedReserved;
-  for (auto* v : dynamic) {
-    kb.shared[v] = dynStart;
-    k.sharedVars.emplace_back(dynStart, const_cast<Var*>(v));
-  }
-  k.localBytes = 16;
-  uint32_t start = 0;
+  uint32_t start = 0, align = 16;
   for (auto* fn : order) {
     kb.start[fn] = start;
-    start += (uint32_t)fn->code.size() + 1;
+    start += (uint32_t)fn->code.size();
+    for (auto& in : fn->code)
+      eachOperand(in.args, [&](const Operand& o) {
+        if (o.kind != Operand::Symbol || o.var->space != Space::Shared) return;
+        if (!o.var->isExtern) return (void)kb.sharedOffset(*o.var);
+        align = std::max(align, o.var->align);
+        dynamic.push_back(o.var);
+      });
   }
+  const uint32_t dynamicStart = roundUp(kb.sharedEnd, align);
+  k.staticShared = dynamicStart - kSharedReserved;
+  for (auto* v : dynamic) kb.shared[v] = dynamicStart;
   for (auto* fn : order) decodeFunction(kb, *fn);
   // What writes a register of a wgmma must wait for wgmma.fence.
   std::vector<bool> fenced(k.numIds, false);
@@ -474,13 +422,8 @@ std::unique_ptr<Kernel> decodeKernel(Module& m, Func& f) {
       for (auto* refs : {&in.ext->refs, &in.ext->refs2})
         for (auto& r : *refs) fenced[r.id] = true;
   fenced[0] = false;
-  for (auto& in : k.code) {
-    if (in.isWgmma || in.storesD) continue;
-    in.needsFence = fenced[in.d.id];
-    if (in.ext)
-      for (auto& r : in.ext->refs) in.needsFence |= fenced[r.id];
-  }
-  k.entry = (int)kb.start[&f];
+  for (auto& in : k.code)
+    if (!in.isWgmma) in.eachDestination([&](Ref r) { in.needsFence |= fenced[r.id]; });
   k.localBytes = roundUp(k.localBytes, 16);
   return kernel;
 }

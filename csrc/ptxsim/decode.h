@@ -61,7 +61,7 @@ struct Dec {
   }
   template <class... Parts>
   [[noreturn]] void fail(const Parts&... what) const {
-    throw Error("PTX line ", p.ptxLine, ": ", p.text(), ": ", what...);
+    throw Error("PTX line ", p.ptxLine, ": ", p.name, ": ", what...);
   }
 
   std::string choose(const Form& form);  // takes its modifiers and operands; why not, if it does not fit
@@ -91,29 +91,28 @@ struct Dec {
   Ref pred(const Operand& o);                              // Warp::predicate reads it
   Ref predDst(const Operand& o);
   Ref constant(uint64_t bits, unsigned bytes);
-  AddressOperand second(const Operand& o);
-  Ref address(const Operand& o, int64_t* offset);  // base as 64-bit lanes or 32-bit lanes; out.x[5] = base bytes
+  AddressOperand address(const Operand& o);
+  void setAddress(const Operand& o);  // -> out.a, imm, and x[5] the bytes of the register
   bool unknown(size_t i) const;  // a register that nothing else names: LLVM fills bytes that nobody looks at with it
   Extra* extra();
   int64_t intArg(size_t i) const;
 };
 
 struct KernelBuilder {
-  Module& module;
   Kernel& k;
   std::unordered_map<const Func*, uint32_t> start;  // code index
   std::unordered_map<const Func*, std::vector<Ref>> regs;
   std::map<std::pair<unsigned, uint64_t>, Ref> consts;  // by bytes and value
   // Offsets of dynamic and static shared variables, of locals and call parameters, and of entry parameters.
   std::unordered_map<const Var*, uint32_t> shared, frame, params;
+  uint32_t sharedEnd = kSharedReserved;  // of what is placed
 
-  KernelBuilder(Module& m, Kernel& kernel) : module(m), k(kernel) {}
+  explicit KernelBuilder(Kernel& kernel) : k(kernel) {}
   Ref slot(uint32_t bytes);
   Ref reg(const Func& f, int index);
   Ref special(const Special& s, unsigned dimension, unsigned bytes, uint32_t add = 0);
   uint32_t sharedOffset(const Var& v);
   uint32_t frameOffset(const Var& v);
-  bool isEntryParam(const Var& v) const { return params.count(&v) != 0; }
 };
 
 uint64_t globalAddress(Module& m, Var& v);               // places the variable on first use

@@ -7,11 +7,11 @@ namespace ptxsim {
 
 std::string Kernel::place(size_t pc) const {
   std::string out;
-  for (int loc = source[pc].loc; loc; loc = module->locs[(size_t)loc].caller) {
+  for (int loc = source[pc]->loc; loc; loc = module->locs[(size_t)loc].caller) {
     const std::string at = module->position(loc);
     out += (out.empty() ? "" : " inlined at ") + at.substr(at.rfind('/') + 1);
   }
-  return cat(out, out.empty() ? "" : ", ", "PTX line ", source[pc].ptxLine, " (", source[pc].text, ")");
+  return cat(out, out.empty() ? "" : ", ", "PTX line ", source[pc]->ptxLine, " (", source[pc]->name, ")");
 }
 
 std::string where(const Warp& w, const Inst& in, int lane) {
@@ -28,24 +28,21 @@ void Warp::needValid(const Inst& in, Ref r, uint32_t mask, const char* role) {
 
 // ---- fragments
 
-void Warp::jump(uint32_t mask, uint32_t target, const std::vector<Frame>* stack) {
-  Fragment& f = frag();
-  reschedule |= mask != f.mask || frags.size() > 1;
-  if (mask == f.mask) {
-    if (stack) f.stack = *stack;
+Fragment& Warp::jump(uint32_t mask, uint32_t target) {
+  reschedule |= mask != frag().mask || frags.size() > 1;
+  if (mask == frag().mask) {
     next = target;
-    return;
+    return frag();
   }
   ++launch->n.divergent;
-  Fragment other = f;
-  if (stack) other.stack = *stack;
-  other.mask = mask;
-  other.pc = target;
-  f.mask &= ~mask;
-  frags.push_back(std::move(other));
+  frag().mask &= ~mask;
+  frags.push_back(frag());
+  frags.back().mask = mask;
+  frags.back().pc = target;
+  return frags.back();
 }
 
-void Warp::block(Wait kind, std::string (*describe)(Warp&, const Inst&)) {
+void Warp::block(Wait kind, Describe describe) {
   Fragment& f = frag();
   f.wait = kind;
   f.describe = describe;
@@ -60,7 +57,7 @@ void clusterExit(Warp& w, uint32_t mask);
 void Warp::exitLanes(uint32_t mask) {
   live &= ~mask;
   frag().mask &= ~mask;
-  unsigned n = (unsigned)__builtin_popcount(mask);
+  const unsigned n = (unsigned)__builtin_popcount(mask);
   cta->liveThreads -= n;
   cta->cluster->liveThreads -= n;
   for (auto& f : frags)
@@ -72,27 +69,21 @@ void Warp::exitLanes(uint32_t mask) {
 }
 
 static bool canMerge(const Fragment& a, const Fragment& b) {
-  auto open = [](const Fragment& f) { return f.wait != Wait::Barrier && f.pollState == 0; };
-  return a.pc == b.pc && open(a) && open(b) && a.stack == b.stack;
+  return a.mask && b.mask && a.pc == b.pc && a.wait != Wait::Barrier && b.wait != Wait::Barrier && a.calls == b.calls;
 }
 
 // Merges what has met, then chooses: the lowest pc first, so that fragments wait for each other where control flow
 // joins; one that has run long without meeting anyone gives way, so that every fragment makes progress.
-void Warp::schedule() {
+bool Warp::schedule() {
   reschedule = false;
-  for (auto f = frags.begin(); f != frags.end();) {
-    auto met = f->mask ? std::find_if(frags.begin(), f, [&](auto& g) { return canMerge(*f, g); }) : frags.end();
-    if (met == f) {
-      ++f;
-      continue;
-    }
-    if (f->mask) {
-      met->mask |= f->mask;
-      met->wait = Wait::None;
-      met->age = std::max(f->age, met->age);
-    }
-    f = frags.erase(f);
+  for (auto f = frags.begin(); f != frags.end(); ++f) {
+    auto met = std::find_if(frags.begin(), f, [&](auto& g) { return canMerge(*f, g); });
+    if (met == f) continue;
+    met->mask |= std::exchange(f->mask, 0);
+    met->wait = Wait::None;
+    met->age = std::max(f->age, met->age);
   }
+  frags.erase(std::remove_if(frags.begin(), frags.end(), [](auto& f) { return !f.mask; }), frags.end());
   const bool rotate = frags.size() > 1 && executed >> 12 != sliceStamp;
   if (rotate) sliceStamp = executed >> 12;
   Fragment* best = nullptr;
@@ -102,54 +93,45 @@ void Warp::schedule() {
     if (!best || (rotate ? f.age < best->age : f.pc < best->pc)) best = &f;
   }
   cur = best ? (unsigned)(best - frags.data()) : 0;
-  ready = best;
   stopPc = kAll;
-  if (!ready) return;
+  if (!best) return false;
+  pc = best->pc;
   best->age = executed;
   for (auto& f : frags)
-    if (f.pc > best->pc && f.wait != Wait::Barrier) stopPc = std::min(stopPc, f.pc);
+    if (f.pc > pc && f.wait != Wait::Barrier) stopPc = std::min(stopPc, f.pc);
+  return true;
 }
 
 // An instruction beside wgmmas in flight.
 static void checkInflight(Warp& w, const Inst& in) {
-  auto test = [&](Ref r, bool write) {
-    const uint8_t f = w.inflight[r.id];
-    if (f == 1)
-      w.fail(in, -1,
-             write ? "an accumulator of a wgmma that has not been waited for is overwritten"
-                   : "an accumulator is read before wgmma.wait_group");
-    if (f == 2 && write) w.fail(in, -1, "an A register of a wgmma that has not been waited for is overwritten");
+  auto read = [&](Ref r) {
+    if (w.inflight[r.id] == 1) w.fail(in, -1, "an accumulator is read before wgmma.wait_group");
   };
-  test(in.d, !in.storesD);
-  for (Ref r : {in.a, in.b, in.c}) test(r, false);
+  in.eachDestination([&](Ref r) {
+    if (const uint8_t role = w.inflight[r.id])
+      w.fail(in, -1, role == 1 ? "an accumulator" : "an A register",
+             " of a wgmma that has not been waited for is overwritten");
+  });
+  for (Ref r : {in.d, in.a, in.b, in.c}) read(r);
   if (!in.ext) return;
-  for (Ref r : in.ext->refs) test(r, !in.storesD);
-  for (Ref r : in.ext->refs2) test(r, false);
-}
-
-static void noteUnfenced(Warp& w, const Inst& in) {
-  w.unfenced[in.d.id] = 1;
-  if (in.ext)
-    for (Ref r : in.ext->refs) w.unfenced[r.id] = 1;
+  for (auto* refs : {&in.ext->refs, &in.ext->refs2})
+    for (Ref r : *refs) read(r);
 }
 
 bool Warp::run(unsigned quantum) {
-  if (live == 0) return false;
-  schedule();
+  bool ready = schedule();
   if (!ready) return false;
   const Inst* code = kernel->code.data();
   uint64_t *hits = kernel->coverage->hits.data(), *taken = kernel->coverage->taken.data();
   uint64_t threadInst = 0, before = executed;
-  uint32_t mask = frags[cur].mask;
-  pc = frags[cur].pc;
-  while (quantum--) {
+  uint32_t mask = frag().mask;
+  while (ready && quantum--) {
     const Inst& in = code[pc];
     uint32_t m = mask;
     next = pc + 1;
-    if (in.guard != kNoGuard) {
-      if (mask & ~valid[in.guardId]) needValid(in, Ref{in.guard, in.guardId}, mask, "predicate");
-      uint32_t g = *reinterpret_cast<const uint32_t*>(base[0] + in.guard);
-      m &= in.guardNegate ? ~g : g;
+    if (in.guard) {
+      if (mask & ~validOf(in.guard)) needValid(in, in.guard, mask, "predicate");
+      m &= predicate(in.guard);
       taken[pc] += m != 0;
     }
     ++executed;
@@ -162,20 +144,18 @@ bool Warp::run(unsigned quantum) {
       if (m) {
         threadInst += (unsigned)__builtin_popcount(m);
         if (__builtin_expect(numInflight != 0, 0) && !in.isWgmma) checkInflight(*this, in);
-        if (__builtin_expect(in.needsFence, 0)) noteUnfenced(*this, in);
+        if (__builtin_expect(in.needsFence, 0)) in.eachDestination([&](Ref r) { unfenced[r.id] = 1; });
         in.fn(*this, in, m);
       }
     }
     pc = next;
     if (__builtin_expect(reschedule || pc == stopPc, 0)) {
-      if (cur < frags.size()) frags[cur].pc = pc;
-      schedule();
-      if (!ready || live == 0) break;
-      mask = frags[cur].mask;
-      pc = frags[cur].pc;
+      frag().pc = pc;
+      ready = schedule();
+      if (ready) mask = frag().mask;
     }
   }
-  if (ready && live) frags[cur].pc = pc;
+  if (ready) frag().pc = pc;
   launch->n.warpInst += executed - before;
   launch->n.threadInst += threadInst;
   launch->clock += executed - before;
@@ -184,43 +164,21 @@ bool Warp::run(unsigned quantum) {
 
 // ---- clusters
 
-// Memory of CTAs that are over.
-static std::vector<std::list<std::vector<Line>>> gSpare;
-constexpr size_t kMostSpare = 16;
-
-static void place(unsigned (&id)[3], uint64_t index, const unsigned (&size)[3]) {  // x runs fastest
-  for (int d = 0; d < 3; ++d, index /= size[d - 1]) id[d] = (unsigned)(index % size[d]);
-}
-
-std::unique_ptr<Cta> Launch::makeCta(Cluster& c, unsigned rank) {
+void Launch::startCta(Cluster& c) {
   const Kernel& k = *kernel;
-  auto cta = std::make_unique<Cta>();
-  Cta& t = *cta;
+  Cta& t = *c.ctas.emplace_back(std::make_unique<Cta>());
   t.launch = this;
   t.cluster = &c;
-  t.rank = rank;
-  place(t.id, rank, clusterDim);
-  for (int d = 0; d < 3; ++d) t.id[d] += c.id[d] * clusterDim[d];
+  t.rank = (unsigned)c.ctas.size() - 1;
+  for (unsigned d = 0; d < 3; ++d) t.id[d] = c.id[d] * clusterDim[d] + coordinate(clusterDim, t.rank, d);
   t.linear = t.id[0] + (uint64_t)grid[0] * (t.id[1] + (uint64_t)grid[1] * t.id[2]);
   t.smemBytes = kSharedReserved + k.staticShared + dynShared;
-
-  if (!gSpare.empty()) {
-    t.memory = std::move(gSpare.back());
-    gSpare.pop_back();
-  }
-  auto block = t.memory.begin();
   auto take = [&](uint32_t bytes, uint8_t fill) {
-    if (block == t.memory.end()) block = t.memory.emplace(block);
-    block->resize(bytes / sizeof(Line) + 1);
-    return (uint8_t*)memset(block++->data(), fill, bytes);
+    t.memory.emplace_back(new Line[bytes / sizeof(Line) + 1]);
+    return (uint8_t*)memset(t.memory.back().get(), fill, bytes);
   };
   t.smem = take(t.smemBytes, 0xa5);
   t.smemValid = take(t.smemBytes, 0);
-  for (auto& v : k.sharedVars)
-    if (!v.second->init.empty()) {
-      memcpy(t.smem + v.first, v.second->init.data(), v.second->init.size());
-      memset(t.smemValid + v.first, 1, v.second->init.size());
-    }
   t.hasMbar.resize((t.smemBytes + 7) / 8 + 1);
   t.wgmma.resize((warpsPerCta + 3) / 4);
   t.liveThreads = threads;
@@ -239,7 +197,6 @@ std::unique_ptr<Cta> Launch::makeCta(Cluster& c, unsigned rank) {
     w.local = take(k.localBytes * kLanes, 0xa5);
     w.localValid = take(k.localBytes * kLanes, 0);
     w.frags.resize(1);
-    w.frag().pc = (uint32_t)k.entry;
     w.frag().mask = w.live;
     w.inflight.resize(k.numIds);
     w.unfenced.resize(k.numIds);
@@ -250,27 +207,23 @@ std::unique_ptr<Cta> Launch::makeCta(Cluster& c, unsigned rank) {
         memcpy(w.base[0] + s.off + i * s.bytes, &v, s.bytes);
       }
   }
-  return cta;
 }
 
-std::unique_ptr<Cluster> Launch::makeCluster(uint64_t index) {
-  auto c = std::make_unique<Cluster>();
+void Launch::startCluster(uint64_t index) {
+  Cluster& c = *resident.emplace_back(std::make_unique<Cluster>());
   const unsigned clusters[3] = {grid[0] / clusterDim[0], grid[1] / clusterDim[1], grid[2] / clusterDim[2]};
-  place(c->id, index, clusters);
-  c->liveThreads = threads * ctasPerCluster;
-  for (unsigned r = 0; r < ctasPerCluster; ++r) c->ctas.push_back(makeCta(*c, r));
-  raceStart(*this, *c, index);
-  return c;
+  for (unsigned d = 0; d < 3; ++d) c.id[d] = coordinate(clusters, index, d);
+  c.liveThreads = threads * ctasPerCluster;
+  while (c.ctas.size() < ctasPerCluster) startCta(c);
+  raceStart(*this, c, index);
 }
 
 void Launch::performNow(AsyncOp& op, bool all) {
   for (auto& before : op.after)
     if (!before->done) performNow(*before, true);
   op.after.clear();
-  do {
-    if (op.done) break;
-    op.done = op.step();
-  } while (all);
+  if (!op.done) op.done = op.step();
+  while (all && !op.done) op.done = op.step();
   progress();
 }
 
@@ -278,7 +231,7 @@ void Launch::issue(std::shared_ptr<AsyncOp> op) {
   if (opt.timing == Timing::Early || (opt.timing == Timing::Random && rng() % 3 == 0))
     performNow(*op, true);
   else
-    op->cluster->pending.push_back(std::move(op));
+    op->warp->cta->cluster->pending.push_back(std::move(op));
 }
 
 // Late work is done in order of issue, one step at a time; random timing takes any.
@@ -328,48 +281,41 @@ Launch::Progress Launch::runCluster(Cluster& c) {
 void Launch::run() {
   numClusters = 1;
   for (int d = 0; d < 3; ++d) numClusters *= grid[d] / clusterDim[d];
-  std::vector<uint32_t> order;
-  if (opt.order != Order::Forward) {
-    order.resize(numClusters);
-    std::iota(order.begin(), order.end(), 0);
-    if (opt.order == Order::Reverse) std::reverse(order.begin(), order.end());
-    if (opt.order == Order::Random) std::shuffle(order.begin(), order.end(), rng);
-  }
+  std::vector<uint32_t> shuffled(opt.order == Order::Random ? numClusters : 0);
+  std::iota(shuffled.begin(), shuffled.end(), 0);
+  std::shuffle(shuffled.begin(), shuffled.end(), rng);
   uint64_t nextCluster = 0, idleSince = epoch, idleInst = 0;
-  size_t at = 0, stuck = 0;
+  size_t at = 0, stuck = 0, gaveUp = 0;  // slices, and waits given up, since something changed
+  bool allBlocked = true;                // in these slices
   auto admit = [&] {
-    uint64_t i = nextCluster++;
-    resident.push_back(makeCluster(order.empty() ? i : order[i]));
+    const uint64_t i = nextCluster++;
+    startCluster(opt.order == Order::Random ? shuffled[i] : opt.order == Order::Reverse ? numClusters - 1 - i : i);
+    stuck = 0, allBlocked = true;
   };
-  bool allBlocked = true;
   while (nextCluster < numClusters || !resident.empty()) {
     while (nextCluster < numClusters && (resident.empty() || (opt.eager && resident.size() < maxResident))) admit();
     at %= resident.size();
-    Cluster& c = *resident[at];
-    Progress p = runCluster(c);
+    const Progress p = runCluster(*resident[at]);
     if (p == Finished) {
-      for (auto& cta : c.ctas)
-        if (gSpare.size() < kMostSpare) gSpare.push_back(std::move(cta->memory));
       resident.erase(resident.begin() + (long)at);
-      stuck = 0, allBlocked = true;
       continue;
     }
+    if (epoch != idleSince) {
+      idleSince = epoch, idleInst = n.threadInst;
+      stuck = gaveUp = 0, allBlocked = true;
+    }
     allBlocked &= p == Blocked;
-    if (epoch != idleSince) idleSince = epoch, idleInst = n.threadInst, stuck = 0, allBlocked = p == Blocked;
     // One that only waits gives way to its neighbours, then to newcomers as far as the machine has room.
     if (++stuck > resident.size() || p == Slice) {
       if (nextCluster < numClusters && resident.size() < maxResident) {
         admit();
-        stuck = 0, allBlocked = true;
         at = resident.size() - 1;
         continue;
       }
-      if (p != Slice && allBlocked) {
-        if (!giveUpWaits()) reportDeadlock();
-        stuck = 0, allBlocked = true;
-      } else if (n.threadInst - idleInst > opt.maxIdle && epoch == idleSince) {
-        reportDeadlock();
-      }
+      // Waits that have given up often come back to the same place and nothing happens.
+      const bool hopeless = allBlocked ? ++gaveUp > 200 || !giveUpWaits() : n.threadInst - idleInst > opt.maxIdle;
+      if (hopeless) reportDeadlock();
+      if (allBlocked) stuck = 0;
     }
     ++at;
   }
@@ -384,18 +330,13 @@ void Launch::eachFragment(F visit) {
           if (w.frag().mask) visit(w, w.frag());
 }
 
-// A potentially blocking wait may also return false after a while. Each such wait gets that once before a deadlock is
-// called.
+// A potentially blocking wait may also return false after a while. Each such wait does, before a deadlock is called.
 bool Launch::giveUpWaits() {
   bool any = false;
   eachFragment([&](Warp&, Fragment& f) {
     if (f.wait != Wait::Poll || !f.mayGiveUp) return;
-    if (f.gaveUpEpoch != epoch) f.gaveUp = 0;
-    if (++f.gaveUp > 200) return;  // it comes back to the same wait and nothing happens
-    f.gaveUpEpoch = epoch;
-    f.giveUp = true;
+    f.giveUp = any = true;
     f.wait = Wait::None;
-    any = true;
   });
   return any;
 }

@@ -6,18 +6,13 @@
 
 namespace ptxsim {
 
-Arena& Arena::get() {
-  static Arena* a = new Arena;
-  return *a;
-}
-
 Arena::Arena() : owner_(size_ >> kShift) {
-  void* p = mmap(nullptr, size_ + (1 << kShift), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* p = mmap(nullptr, size_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) throw Error("cannot reserve the simulator's address space");
-  base_ = ((uint64_t)p + (1 << kShift) - 1) >> kShift << kShift;
+  base_ = (uint64_t)p;
 }
 
-uint64_t Arena::allocate(size_t bytes, const std::string& name, bool writable, unsigned misalign) {
+Buffer& Arena::allocate(size_t bytes, const std::string& name, unsigned misalign) {
   const size_t chunks = (bytes + misalign + 8 + (1 << kShift) - 1) >> kShift, total = owner_.size();
   // A buffer is followed by at least one chunk of nobody; freed chunks are used again only after the cursor has gone
   // round, so that a stale address finds nothing.
@@ -37,15 +32,13 @@ uint64_t Arena::allocate(size_t bytes, const std::string& name, bool writable, u
   Buffer& b = buffers_[at];
   b.begin = start + misalign;
   b.end = b.begin + bytes;
-  b.writable = writable;
   b.name = name;
   std::fill_n(owner_.begin() + (long)at, chunks, &b);
-  return b.begin;
+  return b;
 }
 
 void Arena::release(uint64_t address) {
-  const size_t off = address - base_;
-  const Buffer* b = off < size_ ? owner_[off >> kShift] : nullptr;
+  const Buffer* b = find(address, 0);
   if (!b) throw Error("release of an address that was never allocated");
   const size_t first = (b->begin - base_) >> kShift;
   size_t chunks = 0;

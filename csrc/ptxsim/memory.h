@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <map>
-#include <new>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -15,34 +15,28 @@ constexpr uint64_t kLocalWindow = 2ull << 32;
 inline bool inShared(uint64_t a) { return (a >> 32) == 1; }
 inline bool inLocal(uint64_t a) { return (a >> 32) == 2; }
 
-// Bytes that start as zeros and take memory only where they are touched: calloc's, which `resize` leaves alone.
-template <class T>
-struct Untouched {
-  using value_type = T;
-  T* allocate(size_t n) {
-    void* p = calloc(n, sizeof(T));
-    if (!p) throw std::bad_alloc();
-    return static_cast<T*>(p);
-  }
-  void deallocate(T* p, size_t) { free(p); }
-  void construct(T*) {}
-  bool operator==(const Untouched&) const { return true; }
-  bool operator!=(const Untouched&) const { return false; }
-};
-
 struct Buffer {
   uint64_t begin = 0, end = 0;
   bool writable = true;
   bool predecessor = false;  // the launch before may still use it: see Launch::early
   std::string name;
-  std::vector<uint8_t, Untouched<uint8_t>> valid;  // of a buffer the kernel may not read before it wrote: 1 = written
+  // Of each byte of a buffer the kernel may not read before it wrote: 1 = written. nullptr: it may.
+  std::unique_ptr<uint8_t, void (*)(void*)> valid{nullptr, free};
+  void track() {  // by calloc, which takes memory only where it is touched
+    valid.reset((uint8_t*)calloc(end - begin, 1));
+    if (!valid) throw std::bad_alloc();
+  }
+  uint8_t* validAt(uint64_t a) const { return valid ? valid.get() + (a - begin) : nullptr; }
 };
 
 class Arena {
  public:
-  static Arena& get();
+  static Arena& get() {
+    static Arena* arena = new Arena;
+    return *arena;
+  }
   // Zero-filled memory of `bytes` whose address is `misalign` past a multiple of 1024.
-  uint64_t allocate(size_t bytes, const std::string& name, bool writable = true, unsigned misalign = 0);
+  Buffer& allocate(size_t bytes, const std::string& name, unsigned misalign = 0);
   void release(uint64_t address);
   // The buffer that holds all of [a, a+bytes), or nullptr.
   Buffer* find(uint64_t a, uint64_t bytes) {

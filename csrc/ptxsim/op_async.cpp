@@ -46,7 +46,6 @@ void completeOn(const AsyncOp& op, int lane, uint32_t address, uint32_t bytes, u
 // ---- operations in flight
 
 void track(Warp& w, const Inst& in, uint32_t mask, std::shared_ptr<AsyncOp> op, OpTrack* t) {
-  op->cluster = w.cta->cluster;
   op->warp = &w;
   op->inst = &in;
   op->mask = mask;
@@ -226,7 +225,7 @@ void cpAsync(Warp& w, const Inst& in, uint32_t m) {
     op->to[i] = locateShared(w, in, i, (uint32_t)laneAddress(w, in, i), in.bytes, Kind::Write, in.bytes, true);
     uint32_t& have = op->have[i] = in.b ? lane32(w, in.b, (unsigned)i) : in.bytes;
     if (in.c && (w.predicate(in.c) >> i) & 1) have = 0;
-    if (have > in.bytes) w.fail(in, i, "cp.async: src-size ", have, " exceeds cp-size ", in.bytes);
+    if (have > in.bytes) w.fail(in, i, "cp.async: src-size ", have, " exceeds cp-size ", (unsigned)in.bytes);
     if (have) {
       const uint64_t g = laneAddress(w, in, in.ext->second, i);
       if (g % in.bytes) w.fail(in, i, "misaligned cp.async source");

@@ -85,7 +85,7 @@ void decodeAtomic(Dec& d) {
   Extra* e = d.extra();
   if (returns)
     for (auto& o : d.elements(d.arg(0), d.out.vec)) e->refs.push_back(d.dst(o, std::max(2u, typeBytes(t))));
-  d.out.a = d.address(d.arg(at), &d.out.imm);
+  d.setAddress(d.arg(at));
   for (size_t i = 1; i <= sources; ++i)
     for (auto& o : d.elements(d.arg(at + i), d.out.vec)) e->refs2.push_back(d.src(o, t));
   d.out.fn = atomic;

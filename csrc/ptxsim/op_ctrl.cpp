@@ -34,17 +34,13 @@ void copyFrame(Warp& w, const std::vector<Extra::Copy>& copies, uint32_t m) {
 
 void call(Warp& w, const Inst& in, uint32_t m) {
   copyFrame(w, in.ext->args, m);
-  std::vector<Frame> stack = w.frag().stack;
-  stack.push_back({(int)w.pc + 1, in.ext});
-  w.jump(m, (uint32_t)in.imm, &stack);
+  w.jump(m, (uint32_t)in.imm).calls.push_back(w.pc);
 }
 void ret(Warp& w, const Inst&, uint32_t m) {
-  std::vector<Frame> stack = w.frag().stack;
-  if (stack.empty()) return w.exitLanes(m);
-  const Frame top = stack.back();
-  stack.pop_back();
-  copyFrame(w, top.call->rets, m);
-  w.jump(m, (uint32_t)top.returnPc, &stack);
+  if (w.frag().calls.empty()) return w.exitLanes(m);
+  const uint32_t call = w.frag().calls.back();
+  copyFrame(w, w.kernel->code[call].ext->rets, m);
+  w.jump(m, call + 1).calls.pop_back();
 }
 void exitThread(Warp& w, const Inst&, uint32_t m) { w.exitLanes(m); }
 void trap(Warp& w, const Inst& in, uint32_t m) { w.fail(in, firstLane(m), "trap"); }
@@ -118,7 +114,7 @@ void decodeCall(Dec& d) {
     if (o.kind != Operand::Symbol || o.var->space != Space::Param) d.fail("call operands must be .param variables");
     return *o.var;
   };
-  const Func* f = callee(d.kb.module, d.p);
+  const Func* f = callee(*d.kb.k.module, d.p);
   if (!f) d.fail("unknown function '", name->name, "'");
   auto copies = [&](const Operand* actual, const std::vector<Var*>& formal, bool in) {
     std::vector<Extra::Copy> list;

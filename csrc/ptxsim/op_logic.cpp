@@ -249,13 +249,11 @@ void decodeMov(Dec& d) {
     return;
   }
   d.out.d = d.dst(to, bytes);
-  unsigned dimension;
-  if (from.kind == Operand::Special)
-    if (const Special* special = findSpecial(from.name, &dimension); special && special->changes) {
-      d.out.imm = (int64_t)special;
-      d.out.fn = movSpecial;
-      return;
-    }
+  if (from.kind == Operand::Special && from.special->changes) {
+    d.out.imm = (int64_t)from.special;
+    d.out.fn = movSpecial;
+    return;
+  }
   d.out.a = d.src(from, t);
   d.out.fn = bytes == 16 ? mov<B128> : ofWidth(bytes, [](auto v) -> Handler { return mov<decltype(v)>; });
 }

@@ -17,16 +17,13 @@ Place locateGlobal(Warp& w, const Inst& in, int lane, uint64_t a, uint32_t bytes
     w.fail(in, lane, "misaligned ", verb(kind), " of ", bytes, " bytes: address ", Arena::get().describe(a, bytes),
            " is no multiple of ", align);
   Buffer* b = Arena::get().find(a, bytes);
-  if (!b && w.launch->alias) {
-    uint64_t moved = w.launch->alias(a, bytes);
-    if (moved) b = Arena::get().find(a = moved, bytes);
-  }
+  if (uint64_t moved = b ? 0 : translate(a, bytes)) b = Arena::get().find(a = moved, bytes);
   if (!b)
     w.fail(in, lane, "out-of-bounds global ", verb(kind), " of ", bytes, " bytes at ", Arena::get().describe(a, bytes));
   if (kind != Kind::Read && !b->writable)
     w.fail(in, lane, "global ", verb(kind), " to buffer '", b->name, "', which this launch may only read (byte offset ",
            a - b->begin, ")");
-  return {(uint8_t*)a, b->valid.empty() ? nullptr : b->valid.data() + (a - b->begin), nullptr, 0, b};
+  return {(uint8_t*)a, b->validAt(a), nullptr, 0, b};
 }
 
 Place locateShared(Warp& w, const Inst& in, int lane, uint32_t a, uint32_t bytes, Kind kind, uint32_t align, bool own) {
@@ -103,7 +100,7 @@ Span::Span(Warp& w, const Inst& in, uint32_t m, uint32_t size, Kind kind) : byte
   const bool own = space == Space::Shared && in.x[4] == 0, reads = kind == Kind::Read;
   Cta& c = *w.cta;
   Buffer* b = space == Space::Global ? Arena::get().find(a[firstLane(m)], bytes) : nullptr;
-  if (b && ((!reads && !b->writable) || !b->valid.empty())) b = nullptr;
+  if (b && ((!reads && !b->writable) || b->valid)) b = nullptr;
   for (int i : lanesOf(m)) {
     const uint32_t off = (uint32_t)a[i] & 0xffffffu, rank = (uint32_t)a[i] >> 24;
     Place at;
@@ -232,7 +229,7 @@ void loadStore(Dec& d) {
   d.out.bytes = (uint8_t)bytes;
   d.out.storesD = !isLoad;
   const Operand& base = mem.sub[0];
-  if (isLoad && d.out.space == Space::Param && base.kind == Operand::Symbol && d.kb.isEntryParam(*base.var)) {
+  if (isLoad && d.out.space == Space::Param && base.kind == Operand::Symbol && d.kb.params.count(base.var)) {
     if (base.i < 0 || (uint64_t)base.i + bytes * d.out.vec > base.var->bytes)
       d.fail("reads past the end of parameter ", base.var->name);
     d.out.imm = (int64_t)d.kb.k.params + d.kb.params[base.var] + base.i;
@@ -241,7 +238,7 @@ void loadStore(Dec& d) {
     return;
   }
   if (!isLoad && d.out.space == Space::Const) d.fail("constant memory cannot be written");
-  d.out.a = d.address(mem, &d.out.imm);
+  d.setAddress(mem);
   if (d.out.space == Space::Const) d.out.space = Space::Global;
   d.out.fn = isLoad ? byTypes(t, width, [](auto m, auto r) -> Handler { return load<decltype(m), decltype(r)>; })
                     : byTypes(t, width, [](auto m, auto r) -> Handler { return store<decltype(m), decltype(r)>; });

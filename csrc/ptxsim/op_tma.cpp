@@ -290,7 +290,7 @@ void decodeBulk(Dec& d) {
       Ref* coord = b.coord;
       for (auto& x : d.elements(o.sub[1], b.rank)) *coord++ = d.src(x, Type::S32);
     }
-    return d.second(o);
+    return d.address(o);
   };
   if (kWay != BulkInst::Prefetch) b.to = operand(kWay == BulkInst::Store);
   b.from = operand(!b.readsShared());

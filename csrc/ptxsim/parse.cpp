@@ -1,43 +1,35 @@
-#include <cctype>
-#include <cstdlib>
-#include <cstring>
-#include <string_view>
-
 #include "sim.h"
 
 namespace ptxsim {
 namespace {
 
-struct Token {
-  enum Kind { End, Ident, Number, String, Punct } kind = End;
-  std::string s;
-  int line = 0;
-};
-
 bool isIdent(char c) { return isalnum((unsigned char)c) || c == '_' || c == '$' || c == '%'; }
 
 class Parser {
  public:
-  explicit Parser(const char* text) : p_(text), module_(new Module) { advance(); }
-
+  explicit Parser(const char* text) : p_(text), module_(new Module) {
+    module_->hash = std::hash<std::string_view>()(text);
+    advance();
+  }
   std::unique_ptr<Module> run() {
-    while (tok_.kind != Token::End) topLevel();
+    while (kind_ != End) topLevel();
     return std::move(module_);
   }
 
  private:
-  const char* p_;  // ends with a zero
+  const char* p_;  // behind the token, in a text that ends with a zero
+  enum { End, Ident, Number, String, Other } kind_ = End;
+  std::string text_;
   int line_ = 1;
-  Token tok_;
   std::unique_ptr<Module> module_;
   Func* fn_ = nullptr;
-  int scope_ = 0;
+  int scope_ = -1;  // -1: outside functions
   int loc_ = 0;
   std::map<std::array<int, 3>, int> located_;  // the last .loc of each position
 
   template <class... Parts>
   [[noreturn]] void fail(const Parts&... what) const {
-    throw Error("PTX line ", tok_.line, ": ", what...);
+    throw Error("PTX line ", line_, ": ", what...);
   }
   Func::Scope& scope() { return fn_->scopes[(size_t)scope_]; }
 
@@ -50,32 +42,31 @@ class Parser {
   }
   void advance() {
     for (size_t n; (n = blank(p_)); p_ += n) line_ += (int)std::count(p_, p_ + n, '\n');
-    tok_.line = line_;
     const char* start = p_;
     if (!*p_) {
-      tok_.kind = Token::End;
+      kind_ = End;
     } else if (isdigit((unsigned char)*p_)) {
-      tok_.kind = Token::Number;
+      kind_ = Number;
       const bool hex = p_[0] == '0' && strchr("xXfFdD", p_[1]);
       auto isSign = [&] { return (*p_ == '+' || *p_ == '-') && (p_[-1] == 'e' || p_[-1] == 'E') && !hex; };
       while (isalnum((unsigned char)*p_) || *p_ == '.' || *p_ == '_' || isSign()) ++p_;
     } else if (isIdent(*p_) || (*p_ == '.' && isIdent(p_[1]))) {
-      tok_.kind = Token::Ident;
+      kind_ = Ident;
       while (isIdent(*p_) || (*p_ == '.' && isIdent(p_[1])) || (p_[0] == ':' && p_[1] == ':' && isIdent(p_[2])))
         p_ += *p_ == ':' ? 2 : 1;
     } else if (*p_ == '"') {
-      tok_.kind = Token::String;
+      kind_ = String;
       ++start;
       p_ = start + strcspn(start, "\"");
     } else {
-      tok_.kind = Token::Punct;
+      kind_ = Other;
       ++p_;
     }
-    tok_.s.assign(start, p_);
-    p_ += tok_.kind == Token::String && *p_;
+    text_.assign(start, p_);
+    p_ += kind_ == String && *p_;
   }
-  bool is(const char* s) const { return tok_.kind != Token::String && tok_.s == s; }
-  bool isDirective() const { return tok_.kind == Token::Ident && tok_.s[0] == '.'; }
+  bool is(const char* s) const { return kind_ != String && text_ == s; }
+  bool isDirective() const { return kind_ == Ident && text_[0] == '.'; }
   bool accept(const char* s) {
     if (!is(s)) return false;
     advance();
@@ -85,11 +76,11 @@ class Parser {
     return std::any_of(list.begin(), list.end(), [&](const char* s) { return accept(s); });
   }
   void expect(const char* s) {
-    if (!accept(s)) fail("expected '", s, "', found '", tok_.s, "'");
+    if (!accept(s)) fail("expected '", s, "', found '", text_, "'");
   }
   std::string ident() {
-    if (tok_.kind != Token::Ident) fail("expected a name, found '", tok_.s, "'");
-    std::string s = tok_.s;
+    if (kind_ != Ident) fail("expected a name, found '", text_, "'");
+    std::string s = text_;
     advance();
     return s;
   }
@@ -100,18 +91,19 @@ class Parser {
       if (!is(close)) expect(",");
     }
   }
-  bool isNumber() const { return tok_.kind == Token::Number || is("-"); }
+  bool isNumber() const { return kind_ == Number || is("-"); }
   Operand number() {
     const bool negative = accept("-");
-    if (tok_.kind != Token::Number) fail("expected a number, found '", tok_.s, "'");
-    const char* s = tok_.s.c_str();
+    if (kind_ != Number) fail("expected a number, found '", text_, "'");
+    const char* s = text_.c_str();
     const int prefix = s[0] == '0' ? tolower(s[1]) : 0;
     Operand o;
     if (prefix == 'f' || prefix == 'd' || (prefix != 'x' && prefix != 'b' && strpbrk(s, ".eE"))) {
       o.kind = Operand::Float;
       o.width = prefix == 'f' ? 32 : 64;
-      o.bits = prefix == 'f' || prefix == 'd' ? strtoull(s + 2, nullptr, 16) : bits(strtod(s, nullptr));
-      if (negative) o.bits ^= 1ull << (o.width - 1);
+      const bool hex = prefix == 'f' || prefix == 'd';
+      o.i = (int64_t)(hex ? strtoull(s + 2, nullptr, 16) : bits(strtod(s, nullptr)));
+      if (negative) o.i ^= 1ll << (o.width - 1);
     } else {
       o.kind = Operand::Int;
       const uint64_t v = prefix == 'b' ? strtoull(s + 2, nullptr, 2) : strtoull(s, nullptr, 0);
@@ -131,21 +123,16 @@ class Parser {
   // ---- module level
   void skipPast(const char* mark) {
     while (!accept(mark)) {
-      if (tok_.kind == Token::End) fail("expected '", mark, "' before the end of the file");
+      if (kind_ == End) fail("expected '", mark, "' before the end of the file");
       advance();
     }
   }
 
   void topLevel() {
     if (accept(";")) return;
-    if (acceptOneOf({".version", ".address_size"})) return advance();
-    if (accept(".target")) {
-      module_->target = ident();
-      while (accept(",")) ident();
-      return;
-    }
-    if (accept(".file")) {
-      module_->files[(int)integer()] = tok_.s;
+    const bool file = accept(".file");
+    if (file || acceptOneOf({".version", ".target", ".address_size"})) {
+      if (file) module_->files[(int)integer()] = text_;
       do advance();
       while (accept(","));
       return;
@@ -154,30 +141,19 @@ class Parser {
     if (acceptOneOf({".pragma", ".alias", ".noreturn"})) return skipPast(";");
     bool isExtern = false;
     while (is(".extern") || is(".visible") || is(".weak") || is(".common")) isExtern |= ident() == ".extern";
-    if (is(".entry") || is(".func")) {
-      function();
-    } else if (Space s; spaceDirective(&s)) {
-      variable(s, isExtern, nullptr);
-      expect(";");
-    } else {
-      fail("unknown directive '", tok_.s, "'");
-    }
+    if (is(".entry") || is(".func")) return function();
+    variable()->isExtern |= isExtern;
+    expect(";");
   }
 
-  bool spaceDirective(Space* s) {
+  // .global .align 1 .b8 name[7] = {...}   (the terminator is left)
+  Var* variable() {
     static const char* const kSpaces[] = {".global", ".shared", ".local", ".param", ".const"};
-    auto it = std::find(std::begin(kSpaces), std::end(kSpaces), tok_.s);
-    if (it == std::end(kSpaces)) return false;
-    *s = (Space)((int)Space::Global + (it - kSpaces));
+    auto space = std::find(std::begin(kSpaces), std::end(kSpaces), text_);
+    if (space == std::end(kSpaces)) fail("unknown directive '", text_, "'");
     advance();
-    return true;
-  }
-
-  // .global .align 1 .b8 name[7] = {...}   (the space directive is already read; the terminator is left)
-  Var* variable(Space space, bool isExtern, Func* fn) {
-    auto v = std::make_unique<Var>();
-    v->space = space;
-    v->isExtern = isExtern;
+    Var* v = module_->vars.emplace_back(std::make_unique<Var>()).get();
+    v->space = (Space)((int)Space::Global + (space - kSpaces));
     Type type = Type::None;
     unsigned vec = 1;
     while (isDirective()) {
@@ -185,8 +161,8 @@ class Parser {
       if (acceptOneOf({".ptr", ".global", ".const", ".shared", ".local", ".generic"})) continue;
       const std::string d = ident().substr(1);
       if (d == "align") {
-        const unsigned a = (unsigned)integer();
-        if (v->align == 1 || type == Type::None) v->align = a;
+        const unsigned a = std::max(1u, (unsigned)integer());
+        if (type == Type::None) v->align = a;  // else of what a pointer points to
       } else if (d == "v2" || d == "v4" || d == "v8") {
         vec = (unsigned)(d[1] - '0');
       } else if (d == "attribute") {
@@ -197,39 +173,34 @@ class Parser {
       }
     }
     v->name = ident();
-    const uint64_t elem = (uint64_t)typeBytes(type) * vec;
-    v->bytes = elem;
-    bool open = false;
+    v->bytes = typeBytes(type) * vec;
+    if (v->align == 1) v->align = std::max(1u, (unsigned)v->bytes);
     while (accept("[")) {
-      open |= is("]");
-      if (!is("]")) v->bytes *= (uint64_t)integer();
+      v->bytes *= is("]") ? 0 : (uint64_t)integer();
       expect("]");
     }
-    if (v->align == 1) v->align = std::max(1u, (unsigned)elem);
-    if (open) v->bytes = 0;
-    if (open && space == Space::Shared) v->isExtern = true;
+    const bool open = v->bytes == 0;  // name[]
+    v->isExtern = open && v->space == Space::Shared;
     if (accept("=")) {
+      if (v->space != Space::Global && v->space != Space::Const)
+        fail("only .global and .const variables have initialisers");
       initializer(*v, type);
       if (open) v->bytes = v->init.size();
       v->init.resize(v->bytes);
     }
-    Var* raw = v.get();
-    (fn ? scope().vars : module_->varByName)[raw->name] = raw;
-    (fn ? fn->vars : module_->vars).push_back(std::move(v));
-    return raw;
+    return (scope_ < 0 ? module_->varByName : scope().vars)[v->name] = v;
   }
   void initializer(Var& v, Type type) {
     if (accept("{")) return listUntil("}", [&] { initializer(v, type); });
     uint64_t value = 0;
     if (isNumber()) {
       const Operand o = number();
-      value = o.kind == Operand::Float ? o.bits : (uint64_t)o.i;
-      if (o.width == 64 && typeBytes(type) == 4) value = bits((float)bitsAs<double>(o.bits));
+      value = (uint64_t)o.i;
+      if (o.width == 64 && typeBytes(type) == 4) value = bits((float)bitsAs<double>(value));
     } else {  // symbol, generic(symbol), symbol+offset
-      const bool generic = accept("generic");
-      if (generic) expect("(");
+      if (accept("generic")) expect("(");
       v.relocs.emplace_back(v.init.size(), ident());
-      if (generic) expect(")");
+      accept(")");
       if (accept("+")) value = (uint64_t)integer();
     }
     for (unsigned i = 0; i < typeBytes(type); ++i) v.init.push_back((uint8_t)(value >> (8 * i)));
@@ -237,8 +208,7 @@ class Parser {
 
   // ---- functions
   void function() {
-    auto f = std::make_unique<Func>();
-    fn_ = f.get();
+    Func* f = fn_ = module_->funcs.emplace_back(std::make_unique<Func>()).get();
     f->entry = ident() == ".entry";
     f->scopes.emplace_back();
     located_.clear();
@@ -250,17 +220,17 @@ class Parser {
       if (is(".maxntid") || is(".reqntid")) {
         f->required = ident() == ".reqntid";
         dimensions(f->maxDim);
-      } else if (accept(".maxnreg")) {
-        f->maxnreg = (unsigned)integer();
-      } else if (acceptOneOf({".minnctapersm", ".maxclusterrank", ".maxnctapersm"})) {
-        integer();
       } else if (accept(".reqnctapercluster")) {
         dimensions(f->cluster);
-      } else if (acceptOneOf({".pragma", ".abi_preserve", ".abi_preserve_control"})) {
-        advance();
-        accept(";");
+      } else if (accept(".maxnreg")) {
+        f->maxnreg = (unsigned)integer();
+      } else if (is(".pragma")) {
+        skipPast(";");
+      } else if (acceptOneOf(
+                     {".minnctapersm", ".maxnctapersm", ".maxclusterrank", ".abi_preserve", ".abi_preserve_control"})) {
+        integer();
       } else if (!acceptOneOf({".explicitcluster", ".blocksareclusters", ".noreturn", ".unique"})) {
-        fail("unknown function directive '", tok_.s, "'");
+        fail("unknown function directive '", text_, "'");
       }
     }
     if (!accept(";")) {
@@ -268,39 +238,41 @@ class Parser {
       f->hasBody = true;
       body();
     }
+    scope_ = -1;
     Func*& known = module_->funcByName[f->name];
-    if (!known || f->hasBody) known = fn_;
-    module_->funcs.push_back(std::move(f));
+    if (!known || f->hasBody) known = f;
   }
   void paramList(std::vector<Var*>& list) {
     listUntil(")", [&] {
       if (is(".reg")) fail("functions with .reg parameters are not supported");
-      expect(".param");
-      list.push_back(variable(Space::Param, false, fn_));
+      list.push_back(variable());
     });
   }
 
   void body() {
-    for (int depth = 1; depth;) {
-      if (tok_.kind == Token::End) fail("end of file inside a function");
+    while (scope_ >= 0) {
+      if (kind_ == End) fail("end of file inside a function");
       if (accept("{")) {
-        ++depth;
-        fn_->scopes.emplace_back();
-        fn_->scopes.back().parent = scope_;
+        fn_->scopes.emplace_back().parent = scope_;
         scope_ = (int)fn_->scopes.size() - 1;
       } else if (accept("}")) {
-        if (--depth) scope_ = scope().parent;
+        scope_ = scope().parent;
       } else if (isDirective()) {
         directive();
       } else if (!accept(";")) {
         instruction();
       }
     }
+    PInst end;  // falling off the end returns
+    end.name = "ret";
+    end.op = {end.name};
+    end.ptxLine = fn_->code.empty() ? 0 : fn_->code.back().ptxLine;
+    fn_->code.push_back(end);
   }
 
-  int addLoc(const Loc& l) {
+  int addLoc(const Loc& l, bool anyCaller = false) {
     int& at = located_[{l.file, l.line, l.column}];
-    if (!at || module_->locs[(size_t)at].caller != l.caller) {
+    if (!at || (!anyCaller && module_->locs[(size_t)at].caller != l.caller)) {
       module_->locs.push_back(l);
       at = (int)module_->locs.size() - 1;
     }
@@ -319,9 +291,7 @@ class Parser {
           ident();
           if (accept("+")) integer();
         } else {
-          const Loc at = position();
-          auto it = located_.find({at.file, at.line, at.column});
-          here.caller = it != located_.end() ? it->second : addLoc(at);
+          here.caller = addLoc(position(), true);
         }
       }
       loc_ = addLoc(here);
@@ -331,46 +301,23 @@ class Parser {
       if (t == Type::None) fail("unknown register type");
       do {
         const std::string name = ident();
-        if (accept("<")) {
-          scope().ranges[name] = {t, (int)integer()};
-          expect(">");
-        } else {
-          addReg(name, t);
+        const bool several = accept("<");  // %r<3> declares %r0, %r1 and %r2
+        for (int64_t i = 0, n = several ? integer() : 1; i < n; ++i) {
+          fn_->regs.push_back({several ? name + std::to_string(i) : name, t});
+          scope().regs[fn_->regs.back().name] = (int)fn_->regs.size() - 1;
         }
+        if (several) expect(">");
       } while (accept(","));
-      expect(";");
-    } else if (Space s; spaceDirective(&s)) {
-      variable(s, false, fn_);
-      if (is(",")) fail("several variables in one declaration");
       expect(";");
     } else if (is(".pragma")) {
       skipPast(";");
     } else {
-      fail("unknown directive '", tok_.s, "'");
+      variable();
+      if (is(",")) fail("several variables in one declaration");
+      expect(";");
     }
   }
 
-  int addReg(const std::string& name, Type type) {
-    fn_->regs.push_back({name, type});
-    return scope().regs[name] = (int)fn_->regs.size() - 1;
-  }
-  int findReg(const std::string& name) {
-    size_t digits = name.size();
-    while (digits > 0 && isdigit((unsigned char)name[digits - 1])) --digits;
-    for (int s = scope_; s >= 0; s = fn_->scopes[(size_t)s].parent) {
-      auto& sc = fn_->scopes[(size_t)s];
-      if (auto it = sc.regs.find(name); it != sc.regs.end()) return it->second;
-      // every split of prefix and number is a candidate: %r1<5> declares %r10
-      for (size_t cut = digits; cut < name.size(); ++cut) {
-        auto it = sc.ranges.find(name.substr(0, cut));
-        if (it == sc.ranges.end() || (name[cut] == '0' && cut + 1 < name.size())) continue;
-        if (atoi(&name[cut]) >= it->second.second) continue;
-        fn_->regs.push_back({name, it->second.first});
-        return sc.regs[name] = (int)fn_->regs.size() - 1;
-      }
-    }
-    return -1;
-  }
   Var* findVar(const std::string& name) {
     if (auto* local = fn_->find(scope_, &Func::Scope::vars, name)) return *local;
     auto it = module_->varByName.find(name);
@@ -395,21 +342,19 @@ class Parser {
         return o;
       }
     if (isNumber()) return number();
-    const std::string name = ident();
-    unsigned dimension;
-    if (name == "_") {
+    o.name = ident();
+    if (o.name == "_") {
       o.kind = Operand::Sink;
-    } else if (o.reg = findReg(name); o.reg >= 0) {
+    } else if (auto* reg = fn_->find(scope_, &Func::Scope::regs, o.name)) {
       o.kind = Operand::Register;
-    } else if (findSpecial(name, &dimension)) {
+      o.reg = *reg;
+    } else if (o.special = findSpecial(o.name, &o.dimension); o.special) {
       o.kind = Operand::Special;
-      o.name = name;
-    } else if (o.var = findVar(name); o.var) {
+    } else if (o.var = findVar(o.name); o.var) {
       o.kind = Operand::Symbol;
     } else {
-      if (name[0] == '%') fail("register '", name, "' is not declared");
       o.kind = Operand::Name;
-      o.name = name;
+      if (o.name[0] == '%') fail("register '", o.name, "' is not declared");
     }
     if (is("+") || is("-")) {  // reg+imm, sym+imm; "+-16" occurs
       accept("+");
@@ -424,16 +369,14 @@ class Parser {
 
   void instruction() {
     PInst in;
-    in.ptxLine = tok_.line;
+    in.ptxLine = line_;
     in.scope = scope_;
     in.loc = loc_;
     if (accept("@")) {
-      in.guardNegate = accept("!");
-      const std::string name = ident();
-      in.guard = findReg(name);
-      if (in.guard < 0) fail("predicate '", name, "' is not declared");
+      in.guard.push_back(operand());
+      if (in.guard[0].reg < 0) fail("predicate '", in.guard[0].name, "' is not declared");
     }
-    const std::string name = ident();
+    const std::string name = in.name = ident();
     if (accept(":")) {  // label, or `label: .branchtargets a, b;`
       if (accept(".branchtargets"))
         listUntil(";", [&] { scope().targets[name].push_back(ident()); });
@@ -443,10 +386,7 @@ class Parser {
         scope().labels[name] = (int)fn_->code.size();
       return;
     }
-    for (size_t a = 0, b; a <= name.size(); a = b + 1) {
-      b = std::min(name.find('.', a), name.size());
-      in.op.push_back(name.substr(a, b - a));
-    }
+    for (std::string_view rest = name; !rest.empty();) in.op.emplace_back(cut(rest, '.'));
     listUntil(";", [&] { in.args.push_back(operand()); });
     fn_->code.push_back(std::move(in));
   }
@@ -454,30 +394,19 @@ class Parser {
 
 }  // namespace
 
-Type typeFromName(const std::string& s) {
+Type typeFromName(std::string_view s) {
 #define ROW(type, name, bytes) std::make_pair(#name, Type::type)
-  static const std::unordered_map<std::string, Type> kByName = {TYPES(ROW)};
+  static const std::unordered_map<std::string_view, Type> kByName = {TYPES(ROW)};
 #undef ROW
   auto it = kByName.find(s);
   return it == kByName.end() ? Type::None : it->second;
 }
 
-std::string PInst::text() const {
-  std::string s;
-  for (auto& part : op) s += (s.empty() ? "" : ".") + part;
-  return s;
-}
-
 std::string Module::position(int loc) const {
   const Loc& l = locs[(size_t)loc];
-  auto it = files.find(l.file);
-  return l.line && it != files.end() ? cat(it->second, ":", l.line) : "";
+  return l.line && files.count(l.file) ? cat(files.at(l.file), ":", l.line) : "";
 }
 
-std::unique_ptr<Module> parse(const char* text) {
-  std::unique_ptr<Module> m = Parser(text).run();
-  m->hash = std::hash<std::string_view>()(text);
-  return m;
-}
+std::unique_ptr<Module> parse(const char* text) { return Parser(text).run(); }
 
 }  // namespace ptxsim

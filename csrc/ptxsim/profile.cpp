@@ -3,41 +3,39 @@
 
 namespace ptxsim {
 
-static std::map<std::string, std::vector<std::shared_ptr<Coverage>>> gCoverage;  // by kernel, its versions
-static std::shared_ptr<Coverage> gLast;
+static std::map<std::string, std::list<Coverage>> gCoverage;  // by kernel, its versions
+static Coverage* gLast;
 
 static std::string describe(const Kernel& k, size_t pc) {
   const Inst& in = k.code[pc];
-  const SourceLine& source = k.source[pc];
+  const PInst& source = *k.source[pc];
   const std::vector<Loc>& locs = k.module->locs;
-  std::string s = cat(source.text, "\t", k.leader[pc] ? "L" : "", in.guard != kNoGuard ? "G" : "", "\t");
-  if (source.text.compare(0, 3, "bra") == 0) s += cat(in.imm);
+  std::ostringstream s;
+  s << source.name << '\t' << (k.leader[pc] ? "L" : "") << (in.guard ? "G" : "") << '\t';
+  if (source.op[0] == "bra") s << in.imm;
   if (in.ext) {
-    for (int target : in.ext->targets) s += cat(target, " ");
-    s += in.ext->text;
+    for (int target : in.ext->targets) s << target << ' ';
+    s << in.ext->text;
   }
-  s += cat("\t", source.ptxLine);
-  if (pc && source.loc == k.source[pc - 1].loc) return s + "\t=";
-  for (int loc = source.loc; locs[(size_t)source.loc].line && loc; loc = locs[(size_t)loc].caller)
-    s += cat("\t", k.module->position(loc), ":", locs[(size_t)loc].column);
-  return s;
+  s << '\t' << source.ptxLine;
+  const bool same = pc && source.loc == k.source[pc - 1]->loc, none = !locs[(size_t)source.loc].line;
+  if (same) s << "\t=";
+  for (int loc = same || none ? 0 : source.loc; loc; loc = locs[(size_t)loc].caller)
+    s << '\t' << k.module->position(loc) << ':' << locs[(size_t)loc].column;
+  return s.str();
 }
 
 void profileStart(Kernel& k) {
-  if (!k.coverage) {
-    auto& versions = gCoverage[k.name];
-    auto known = std::find_if(versions.begin(), versions.end(), [&](auto& c) { return c->module == k.module->hash; });
-    if (known == versions.end()) {
-      auto c = std::make_shared<Coverage>();
-      c->module = k.module->hash;
-      for (size_t pc = 0; pc < k.code.size(); ++pc) c->rows.push_back(describe(k, pc));
-      c->hits.resize(k.code.size());
-      c->taken.resize(k.code.size());
-      known = versions.insert(versions.end(), std::move(c));
-    }
-    k.coverage = *known;
+  auto& versions = gCoverage[k.name];
+  auto known = std::find_if(versions.begin(), versions.end(), [&](auto& c) { return c.module == k.module->hash; });
+  if (known == versions.end()) {
+    known = versions.emplace(known);
+    known->module = k.module->hash;
+    for (size_t pc = 0; pc < k.code.size(); ++pc) known->rows.push_back(describe(k, pc));
+    known->hits.resize(k.code.size());
+    known->taken.resize(k.code.size());
   }
-  gLast = k.coverage;
+  gLast = k.coverage = &*known;
   gLast->before = gLast->hits;
 }
 
@@ -56,12 +54,14 @@ std::string instructionCounts() {
 // branches to or the function it calls; PTX line; positions ("file:line:column") from the innermost function outwards,
 // or "=" for those of the instruction before.
 std::string coverageOf(const std::string& kernel) {
-  std::string s;
-  const auto& versions = gCoverage[kernel];
-  for (size_t v = 0; v < versions.size(); ++v)
-    for (size_t i = 0; i < versions[v]->rows.size(); ++i)
-      s += cat(v, "\t", versions[v]->hits[i], "\t", versions[v]->taken[i], "\t", versions[v]->rows[i], "\n");
-  return s;
+  std::ostringstream s;
+  unsigned version = 0;
+  for (const Coverage& c : gCoverage[kernel]) {
+    for (size_t i = 0; i < c.rows.size(); ++i)
+      s << version << '\t' << c.hits[i] << '\t' << c.taken[i] << '\t' << c.rows[i] << '\n';
+    ++version;
+  }
+  return s.str();
 }
 
 }  // namespace ptxsim

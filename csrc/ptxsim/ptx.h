@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
@@ -13,15 +14,16 @@ namespace ptxsim {
 // Its arguments, texts and numbers, one after the other.
 template <class... Parts>
 std::string cat(const Parts&... parts) {
-  std::string s;
-  auto add = [&](const auto& part) {
-    if constexpr (std::is_arithmetic<std::decay_t<decltype(part)>>::value)
-      s += std::to_string(part);
-    else
-      s += part;
-  };
-  (add(parts), ...);
-  return s;
+  static_assert((!std::is_same<Parts, uint8_t>::value && ...), "it would be printed as a character");
+  std::ostringstream s;
+  (s << ... << parts);
+  return s.str();
+}
+// The text up to the separator, which `text` loses with it.
+inline std::string_view cut(std::string_view& text, char separator) {
+  const std::string_view first = text.substr(0, text.find(separator));
+  text.remove_prefix(std::min(text.size(), first.size() + 1));
+  return first;
 }
 struct Error : std::runtime_error {
   template <class... Parts>
@@ -44,7 +46,7 @@ inline unsigned typeBytes(Type t) {
 #undef BYTES
   return kBytes[(int)t];
 }
-Type typeFromName(const std::string& s);  // without the dot; None if it is no type
+Type typeFromName(std::string_view s);  // without the dot; None if it is no type
 inline bool isSigned(Type t) { return t == Type::S8 || t == Type::S16 || t == Type::S32 || t == Type::S64; }
 inline bool isFloat(Type t) { return t >= Type::F16 && t <= Type::E5M2x2; }
 
@@ -61,46 +63,41 @@ struct Var {
   uint64_t address = 0;                                  // set when placed
 };
 
-struct Reg {
-  std::string name;
-  Type type = Type::B32;
-};
-
 struct Operand {
   enum Kind : uint8_t { None, Register, Special, Int, Float, Symbol, Name, Address, Vector, Sink, Pair, List };
   Kind kind = None;
   int reg = -1;        // Register: index into Func::regs
   Var* var = nullptr;  // Symbol
-  std::string name;    // Special register, label or function name
-  int64_t i = 0;       // Int value; Symbol and Address: byte offset
-  uint64_t bits = 0;   // Float: bit pattern, `width` 32 or 64
+  std::string name;
+  const struct Special* special = nullptr;
+  unsigned dimension = 0;  // of a special register with coordinates
+  int64_t i = 0;           // Int: value; Symbol and Address: byte offset; Float: the bits, `width` 32 or 64
   uint8_t width = 0;
   bool negate = false;       // !p
   std::vector<Operand> sub;  // Vector, Pair, List: elements; Address: base, then further operands (coordinates)
 };
 
 struct PInst {
-  int guard = -1;  // register index
-  bool guardNegate = false;
-  std::vector<std::string> op;  // mnemonic split at dots
+  std::vector<Operand> guard;  // a predicate, or none
+  std::string name;
+  std::vector<std::string> op;  // the name split at dots
   std::vector<Operand> args;
-  int scope = 0;
-  int ptxLine = 0;
-  int loc = 0;  // index into Module::locs
-  std::string text() const;
+  int ptxLine = 0, scope = 0, loc = 0;  // the last two are indices into Func::scopes and Module::locs
 };
 
 struct Func {
   std::string name;
   bool entry = false, hasBody = false;
-  std::vector<std::unique_ptr<Var>> vars;  // params, locals, function-scope shared and statics
   std::vector<Var*> params, returns;
+  struct Reg {
+    std::string name;
+    Type type;
+  };
   std::vector<Reg> regs;
-  std::vector<PInst> code;
+  std::vector<PInst> code;  // ends with a `ret`
   struct Scope {
     int parent = -1;
-    std::unordered_map<std::string, int> regs;                     // exact names
-    std::unordered_map<std::string, std::pair<Type, int>> ranges;  // %r<49>: prefix -> type, count
+    std::unordered_map<std::string, int> regs;
     std::unordered_map<std::string, Var*> vars;
     std::unordered_map<std::string, int> labels;                        // -> index of the instruction that follows
     std::unordered_map<std::string, std::vector<std::string>> targets;  // .branchtargets
@@ -126,10 +123,9 @@ struct Loc {  // a .loc; `caller` is the position that the function it lies in w
 };
 
 struct Module {
-  std::string target;
-  std::vector<Loc> locs = {Loc()};  // 0: no position
-  std::vector<std::unique_ptr<Var>> vars;
-  std::unordered_map<std::string, Var*> varByName;
+  std::vector<Loc> locs = {Loc()};                  // 0: no position
+  std::vector<std::unique_ptr<Var>> vars;           // and those of its functions
+  std::unordered_map<std::string, Var*> varByName;  // without those
   std::vector<std::unique_ptr<Func>> funcs;
   std::unordered_map<std::string, Func*> funcByName;
   std::map<int, std::string> files;

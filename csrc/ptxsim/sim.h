@@ -12,16 +12,8 @@ namespace ptxsim {
 
 constexpr unsigned kLanes = 32;
 constexpr uint32_t kAll = 0xffffffffu;
-constexpr uint32_t kNoGuard = 0xffffffffu;
 
-struct Warp;
-struct Inst;
-struct Cta;
-struct Cluster;
-struct Launch;
-struct Kernel;
-struct RaceClock;
-using Handler = void (*)(Warp&, const Inst&, uint32_t mask);
+using Handler = void (*)(struct Warp&, const struct Inst&, uint32_t mask);
 
 // An operand: 32 lane values at `off` in the warp's registers, or in the kernel's constants when kConstBit is set.
 // kNegated: a source predicate with a `!`. `id` names the validity mask that goes with it; id 0 is "always valid".
@@ -55,8 +47,7 @@ struct Inst {
   Ref d, a, b, c;
   int64_t imm = 0;
   const Extra* ext = nullptr;
-  uint32_t guard = kNoGuard, guardId = 0;
-  bool guardNegate = false;
+  Ref guard;
   bool isWgmma = false;      // may touch registers of wgmma operations in flight
   bool needsFence = false;   // writes a register of a wgmma, which must wait for wgmma.fence
   bool storesD = false;      // d and ext->refs are sources
@@ -64,6 +55,12 @@ struct Inst {
   Space space = Space::Generic;
   uint8_t bytes = 0, vec = 1;
   uint8_t x[8] = {};  // each instruction's own
+  template <class F>
+  void eachDestination(F visit) const {
+    if (storesD) return;
+    visit(d);
+    for (size_t i = 0; ext && i < ext->refs.size(); ++i) visit(ext->refs[i]);
+  }
 };
 
 // A special register, and what a lane finds in it.
@@ -82,13 +79,8 @@ struct SpecialUse {
   uint32_t add;
 };
 
-struct SourceLine {
-  int ptxLine = 0, loc = 0;
-  std::string text;
-};
-
 struct Coverage {  // of one kernel of one module text over all launches: see profile.cpp. It outlives the module
-  size_t module;
+  size_t module = 0;
   std::vector<std::string> rows;              // of each instruction
   std::vector<uint64_t> hits, taken, before;  // by warps; of a predicated one with a lane to run for; hits at launch
 };
@@ -96,24 +88,18 @@ struct Coverage {  // of one kernel of one module text over all launches: see pr
 struct Kernel {
   std::string name;
   Module* module = nullptr;
-  Func* func = nullptr;
   std::vector<Inst> code;
-  std::vector<SourceLine> source;  // parallel to code
-  std::vector<uint8_t> leader;     // parallel to code: starts a basic block
+  std::vector<const PInst*> source;  // parallel to code
+  std::vector<uint8_t> leader;       // parallel to code: starts a basic block
   std::deque<Extra> extras;
   std::vector<std::shared_ptr<void>> owned;  // what instructions keep beyond an Extra
   std::vector<uint64_t> constants;           // lane vectors
   std::vector<SpecialUse> specials;
-  uint32_t regBytes = 0, numIds = 1;
-  uint32_t staticShared = 0;  // bytes after the reserved first 1 KB
-  uint32_t dynSharedAlign = 16;
-  std::vector<std::pair<uint32_t, Var*>> sharedVars;
-  uint32_t localBytes = 0;
-  uint32_t paramBytes = 0;
+  uint32_t regBytes = 0, numIds = 1, localBytes = 16, paramBytes = 0;
+  uint32_t staticShared = 0;                               // bytes after the reserved first 1 KB
   std::vector<std::pair<uint32_t, uint32_t>> paramLayout;  // offset, bytes
   uint8_t* params = nullptr;                               // simulated parameter bank
-  int entry = 0;
-  std::shared_ptr<Coverage> coverage;
+  Coverage* coverage = nullptr;
   std::string place(size_t pc) const;  // source position and PTX line, for reports
 };
 
@@ -128,47 +114,43 @@ struct LanesOf {
 };
 inline LanesOf lanesOf(uint32_t mask) { return {mask}; }
 
+// Coordinate d of what has this number in a block of that size: x runs fastest.
+inline unsigned coordinate(const unsigned (&size)[3], uint64_t number, unsigned d) {
+  for (unsigned i = 0; i < d; ++i) number /= size[i];
+  return (unsigned)(number % size[d]);
+}
+
 std::string where(const Warp& w, const Inst& in, int lane);
 
-// A set of lanes at one program counter.
-struct Frame {
-  int returnPc;
-  const Extra* call;
-  bool operator==(const Frame& o) const { return returnPc == o.returnPc && call == o.call; }
-};
 enum class Wait : uint8_t { None, Converge, Barrier, Poll };
-struct Fragment {
+using Describe = std::string (*)(Warp&, const Inst&);  // what a warp waits for
+struct Fragment {                                      // a set of lanes at one program counter
   uint32_t pc = 0, mask = 0;
   Wait wait = Wait::None;
-  uint8_t pollState = 0;   // scratch of an instruction that waits: cleared when it completes
   uint64_t pollEpoch = 0;  // Poll: launch epoch when it last looked
-  std::string (*describe)(Warp&, const Inst&) = nullptr;
+  Describe describe = nullptr;
   uint64_t age = 0;
   uint32_t shownPc = 0;                    // Barrier: the instruction it waits at (pc is already past it)
   bool mayGiveUp = false, giveUp = false;  // a wait that may return false, and now shall
-  uint64_t gaveUpEpoch = 0;
-  unsigned gaveUp = 0;
-  std::vector<Frame> stack;
+  std::vector<uint32_t> calls;             // that have not returned, outermost first
 };
 
-struct AsyncOp;
 // Asynchronous operations of a warp's threads that nobody has waited for yet. A commit group is a number per thread.
 struct OpTrack {
-  std::vector<std::shared_ptr<AsyncOp>> ops;
+  std::vector<std::shared_ptr<struct AsyncOp>> ops;
   uint32_t committed[kLanes] = {};  // groups closed so far
 };
 
 struct Warp {
-  Cta* cta = nullptr;
-  Launch* launch = nullptr;
+  struct Cta* cta = nullptr;
+  struct Launch* launch = nullptr;
   const Kernel* kernel = nullptr;
   unsigned index = 0;                     // in the CTA
   uint32_t live = 0;                      // lanes that exist and have not exited
   uint8_t* base[2] = {nullptr, nullptr};  // registers, constants
   uint32_t* valid = nullptr;
-  uint8_t* local = nullptr;  // 32 x localBytes
-  uint8_t* localValid = nullptr;
-  std::vector<Fragment> frags;  // frags[cur] runs
+  uint8_t *local = nullptr, *localValid = nullptr;  // 32 x localBytes
+  std::vector<Fragment> frags;                      // frags[cur] runs
   unsigned cur = 0;
   uint32_t pc = 0, next = 0;  // of the running fragment
   uint32_t stopPc = 0;        // where another fragment waits ahead
@@ -184,7 +166,6 @@ struct Warp {
   uint32_t agent = 0;                            // race detector: its number in the grid
   uint32_t laneTime = 1, laneNews[kLanes] = {};  // now, and when each lane last heard of the others
   unsigned maxnreg = 0;
-  bool ready = false;
   uint64_t sliceStamp = 0;
   uint32_t clusterArrived = 0;  // lanes between barrier.cluster.arrive and .wait
   uint64_t clusterPhase[kLanes] = {};
@@ -203,14 +184,13 @@ struct Warp {
   }
 
   bool run(unsigned quantum);  // false: nothing to run now
-  void schedule();
+  bool schedule();
   Fragment& frag() { return frags[cur]; }
 
   // ---- used by instruction handlers
-  // Some of the running lanes go to target, with another call stack if one is given.
-  void jump(uint32_t mask, uint32_t target, const std::vector<Frame>* stack = nullptr);
+  Fragment& jump(uint32_t mask, uint32_t target);  // some of the running lanes go there, as this fragment
   void exitLanes(uint32_t mask);
-  void block(Wait kind, std::string (*describe)(Warp&, const Inst&) = nullptr);  // retry this instruction later
+  void block(Wait kind, Describe describe = nullptr);  // retry this instruction later
   template <class... Parts>
   [[noreturn]] void fail(const Inst& in, int lane, const Parts&... what) {
     throw Error(what..., "\n  at ", where(*this, in, lane));
@@ -231,16 +211,14 @@ struct NamedBarrier {
   std::vector<uint32_t> lanes;  // per warp: who has arrived in this phase
   bool redAnd = true;
   uint32_t redCount = 0;
-  std::shared_ptr<RaceClock> clock;  // race detector: what the arrivals release
+  std::shared_ptr<struct RaceClock> clock;  // race detector: what the arrivals release
 };
 
 struct Mbarrier {
   uint32_t expected = 0, nextExpected = 0;
   int64_t pending = 0, tx = 0;
-  uint64_t phase = 0;
-  uint64_t txSeen = 0;                // bytes that arrived in this phase, for reports
-  uint32_t initBy = 0, initTime = 0;  // race detector: warp of the grid
-  uint32_t initLane = 0, initLaneTime = 0;
+  uint64_t phase = 0, txSeen = 0;  // and the bytes that arrived in this phase, for reports
+  uint32_t initBy = 0, initTime = 0, initLane = 0, initLaneTime = 0;  // race detector: warp of the grid and its lane
   std::shared_ptr<RaceClock> clock, done;  // race detector: of the open phase, of the last completed one
   std::shared_ptr<struct RaceCompletion> open, completion;  // of the same phases' asynchronous operations
 };
@@ -251,9 +229,8 @@ struct alignas(64) Line {
 
 struct Cta {
   Launch* launch = nullptr;
-  Cluster* cluster = nullptr;
-  unsigned id[3] = {0, 0, 0};
-  unsigned rank = 0;
+  struct Cluster* cluster = nullptr;
+  unsigned id[3] = {0, 0, 0}, rank = 0;
   uint64_t linear = 0;
   uint8_t *smem = nullptr, *smemValid = nullptr;  // smemBytes, the first 1 KB reserved
   uint32_t smemBytes = 0;
@@ -268,17 +245,16 @@ struct Cta {
     std::deque<std::shared_ptr<AsyncOp>> issued;  // and the one before, which the next follows
   };
   std::vector<WgmmaOrder> wgmma;
-  std::shared_ptr<struct RaceShadow> shadow;  // race detector
-  std::list<std::vector<Line>> memory;        // what the pointers in here and in its warps point to
+  std::shared_ptr<struct RaceShadow> shadow;    // race detector
+  std::vector<std::unique_ptr<Line[]>> memory;  // what the pointers in here and in its warps point to
 };
 
 struct Cluster {
   std::vector<std::unique_ptr<Cta>> ctas;
-  unsigned id[3] = {0, 0, 0};
+  unsigned id[3] = {0, 0, 0}, liveThreads = 0;
   unsigned arrived = 0;                         // threads at barrier.cluster
   std::shared_ptr<RaceClock> clock, done, met;  // race detector
   uint64_t barrierPhase = 0;
-  unsigned liveThreads = 0;
   std::list<std::shared_ptr<AsyncOp>> pending;  // issued, not yet performed
 };
 
@@ -287,7 +263,6 @@ struct AsyncOp {
   virtual ~AsyncOp() = default;
   virtual bool step() = 0;              // false: more to do
   bool done = false, readDone = false;  // finished; its source may be overwritten
-  Cluster* cluster = nullptr;
   Warp* warp = nullptr;
   const Inst* inst = nullptr;
   uint32_t mask = 0;                            // threads it belongs to
@@ -333,20 +308,17 @@ struct Launch {
   unsigned grid[3] = {1, 1, 1}, block[3] = {1, 1, 1}, clusterDim[3] = {1, 1, 1};
   bool explicitCluster = false;
   uint32_t dynShared = 0;
-  unsigned threads = 0, warpsPerCta = 0, ctasPerCluster = 1;
-  unsigned regsPerThread = 0;
+  unsigned threads = 1, warpsPerCta = 1, ctasPerCluster = 1, regsPerThread = 0;
   uint64_t epoch = 1;  // counts effects: what a waiting fragment may be waiting for
   uint64_t clock = 0;
   std::mt19937_64 rng;
   Options opt;
   Counters n;
   std::shared_ptr<struct RaceState> race;
-  // A host address of a declared buffer -> its simulated copy.
   // Launched early (programmatic stream serialization): what the launch before used is to be touched only after
   // griddepcontrol.wait. `waited`: somebody has, so that this launch ends after the one before. `signalled`: by
   // griddepcontrol.launch_dependents, so that the next one may begin before this one ends.
   bool early = false, waited = false, signalled = false;
-  uint64_t (*alias)(uint64_t address, uint64_t bytes) = nullptr;
   std::vector<std::unique_ptr<Cluster>> resident;
   uint64_t numClusters = 0;
   unsigned maxResident = 1;  // clusters
@@ -358,8 +330,8 @@ struct Launch {
   void performNow(AsyncOp& op, bool all);
 
  private:
-  std::unique_ptr<Cluster> makeCluster(uint64_t index);
-  std::unique_ptr<Cta> makeCta(Cluster& c, unsigned rank);
+  void startCluster(uint64_t index);
+  void startCta(Cluster& c);
   Progress runCluster(Cluster& c);
   bool performSome(Cluster& c);
   template <class F>
@@ -372,6 +344,7 @@ constexpr uint32_t kSharedReserved = 1024, kMaxShared = 232448, kSharedPerSm = 2
 constexpr unsigned kRegisters = 65536, kThreadsPerSm = 2048;                            // of an SM
 
 std::unique_ptr<Kernel> decodeKernel(Module& m, Func& f);
+uint64_t translate(uint64_t address, uint64_t bytes);  // of a declared buffer of the host -> of its copy, or 0
 
 void profileStart(Kernel& k);  // before a launch
 std::string instructionCounts();

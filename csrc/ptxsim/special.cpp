@@ -5,12 +5,6 @@
 namespace ptxsim {
 namespace {
 
-// Coordinate d of the thread with this number in its CTA.
-unsigned coordinate(const Launch& l, unsigned thread, unsigned d) {
-  for (unsigned i = 0; i < d; ++i) thread /= l.block[i];
-  return d == 2 ? thread : thread % l.block[d];
-}
-
 uint64_t now(const Warp& w) { return w.launch->clock + w.executed; }
 constexpr uint64_t kStart = 1000000000;  // of %globaltimer
 
@@ -18,7 +12,7 @@ constexpr uint64_t kStart = 1000000000;  // of %globaltimer
 #define VALUE(expression) \
   [](const Warp& w, unsigned lane, unsigned d) -> uint64_t { return (void)w, (void)lane, (void)d, expression; }
 const Special kSpecials[] = {
-    {"%tid.", VALUE(coordinate(*w.launch, w.index* kLanes + lane, d))},
+    {"%tid.", VALUE(coordinate(w.launch->block, w.index* kLanes + lane, d))},
     {"%ntid.", VALUE(w.launch->block[d])},
     {"%ctaid.", VALUE(w.cta->id[d])},
     {"%nctaid.", VALUE(w.launch->grid[d])},
@@ -58,12 +52,10 @@ const Special kSpecials[] = {
 const Special kSharedAddress = {"", [](const Warp& w, unsigned, unsigned) -> uint64_t { return w.cta->rank << 24; }};
 
 const Special* findSpecial(const std::string& name, unsigned* dimension) {
-  const size_t d = std::string("xyz").find(name.back());
-  *dimension = d == std::string::npos ? 0 : (unsigned)d;
+  const size_t stem = name.size() > 2 && name[name.size() - 2] == '.' ? name.size() - 1 : name.size();
+  *dimension = stem < name.size() ? (unsigned)(name.back() - 'x') : 0;
   for (auto& s : kSpecials)
-    if (name == s.name ||
-        (d < 3 && name.size() > 1 && name[name.size() - 2] == '.' && name.compare(0, name.size() - 1, s.name) == 0))
-      return &s;
+    if (*dimension < 3 && name.compare(0, stem, s.name) == 0) return &s;
   return nullptr;
 }
 

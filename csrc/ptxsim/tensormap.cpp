@@ -1,7 +1,5 @@
 #include "tensormap.h"
 
-#include <cstring>
-
 namespace ptxsim {
 
 std::string encodeTensorMap(TensorMap* map, unsigned type, uint32_t rank, uint64_t address, const uint64_t* dims,
