@@ -37,7 +37,6 @@ void combine(int op, Type t, uint8_t* to, const uint8_t* from, uint32_t n, const
 #define MEMORY_ORDER                                                                                   \
   "relaxed|acquire|release|acq_rel|volatile? (mmio) cta|cluster|gpu|sys? L2::cache_hint? L1::* L2::* " \
   "(ca|cg|cs|lu|cv|wb|wt) space"
-size_t takeHints(Dec& d);       // the number of trailing hint operands
-void decodeAsyncStore(Dec& d);  // st.async, red.async
+size_t takeHints(Dec& d);  // the number of trailing hint operands
 
 }  // namespace ptxsim

@@ -122,6 +122,7 @@ std::string Dec::choose(const Form& form) {
       if (optional || several) out.x[next++] = (uint8_t)(which + optional);
     }
   }
+  if (!types.empty()) out.type = types[0], out.bytes = (uint8_t)typeBytes(types[0]);
   if (!form.operands) return "";
   const std::string_view words = form.operands;
   const size_t most = words.empty() ? 0 : 1 + (size_t)std::count(words.begin(), words.end(), ' '),
@@ -150,6 +151,7 @@ void Dec::operands(std::string_view words) {
       return t == Type::Pred ? pred(o) : src(o, t);
     };
     if (list) {
+      out.storesD = name == 'e';
       for (auto& part : elements(arg(i), out.vec)) extra()->refs.push_back(ref(part));
       continue;
     }

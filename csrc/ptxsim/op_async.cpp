@@ -279,22 +279,24 @@ void cpArrive(Warp& w, const Inst& in, uint32_t m) {  // x[0] noinc
 struct StAsync : AsyncOp {
   uint32_t address = 0, barrier = 0, bytes = 0;
   uint8_t data[32];
-  int lane = 0;
+  int lane = 0, operation = -1;
   bool step() override {
     Place p = locateShared(*warp, *inst, lane, address, bytes, Kind::Write, 1, false);
     raceAsync(*this, p, bytes, Kind::Write);
-    combine(inst->x[1] ? inst->x[0] : -1, (Type)inst->x[3], p.p, data, bytes);
+    combine(operation, inst->type, p.p, data, bytes);
     memset(p.valid, 1, bytes);
     completeOn(*this, lane, barrier, bytes);
     return true;
   }
 };
-// a: destination, second address: barrier, ext->refs: values, x[1] atomic with operation x[0], x[3] type
+// a: destination, second address: barrier, ext->refs: values, x[0] operation
+template <bool kReduces>
 void stAsync(Warp& w, const Inst& in, uint32_t m) {
   for (int i : lanesOf(m)) {
     auto op = std::make_shared<StAsync>();
     op->generic = true;
     op->lane = i;
+    if (kReduces) op->operation = in.x[0];
     op->address = (uint32_t)laneAddress(w, in, i);
     op->barrier = (uint32_t)laneAddress(w, in, in.ext->second, i);
     for (const Ref& r : in.ext->refs) {
@@ -328,16 +330,11 @@ const Forms kForms = {
     {"cp", "async wait_all", "", waitGroup<&Warp::cp, true>},
     {"cp", "async mbarrier arrive noinc? space (b64)", "[a]", cpArrive},
     {"cp", "async ca|cg L2::cache_hint? shared|shared::cta global", nullptr, decodeCpAsync},
+    {"st", "async (weak|relaxed) (cluster) shared::cluster (mbarrier::complete_tx::bytes) vector type", "[a] {e} [e]",
+     stAsync<false>},
+    {"red", "async (relaxed) (cluster) " ATOMIC_OPERATION " shared::cluster (mbarrier::complete_tx::bytes) type",
+     "[a] {e} [e]", stAsync<true>},
 };
 
 }  // namespace
-
-void decodeAsyncStore(Dec& d) {
-  d.out.x[1] = d.p.op[0] == "red";
-  d.out.x[3] = (uint8_t)d.types[0];
-  d.out.bytes = (uint8_t)typeBytes(d.types[0]);
-  d.out.storesD = true;
-  d.out.fn = stAsync;
-}
-
 }  // namespace ptxsim

@@ -45,11 +45,11 @@ void combine(int op, Type t, uint8_t* to, const uint8_t* from, uint32_t n, const
 
 namespace {
 
-// x[2] op, x[3] type, vec; ext->refs: destinations (empty for red), refs2: b..., then c
+// x[3] operation; ext->refs: destinations (empty for red), refs2: b..., then c
 void atomic(Warp& w, const Inst& in, uint32_t m) {
   const unsigned size = in.bytes;
   const auto &dst = in.ext->refs, &src = in.ext->refs2;
-  const bool exchange = in.x[2] == kExch;
+  const bool exchange = in.x[3] == kExch;
   Span s(w, in, m, size * in.vec, Kind::Atomic);
   bool changed = false;
   for (const Ref& r : src) w.needValid(in, r, m, "operand of an atomic");
@@ -59,7 +59,7 @@ void atomic(Warp& w, const Inst& in, uint32_t m) {
       auto lane = [&](Ref r) { return w.ptr<uint8_t>(r) + (unsigned)i * size; };
       uint8_t *p = s.p[i] + k * size, *v = s.tracked ? s.valid(i, k * size) : nullptr, old[16];
       memcpy(old, p, size);
-      combine(in.x[2], (Type)in.x[3], p, lane(src[k]), size, lane(src.back()));
+      combine(in.x[3], in.type, p, lane(src[k]), size, lane(src.back()));
       changed |= memcmp(p, old, size) != 0;
       valid |= (uint32_t)allValid(v, size) << i;
       if (exchange) markValid(v, size, true);
@@ -74,12 +74,9 @@ template <bool returns>
 void decodeAtomic(Dec& d) {
   const size_t hints = takeHints(d);
   const int op = d.out.x[3];
-  const Type t = d.types[0];
+  const Type t = d.out.type;
   if (isFloat(t) && op != kAdd && !((op == kMin || op == kMax) && typeBytes(t) <= 4 && t != Type::F32))
     d.fail("no such floating-point operation");
-  d.out.x[2] = (uint8_t)op;
-  d.out.x[3] = (uint8_t)t;
-  d.out.bytes = (uint8_t)typeBytes(t);
   const size_t at = returns, sources = op == kCas ? 2 : 1;
   d.wantArgs(at + 1 + sources, at + 1 + sources + hints);
   Extra* e = d.extra();
@@ -93,9 +90,6 @@ void decodeAtomic(Dec& d) {
 
 const Forms kForms = {
     {"atom", MEMORY_ORDER " (noftz) " ATOMIC_OPERATION " vector type", nullptr, decodeAtomic<true>},
-    {"red",
-     "async (relaxed) (cluster) add|min|max|and|or|xor|inc|dec shared::cluster (mbarrier::complete_tx::bytes) type",
-     "[a] {e} [e]", decodeAsyncStore},
     {"red", MEMORY_ORDER " (noftz) " ATOMIC_OPERATION " vector type", nullptr, decodeAtomic<false>},
 };
 

@@ -149,19 +149,13 @@ LANE(uint32_t, ToTf32, (const Inst& in, float x)) {
   if (in.x[Relu] && c == 1u << 18) return 0;
   return (c >> 18) << 31 | (c & 0x3ffff) << 13;
 }
-// cvt.pack: two saturated integers in the low bits over c shifted up. x[0] their type, x[1] there is a c.
+// cvt.pack: two saturated integers in the low bits, over c shifted up if there is one.
 LANE(uint32_t, PackIntegers, (const Inst& in, int32_t a, int32_t b, uint32_t c)) {
-  const Type t = (Type)in.x[0];
-  const unsigned n = 8 * typeBytes(t);
+  const unsigned n = 8 * in.bytes;
   auto part = [&](int32_t v) {
-    return fromIntTo(t, (uint64_t)(int64_t)v, v < 0, true, Round::Zero) & (~0ull >> (64 - n));
+    return fromIntTo(in.type, (uint64_t)(int64_t)v, v < 0, true, Round::Zero) & (~0ull >> (64 - n));
   };
-  return (uint32_t)((in.x[1] ? (uint64_t)c << (2 * n) : 0) | part(a) << n | part(b));
-}
-void decodePack(Dec& d) {
-  d.out.x[0] = (uint8_t)d.types[0];
-  d.out.x[1] = d.argc() == 4;
-  d.out.fn = lanes<PackIntegers>();
+  return (uint32_t)((in.c ? (uint64_t)c << (2 * n) : 0) | part(a) << n | part(b));
 }
 
 LANE(float, Bf16ToF32, (uint16_t h)) { return fromBf16(h); }
@@ -169,8 +163,8 @@ LANE(float, F16ToF32, (uint16_t h)) { return fromF16(h); }
 LANE(uint16_t, F32ToBf16, (float a)) { return toBf16(a); }
 
 const Forms kForms = {
-    {"cvt", "pack (sat) type type b32", "d:b32 a:s32 b:s32 c:b32", decodePack},
-    {"cvt", "pack (sat) type type", "d:b32 a:s32 b:s32", decodePack},
+    {"cvt", "pack (sat) type type b32", "d:b32 a:s32 b:s32 c:b32", lanes<PackIntegers>()},
+    {"cvt", "pack (sat) type type", "d:b32 a:s32 b:s32", lanes<PackIntegers>()},
     {"cvt", "f32 f16", "d a:1", lanes<F16ToF32>()},
     {"cvt", "(rn|rz|rm|rp) f32 bf16", "d a:1", lanes<Bf16ToF32>()},
     {"cvt", "rn f32 s32", "d a:1", lanewise<Same<int32_t>, float, int32_t>},

@@ -49,7 +49,6 @@ void decodeMove(Dec& d) {
   d.out.x[0] = 0;
   d.wantArgs(2);
   d.operands(load ? "{d:b32} [a]" : "[a] {e:b32}");
-  d.out.storesD = !load;
   d.out.fn = load ? moveMatrices<false> : moveMatrices<true>;
 }
 

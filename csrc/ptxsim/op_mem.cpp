@@ -205,10 +205,10 @@ Handler byTypes(Type t, unsigned reg, F f) {
 template <bool isLoad>
 void loadStore(Dec& d) {
   const size_t hints = takeHints(d);
-  const Type t = d.types[0];
-  const unsigned bytes = typeBytes(t);
+  const Type t = d.out.type;
+  const unsigned bytes = d.out.bytes;
   if (t > Type::BF16x2 && t != Type::F32 && t != Type::F64) d.fail("this type is not supported");
-  d.wantArgs(2 + hints, 2 + hints);
+  d.wantArgs(2 + hints);
   const Operand& mem = d.arg(isLoad);
   if (mem.kind != Operand::Address) d.fail("an address in brackets is expected");
   std::vector<Ref> refs;
@@ -226,7 +226,6 @@ void loadStore(Dec& d) {
     d.out.d = refs[0];
   else
     d.extra()->refs = refs;
-  d.out.bytes = (uint8_t)bytes;
   d.out.storesD = !isLoad;
   const Operand& base = mem.sub[0];
   if (isLoad && d.out.space == Space::Param && base.kind == Operand::Symbol && d.kb.params.count(base.var)) {
@@ -245,16 +244,15 @@ void loadStore(Dec& d) {
 }
 
 // The shared address `a` in the CTA of rank b. x[0]: 1 shared::cluster 32/64 bits, 0 generic
-template <class T>
 void mapa(Warp& w, const Inst& in, uint32_t m) {
   const auto& ctas = w.cta->cluster->ctas;
-  setLanes<T>(w, in.d, m, w.validOf(in.a) & w.validOf(in.b), [&](int i) {
-    const uint64_t a = w.ptr<const T>(in.a)[i];
-    const uint32_t rank = lane32(w, in.b, (unsigned)i);
+  for (int i : lanesOf(m)) {
+    const uint64_t a = laneBits(w, in.a, in.bytes, i), rank = lane32(w, in.b, (unsigned)i);
     if (rank >= ctas.size()) w.fail(in, i, "mapa to CTA rank ", rank, " of a cluster of ", ctas.size());
     if (!in.x[0] && !inShared(a)) w.fail(in, i, "mapa of a generic address that is not in shared memory");
-    return (a & ~0xff000000ull) | (uint64_t)rank << 24;
-  });
+    setLaneBits(w, in.d, in.bytes, i, (a & ~0xff000000ull) | rank << 24);
+  }
+  w.setValid(in.d, m, w.validOf(in.a) & w.validOf(in.b));
 }
 TYPED(uint32_t, CtaRank, (T a)) { return (uint32_t)a >> 24; }
 
@@ -268,8 +266,6 @@ void ignore(Dec& d) {
 
 const Forms kForms = {
     {"ld|ldu", "(weak) " MEMORY_ORDER " (nc) (unified) vector type", nullptr, loadStore<true>},
-    {"st", "async (weak|relaxed) (cluster) shared::cluster (mbarrier::complete_tx::bytes) vector type", "[a] {e} [e]",
-     decodeAsyncStore},
     {"st", "(weak) " MEMORY_ORDER " vector type", nullptr, loadStore<false>},
     {"prefetch|prefetchu|applypriority|pmevent", ignore},
     {"createpolicy",
@@ -278,8 +274,7 @@ const Forms kForms = {
        d.out.d = d.dst(0, 8);
        d.out.fn = createPolicy;
      }},
-    {"mapa", "shared::cluster? type", "d a b:u32",
-     [](Dec& d) { d.out.fn = typeBytes(d.types[0]) == 8 ? mapa<uint64_t> : mapa<uint32_t>; }},
+    {"mapa", "shared::cluster? type", "d a b:u32", mapa},
     {"getctarank", "(shared::cluster) type", "d:u32 a", byWidth<CtaRank>},
 };
 

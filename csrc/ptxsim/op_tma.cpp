@@ -220,7 +220,7 @@ const MapField kFields[] = {
     {"swizzle_mode", 0, 0, 3, 1, [](TensorMap& t, unsigned, uint64_t v) { t.swizzle = (uint8_t)v; }},
     {"fill_mode", 0, 0, 1, 1, [](TensorMap& t, unsigned, uint64_t v) { t.fill = (uint8_t)v; }},
 };
-// x[0] field, x[1] bytes of the value; a address, b value, v[0] ordinal
+// x[0] field; a address, b value, v[0] ordinal
 void replaceField(Warp& w, const Inst& in, uint32_t m) {
   const MapField& field = kFields[in.x[0]];
   for (int i : lanesOf(m)) {
@@ -229,7 +229,7 @@ void replaceField(Warp& w, const Inst& in, uint32_t m) {
     TensorMap t;
     memcpy(&t, p.p, sizeof t);
     w.needValid(in, in.b, 1u << i, "tensor map field");
-    const uint64_t v = laneBits(w, in.b, in.x[1], i);
+    const uint64_t v = laneBits(w, in.b, in.bytes, i);
     if (v < field.least || v > field.most || v % field.multiple)
       w.fail(in, i, "tensormap.replace of ", field.name, ": ", v, " is not allowed");
     field.set(t, (unsigned)in.ext->v[0], v);
@@ -242,15 +242,13 @@ void replaceField(Warp& w, const Inst& in, uint32_t m) {
 void decodeReplace(Dec& d) {
   const auto* field = std::find_if(kFields, std::end(kFields), [&](auto& f) { return d.take(f.name); });
   if (field == std::end(kFields)) d.fail("unknown field");
-  const Type t = d.needType();
   const int ordinals = field->ordinals;
   d.wantArgs(ordinals ? 3 : 2);
   const int64_t ordinal = d.extra()->v[0] = ordinals ? d.intArg(1) : 0;
   if (ordinals && (ordinal < 0 || ordinal >= ordinals)) d.fail("the ordinal is out of range");
   d.operands("[a]");
-  d.out.b = d.src(ordinals ? 2 : 1, t);
+  d.out.b = d.src(ordinals ? 2 : 1, d.out.type);
   d.out.x[0] = (uint8_t)(field - kFields);
-  d.out.x[1] = (uint8_t)typeBytes(t);
   d.out.fn = replaceField;
 }
 
@@ -313,7 +311,7 @@ const Forms kForms = {
     {"tensormap",
      "cp_fenceproxy (global) (shared::cta) (tensormap::generic) (release) (cta|cluster|gpu|sys) sync aligned",
      "[a] [e] c:u32", copyMap},
-    {"tensormap", "replace (tile) space (b1024)", nullptr, decodeReplace},
+    {"tensormap", "replace (tile) space (b1024) type", nullptr, decodeReplace},
 };
 
 }  // namespace

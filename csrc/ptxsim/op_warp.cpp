@@ -67,20 +67,18 @@ void vote(Warp& w, const Inst& in, uint32_t m) {  // x[0] .sync, x[1] all any un
     return Exchanged{set, in.x[1] == 1 ? set != 0 : set == group || (in.x[1] == 2 && set == 0), group};
   });
 }
-template <class T>
 void match(Warp& w, const Inst& in, uint32_t m) {  // x[0] any all
-  const T* a = w.ptr<const T>(in.a);
+  auto value = [&](int lane) { return laneBits(w, in.a, in.bytes, lane); };
   exchange(w, in, m, true, in.d, in.ext->refs[0], [&](int i, uint32_t group) {
     uint32_t same = 0;
-    for (int j : lanesOf(group)) same |= (uint32_t)(a[j] == a[i]) << j;
+    for (int j : lanesOf(group)) same |= (uint32_t)(value(j) == value(i)) << j;
     return Exchanged{in.x[0] && same != group ? 0 : same, same == group, 1u << i};
   });
 }
-void redux(Warp& w, const Inst& in, uint32_t m) {  // x[0] operation, x[1] type
+void redux(Warp& w, const Inst& in, uint32_t m) {  // x[0] operation
   exchange(w, in, m, true, in.d, Ref(), [&](int, uint32_t group) {
     uint64_t sum = lane32(w, in.a, (unsigned)firstLane(group));
-    for (int j : lanesOf(group & (group - 1)))
-      sum = atomicResult(in.x[0], (Type)in.x[1], sum, lane32(w, in.a, (unsigned)j));
+    for (int j : lanesOf(group & (group - 1))) sum = atomicResult(in.x[0], in.type, sum, lane32(w, in.a, (unsigned)j));
     return Exchanged{sum, false, group};
   });
 }
@@ -101,13 +99,8 @@ const Forms kForms = {
     {"shfl", "up|down|bfly|idx type", "d:b32|p a:b32 e:u32 c:u32", shfl},
     {"vote", "sync? all|any|uni type", "d:pred a:pred b:b32?", vote<false>},
     {"vote", "sync? ballot type", "d:b32 a:pred b:b32?", vote<true>},
-    {"match", "sync any|all type", "d:b32|p a b:b32",
-     [](Dec& d) { d.out.fn = typeBytes(d.types[0]) == 8 ? match<uint64_t> : match<uint32_t>; }},
-    {"redux", "sync add|min|max|and|or|xor bits", "d:b32 a b:b32",
-     [](Dec& d) {
-       d.out.x[1] = (uint8_t)d.types[0];
-       d.out.fn = redux;
-     }},
+    {"match", "sync any|all type", "d:b32|p a b:b32", match},
+    {"redux", "sync add|min|max|and|or|xor bits", "d:b32 a b:b32", redux},
     {"elect", "sync", "d:b32|p b:b32", elect},
     {"activemask", "type", "d:b32", activemask},
     {"bar|barrier", "warp sync", "b:b32", warpSync},

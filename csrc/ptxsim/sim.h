@@ -53,8 +53,9 @@ struct Inst {
   bool storesD = false;      // d and ext->refs are sources
   bool convergeAll = false;  // .aligned: all lanes of the warp that have not exited come together
   Space space = Space::Generic;
-  uint8_t bytes = 0, vec = 1;
-  uint8_t x[8] = {};  // each instruction's own
+  Type type = Type::None;      // the first that is named
+  uint8_t bytes = 0, vec = 1;  // of that type; the number of registers
+  uint8_t x[8] = {};           // each instruction's own
   template <class F>
   void eachDestination(F visit) const {
     if (storesD) return;
