@@ -164,6 +164,9 @@ bool Warp::run(unsigned quantum) {
 
 // ---- clusters
 
+static std::list<std::vector<Line>> gSpare;  // memory of CTAs that are over: fresh pages would take a quarter of a run
+constexpr size_t kMostSpare = 512;
+
 void Launch::startCta(Cluster& c) {
   const Kernel& k = *kernel;
   Cta& t = *c.ctas.emplace_back(std::make_unique<Cta>());
@@ -174,8 +177,10 @@ void Launch::startCta(Cluster& c) {
   t.linear = t.id[0] + (uint64_t)grid[0] * (t.id[1] + (uint64_t)grid[1] * t.id[2]);
   t.smemBytes = kSharedReserved + k.staticShared + dynShared;
   auto take = [&](uint32_t bytes, uint8_t fill) {
-    t.memory.emplace_back(new Line[bytes / sizeof(Line) + 1]);
-    return (uint8_t*)memset(t.memory.back().get(), fill, bytes);
+    if (gSpare.empty()) gSpare.emplace_back();
+    t.memory.splice(t.memory.end(), gSpare, gSpare.begin());
+    t.memory.back().resize(bytes / sizeof(Line) + 1);
+    return (uint8_t*)memset(t.memory.back().data(), fill, bytes);
   };
   t.smem = take(t.smemBytes, 0xa5);
   t.smemValid = take(t.smemBytes, 0);
@@ -297,6 +302,8 @@ void Launch::run() {
     at %= resident.size();
     const Progress p = runCluster(*resident[at]);
     if (p == Finished) {
+      for (auto& cta : resident[at]->ctas)
+        if (gSpare.size() < kMostSpare) gSpare.splice(gSpare.begin(), cta->memory);
       resident.erase(resident.begin() + (long)at);
       continue;
     }

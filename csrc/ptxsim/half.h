@@ -36,11 +36,16 @@ inline uint64_t roundMagnitude(uint64_t m, int e, int mant, int emin, Round mode
   int quantum = (exponent < emin ? emin : exponent) - mant;  // weight of the last kept bit
   int shift = quantum - e;                                   // bits of m below it
   uint64_t kept = shift <= 0 ? m << -shift : shift < 64 ? m >> shift : 0;
-  const bool half = shift > 0 && shift <= 64 && m >> (shift - 1) & 1;
-  const bool rest = shift > 64 || (shift > 1 && m & ((1ull << (shift - 1)) - 1));
-  kept += mode == Round::Nearest       ? half && (rest || kept & 1)
-          : mode == Round::NearestAway ? half
-                                       : mode != Round::Zero && up && (half || rest);
+  if (shift > 0) {
+    const bool half = shift <= 64 && m >> (shift - 1) & 1;
+    const bool rest = shift > 64 || m & ((1ull << (shift - 1)) - 1);
+    if (mode == Round::Nearest)
+      kept += half && (rest || kept & 1);
+    else if (mode == Round::NearestAway)
+      kept += half;
+    else if (mode != Round::Zero)
+      kept += up && (half || rest);
+  }
   if (exponent < emin) return kept;  // subnormal, or the smallest normal after a carry
   return ((uint64_t)(exponent - emin + 1) << mant) + (kept - (1ull << mant));
 }

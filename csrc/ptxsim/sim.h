@@ -246,8 +246,8 @@ struct Cta {
     std::deque<std::shared_ptr<AsyncOp>> issued;  // and the one before, which the next follows
   };
   std::vector<WgmmaOrder> wgmma;
-  std::shared_ptr<struct RaceShadow> shadow;    // race detector
-  std::vector<std::unique_ptr<Line[]>> memory;  // what the pointers in here and in its warps point to
+  std::shared_ptr<struct RaceShadow> shadow;  // race detector
+  std::list<std::vector<Line>> memory;        // what the pointers in here and in its warps point to
 };
 
 struct Cluster {
