@@ -50,12 +50,13 @@ def test_mbarrier_phases(sim):
     mbarrier.test_wait.parity.shared.b64 %p1, [%r2], 0; selp.u32 %r3, 1, 0, %p1; st.global.u32 [%d0+20], %r3;
     mbarrier.arrive_drop.shared.b64 %d3, [%r2]; mbarrier.arrive.shared.b64 _, [%r2], 2;
     mbarrier.arrive.shared.b64 %d3, [%r2]; mbarrier.pending_count.b64 %r3, %d3; st.global.u32 [%d0+24], %r3;
-    mbarrier.inval.shared.b64 [%r2]; END:"""
+    mbarrier.inval.shared.b64 [%r2]; st.shared.u64 [%r2], 0; mbarrier.init.shared.b64 [%r2], 1;
+    mbarrier.arrive.shared.b64 %d3, [%r2]; mbarrier.pending_count.b64 %r3, %d3; st.global.u32 [%d0+28], %r3; END:"""
     )
-    out = np.full(7, 99, np.uint32)
+    out = np.full(8, 99, np.uint32)
     sim.run(kernel(body), out, block=64)
     # a fresh barrier has "completed" parity 1; three arrivals and the bytes complete phase 0; after arrive_drop two are expected
-    assert out.tolist() == [1, 0, 3, 0, 1, 1, 2]
+    assert out.tolist() == [1, 0, 3, 0, 1, 1, 2, 1]
 
 
 @pytest.mark.parametrize("timing", ["early", "late", "random"])

@@ -407,6 +407,48 @@ def test_half_arithmetic(sim, kind):
     check(f"abs.{kind} {{d}}, {{a}};", x.abs(), a)
 
 
+@pytest.mark.parametrize("kind", HALF)
+def test_half_min_max(sim, kind):
+    infinity, sign = {"f16": 0x7C00, "bf16": 0x7F80}[kind], 0x8000
+    codes = [0, 1, infinity >> 1, infinity - 1, infinity, infinity + 1, 0x7FFF]
+    codes = np.array([*codes, *(c | sign for c in codes), *RNG.integers(0, 1 << 16, 20)], np.uint16)
+    a, b = (x.ravel().copy() for x in np.meshgrid(codes, codes))
+
+    def rank(c: int) -> int:  # -0 is below +0
+        return -1 - (c & 0x7FFF) if c & sign else c
+
+    def choose(x: int, y: int, of, nan: bool, relu: bool) -> int:
+        numbers = [c for c in (int(x), int(y)) if c & 0x7FFF <= infinity]
+        if len(numbers) == 0 or (nan and len(numbers) == 1):
+            return 0x7FFF
+        chosen = of(numbers, key=rank)
+        return 0 if relu and chosen & sign else chosen
+
+    for name, of in (("min", min), ("max", max)):
+        for modifier in ("", ".NaN", ".relu", ".relu.NaN"):
+            want = [choose(x, y, of, "NaN" in modifier, "relu" in modifier) for x, y in zip(a, b, strict=True)]
+            got = run(sim, f"{name}{modifier}.{kind} {{d}}, {{a}}, {{b}};", a, b, out=np.uint16)
+            assert got.tolist() == want, (name, modifier)
+
+
+@pytest.mark.parametrize(("name", "exact"), [("ex2.approx", torch.exp2), ("tanh.approx", torch.tanh)])
+@pytest.mark.parametrize("kind", HALF)
+def test_half_functions(sim, kind, name, exact):
+    dtype = HALF[kind][0]
+    info = torch.finfo(dtype)
+    flush = ".ftz" if (name, kind) == ("ex2.approx", "bf16") else ""
+    got = as_torch(run(sim, f"{name}{flush}.{kind} {{d}}, {{a}};", ALL16, out=np.uint16), dtype).double()
+    x = as_torch(ALL16, dtype).double()
+    want = exact(x)
+    if flush:
+        want = torch.where(want < info.smallest_normal, 0, want)
+    assert torch.equal(got.isnan(), x.isnan())
+    finite = want.abs() <= info.max
+    error = (got - want).abs()[finite]
+    assert bool((error <= info.eps / 2 * (want.abs()[finite] + info.smallest_normal)).all())
+    assert bool((got[want > info.max] >= info.max).all())
+
+
 def test_packed_half_arithmetic(sim):
     a, b = RNG.permutation(ALL16), RNG.permutation(ALL16)
     for kind, (dtype, _) in HALF.items():

@@ -249,6 +249,8 @@ def test_unknown_instruction_is_named(sim):
         sim.run(kernel("frobnicate.f32 %r1, %r2;"), np.zeros(1, np.uint32))
     with pytest.raises(SimError, match=r"modifier .wobbly is not supported"):
         sim.run(kernel("add.wobbly.s32 %r1, %r0, %r0;"), np.zeros(1, np.uint32))
+    with pytest.raises(SimError, match="a scope is missing"):
+        sim.run(kernel("ld.acquire.global.u32 %r1, [%d0];"), np.zeros(1, np.uint32))
 
 
 SYNC = "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"
@@ -383,6 +385,9 @@ def test_tensor_map_proxy(sim):
     sim.run(kernel(body.format(fence), "", params), tensor, space, buffers=[(x, 1)])
     with pytest.raises(SimError, match=r"race on the tensor map in buffer .*st.global.u32.*no fence.proxy.tensormap"):
         sim.run(kernel(body.format(""), "", params), tensor, space, buffers=[(x, 1)])
+    with pytest.raises(SimError, match="no fence.proxy.tensormap"):  # the writer's half does not do
+        fence = "fence.proxy.tensormap::generic.release.gpu;"
+        sim.run(kernel(body.format(fence), "", params), tensor, space, buffers=[(x, 1)])
 
 
 def test_launch_limits(sim):
