@@ -385,7 +385,7 @@ def test_tensor_map_proxy(sim):
     sim.run(kernel(body.format(fence), "", params), tensor, space, buffers=[(x, 1)])
     with pytest.raises(SimError, match=r"race on the tensor map in buffer .*st.global.u32.*no fence.proxy.tensormap"):
         sim.run(kernel(body.format(""), "", params), tensor, space, buffers=[(x, 1)])
-    with pytest.raises(SimError, match="no fence.proxy.tensormap"):  # the writer's half does not do
+    with pytest.raises(SimError, match=r"no fence\.proxy\.tensormap"):  # the writer's half does not do
         fence = "fence.proxy.tensormap::generic.release.gpu;"
         sim.run(kernel(body.format(fence), "", params), tensor, space, buffers=[(x, 1)])
 
