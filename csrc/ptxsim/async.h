@@ -25,7 +25,7 @@ void waitGroup(Warp& w, const Inst& in, uint32_t m) {  // x[0] .read
 }
 
 // ---- atomic operations
-#define ATOMIC_OPERATION "add|min|max|and|or|xor|inc|dec|cas|exch"  // numbered so
+#define ATOMIC_OPERATION "add|min|max|and|or|xor|inc|dec|cas|exch"  // numbered so, elsewhere too
 // What the operation makes of values that fill the low bytes, as does the result; what is above does not matter.
 uint64_t atomicResult(int op, Type t, uint64_t old, uint64_t b);
 // n bytes at `to` become what the operation, or a copy if it is negative, makes of them and those at `from`. `other`:

@@ -332,7 +332,8 @@ const Forms kForms = {
     {"cp", "async ca|cg L2::cache_hint? shared|shared::cta global", nullptr, decodeCpAsync},
     {"st", "async (weak|relaxed) (cluster) shared::cluster (mbarrier::complete_tx::bytes) vector type", "[a] {e} [e]",
      stAsync<false>},
-    {"red", "async (relaxed) (cluster) " ATOMIC_OPERATION " shared::cluster (mbarrier::complete_tx::bytes) type",
+    {"red",
+     "async (relaxed) (cluster) add|min|max|and|or|xor|inc|dec shared::cluster (mbarrier::complete_tx::bytes) type",
      "[a] {e} [e]", stAsync<true>},
 };
 

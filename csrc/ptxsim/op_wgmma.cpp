@@ -20,7 +20,10 @@ struct SharedMatrix {
   unsigned outer() const { return mnMajor ? k : count; }
   unsigned chunks() const { return (mnMajor ? count : k) * es / 16; }  // of 16 bytes, along the contiguous direction
   uint32_t offset(unsigned r, unsigned c) const {  // in the CTA's window, of chunk c at index r of the other direction
-    mnMajor ? c += first* es / 16 : r += first;
+    if (mnMajor)
+      c += first * es / 16;
+    else
+      r += first;
     const uint32_t low = (1u << shift()) - 1;
     const bool exchanged = mnMajor && !mode;  // LBO and SBO
     uint32_t a = start + ((r % 8 << shift()) + (c & low)) * 16;
