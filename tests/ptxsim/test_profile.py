@@ -142,6 +142,45 @@ def test_versions_of_a_kernel_are_told_apart(sim):
     assert [(b.version, b.count) for b in seen.blocks()] == [(1, 1)]
 
 
+def test_where_blocks_are():
+    code = basic_blocks.parse(
+        [
+            ["mov.u32", "L", "", "1", "a.cu:1:0", "b.cu:9:0"],
+            ["add.s32", "", "", "2", "="],  # where the one before is
+            ["bra", "G", "5", "3"],  # nowhere
+            ["sub.s32", "L", "", "4"],
+            ["st.global.u32", "", "", "5", "a.cu:2:0"],
+            ["mul.lo.s32", "L", "", "6"],
+            ["ret", "", "", "7", "a.cu:3:0"],
+            ["mov.u32", "", "", "8"],
+            ["exit", "L", "", "9"],
+        ]
+    )
+    assert code[1].positions == code[0].positions == ("a.cu:1:0", "b.cu:9:0")
+    rows = basic_blocks.rows_of(code)
+    assert [(r.first, r.kind) for r in rows] == [(0, "code"), (3, "code"), (5, "code"), (8, "code")]
+    assert [r.positions[0] for r in rows] == ["a.cu:1:0", "a.cu:2:0", "a.cu:3:0", "a.cu:3:0"]
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (["ld.acquire.gpu.global.u32"], "spin"),
+        (["mbarrier.try_wait.parity.shared.b64", "add.s32"], "spin"),
+        (["atom.global.cas.b32"], "spin"),
+        (["ld.global.u32"], "code"),  # looks at what nobody may change meanwhile
+        (["ld.acquire.gpu.global.u32", "st.global.u32"], "code"),
+        (["mbarrier.try_wait.parity.shared.b64", "wgmma.mma_async.sync.aligned"], "code"),
+    ],
+)
+def test_loops_that_only_look(body, kind):
+    loop = [[op, "L" if op == body[0] else "", "", "2", "a.cu:2:0"] for op in body]
+    rows = basic_blocks.rows_of(
+        basic_blocks.parse([["mov.u32", "L", "", "1"], *loop, ["bra", "G", "1", "3"], ["ret", "L", "", "4"]])
+    )
+    assert [r.kind for r in rows] == ["code", kind, "code"]
+
+
 def test_source_text():
     here = Block(0, 0, "code", 1, ("csrc/ptx/fence.cuh:1:1", "tests/ptxsim/test_profile.py:1:1"))
     assert here.source == '"""What launches did: basic blocks reached, instructions by class, bank conflicts."""'
